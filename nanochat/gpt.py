@@ -1,0 +1,233 @@
+"""The text decoder: a GPT as karpathy/nanochat had it in October 2025, whose parameter names and maths are kept so that
+its checkpoints load. It knows nothing of images; `forward` is split into embed / trunk / head so that
+MultimodalGPT replaces the first step alone.
+
+Rotary positions (half-split, base 10,000), norm on queries and keys, RMSNorm without parameters (also after the embedding
+and before the head), ReLU² MLP four times as wide, no biases, untied head, grouped-query attention, soft-capped logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_CAP = 15.0
+ROTARY_BASE = 10_000.0
+IGNORE_INDEX = -1  # a target that is not trained on
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 6  # query heads
+    n_kv_head: int = 6  # key/value heads; fewer than n_head is grouped-query attention
+    n_embd: int = 768
+
+    def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head}): "
+                "rotary positions turn pairs of channels inside a head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last axis, no learnt scale."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(length: int, head_dim: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin tables, each (length, head_dim) float32, laid out for `apply_rotary` (RoFormer, arXiv 2104.09864)."""
+    frequency = ROTARY_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency  # (length, head_dim / 2)
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([angle.sin(), -angle.sin()], -1)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn channel i and channel i + D/2 of x (B, T, H, D) by the angle of their position, clockwise as in nanochat."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+
+class Linear(nn.Linear):
+    """No bias; the master weight is used in the activations' dtype, so fp32 weights run under bf16 activations."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cos, sin, mask, kv_cache):
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        # rotate first, then norm: a rotation keeps the length, so the order only matters to the last bit
+        q = norm(apply_rotary(q, cos, sin)).transpose(1, 2)  # (B, H, T, D)
+        k = norm(apply_rotary(k, cos, sin)).transpose(1, 2)
+        if kv_cache is not None:
+            k, v = kv_cache.insert(self.layer, k, v)  # (B, H_kv, T_seen, D)
+        # No mask: either whole rows from position 0 (causal), or one token that may look at all that is cached.
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, kv_cache):
+        x = x + self.attn(norm(x), cos, sin, mask, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. Call `init_weights()` after building one to train."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, about 1/3 more time
+        cos, sin = rotary_tables(config.sequence_len, config.head_dim)
+        # persistent=False: derived from the config, so not part of a checkpoint
+        self.register_buffer("cos", cos[:, None, :], persistent=False)  # (sequence_len, 1, D)
+        self.register_buffer("sin", sin[:, None, :], persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """nanochat's start: matrices scaled by fan-in and fan-out, embeddings N(0, 1), zero head and zero residual
+        outputs, so that a new model is the identity and says nothing. On a GPU that runs bfloat16 the embedding
+        table, and with it the activations, are bfloat16."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                fan_out, fan_in = module.weight.shape
+                module.weight.normal_(0.0, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
+        for block in self.transformer.h:
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        self.lm_head.weight.zero_()
+        self.transformer.wte.weight.normal_(0.0, 1.0)
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            self.transformer.wte.to(dtype=torch.bfloat16)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The activations' dtype is the embedding table's; the other weights follow it (see `Linear`)."""
+        return self.transformer.wte.weight.dtype
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+        """Next-token logits, or the loss.
+
+        idx: (B, T) int64 token ids. targets: (B, T) int64, already shifted (targets[:, t] is the token after idx[:, t]),
+        -1 where nothing is to be learnt. Returns (B, T, vocab_size) float32 logits without targets; with them the mean or
+        sum of the cross-entropy in nats as a scalar, or with "none" a (B * T,) tensor with 0 where the target is -1.
+        kv_cache: an `engine.KVCache`; idx then continues what it holds.
+        Raises ValueError for ids outside the vocabulary and for rows longer than `sequence_len`.
+        """
+        return self.head(self.trunk(self.embed(idx), kv_cache), targets, loss_reduction)
+
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids -> (B, T, C) in the compute dtype."""
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"token ids must be a non-empty (B, T) tensor, got shape {tuple(idx.shape)}")
+        low, high = (int(v) for v in idx.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}: "
+                "were they made with another tokenizer?"
+            )
+        return self.transformer.wte(idx)
+
+    def trunk(self, x: torch.Tensor, kv_cache=None) -> torch.Tensor:
+        """(B, T, C) embedded tokens -> (B, T, C) final hidden states, normed."""
+        T = x.size(1)
+        # `where` is a slice when all rows stand at the same position, else (B, T) positions
+        where, mask = (slice(0, T), None) if kv_cache is None else kv_cache.plan(T)
+        end = T if kv_cache is None else kv_cache.longest + T
+        if end > self.config.sequence_len:
+            raise ValueError(
+                f"{end} tokens do not fit the context of {self.config.sequence_len} (sequence_len): "
+                "shorten the prompt, use fewer images or vision tokens, or ask for fewer new tokens"
+            )
+        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)  # (T, 1, D) or (B, T, 1, D)
+        x = norm(x)
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, kv_cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        return norm(x)
+
+    def head(self, x: torch.Tensor, targets=None, loss_reduction: str = "mean") -> torch.Tensor:
+        """(B, T, C) hidden states -> logits or loss, as `forward` says."""
+        if targets is None:
+            return self.logits(x)
+        if loss_reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'loss_reduction must be "mean", "sum" or "none", got {loss_reduction!r}')
+        # Most positions of a question-and-answer row are not learnt: the vocabulary-wide product is done for the rest alone.
+        targets = targets.reshape(-1)
+        learnt = targets != IGNORE_INDEX
+        losses = F.cross_entropy(self.logits(x.flatten(0, 1)[learnt]), targets[learnt], reduction="none")
+        if loss_reduction == "none":
+            return losses.new_zeros(targets.shape).masked_scatter(learnt, losses)
+        total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean
+        return total if loss_reduction == "sum" else total / max(1, losses.numel())
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., vocab_size) float32 in (-15, 15)."""
+        return LOGIT_CAP * torch.tanh(self.lm_head(x).float() / LOGIT_CAP)

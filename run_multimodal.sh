@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# ./run_multimodal.sh            make .venv, install the package, run the demo
+# ./run_multimodal.sh test       the same, then the tests
+# ./run_multimodal.sh COMMAND... the same, then `nanochat COMMAND...` (train, eval, ask, chat, ...; --help lists them)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3}
+venv=.venv
+what=${1:-demo}
+extras="" # the demo needs none
+[ "$what" = test ] && extras="[dev]"
+case "$what" in train | eval) extras="[train,eval]" ;; esac
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "Python 3.11 or newer is needed; found $("$python" --version). Set PYTHON to another interpreter." >&2; exit 2; }
+
+# Install again only when what is to be installed has changed.
+stamp="$venv/installed-${extras:-[]}"
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+  echo "Installing nanochat-vision$extras into $venv (PyTorch is large: a few minutes the first time)"
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+  echo "$wanted" >"$stamp"
+fi
+
+if [ "$what" = test ]; then
+  shift
+  exec "$venv/bin/python" -m pytest "$@"
+fi
+[ $# -gt 0 ] || set -- demo
+exec "$venv/bin/nanochat" "$@"

@@ -1,0 +1,179 @@
+"""Cached generation against the plain uncached forward, and the choice of tokens."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling, choose
+from tests.conftest import make_model
+
+IMAGE = 96  # vision_token_id of the test model: the last of its vocabulary
+
+
+def uncached(model, prompt, n, vision=None):
+    """Greedy generation by running the whole row anew for every token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]), vision)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached(model):
+    idx = torch.randint(0, 90, (2, 20))
+    cache = Engine(model).new_cache(2)
+    steps = [model(idx[:, :7], kv_cache=cache)]  # a prompt,
+    steps += [model(idx[:, t : t + 1], kv_cache=cache) for t in range(7, 12)]  # single tokens,
+    steps += [model(idx[:, 12:], kv_cache=cache)]  # and a second turn of several
+    torch.testing.assert_close(torch.cat(steps, 1), model(idx), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached_with_images_and_ragged_rows(model):
+    engine = Engine(model)
+    prompts = [[1, IMAGE, IMAGE, 4], [IMAGE, 2], [5, 6, 7, 8, 9, 10, IMAGE]]
+    vision = [torch.randn(2, 12), torch.randn(1, 12), torch.randn(1, 12)]
+    cache = engine.new_cache(3)
+    logits = [engine.prefill([list(p) for p in prompts], vision, cache)]
+    for token in (11, 12):
+        logits.append(engine.logits([[token]] * 3, cache))
+    for row, prompt in enumerate(prompts):
+        whole = model(torch.tensor([prompt + [11, 12]]), vision[row][None])[0]
+        for step in range(3):
+            np.testing.assert_allclose(logits[step][row], whole[len(prompt) - 1 + step].numpy(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_batched_generation_equals_single_rows(model):
+    prompts = [[1, 2, 3], [4], [IMAGE, 9, 9, 9, 9, 9], [7, IMAGE]]
+    vision = [torch.zeros(0, 12), torch.zeros(0, 12), torch.randn(1, 12), torch.randn(1, 12)]
+    alone = [uncached(model, p, 12, v[None] if len(v) else None) for p, v in zip(prompts, vision, strict=True)]
+    assert len({tuple(row) for row in alone}) == 4
+    engine = Engine(model)
+    assert engine.generate(prompts, 12, vision_embeddings=vision) == alone
+    # rows stop early, each at its own place, and the others go on
+    stops = {alone[0][3], alone[2][6]}
+    expected = [row[: min([row.index(s) for s in stops if s in row], default=12)] for row in alone]
+    assert len({len(row) for row in expected}) > 1
+    assert engine.generate(prompts, 12, vision_embeddings=vision, stop_ids=stops) == expected
+
+
+def test_chat_turns_continue_the_cache(model):
+    engine, cache = Engine(model), None
+    cache = engine.new_cache()
+    first = [5, 6, 7]
+    said = engine.generate([first], 6, cache=cache)[0]
+    held = cache.lengths[0]
+    assert held == len(first) + 5  # the last token has not been through the model
+    second = said[-1:] + [8, 9]
+    assert engine.generate([second], 6, cache=cache)[0] == uncached(model, first + said + [8, 9], 6)
+
+
+def test_one_picture_many_questions(model):
+    engine, cache = Engine(model), None
+    cache, vision = engine.new_cache(), torch.randn(1, 1, 12)
+    engine.prefill([[1, IMAGE, 2]], vision, cache)
+    for question in ([3, 4], [5], [6, 7, 8]):
+        cache.rewind([3])
+        assert engine.generate([question], 5, cache=cache)[0] == uncached(model, [1, IMAGE, 2, *question], 5, vision)
+    with pytest.raises(ValueError, match="rewound"):
+        cache.rewind([60])
+
+
+def test_seeds_reproduce_and_rows_are_independent(model):
+    engine, warm = Engine(model), Sampling(temperature=1.0, seed=7)
+    prompts = [[1, 2], [3, 4, 5]]
+    both = engine.generate(prompts, 20, sampling=warm)
+    assert both == engine.generate(prompts, 20, sampling=warm)
+    assert both[0] == engine.generate(prompts[:1], 20, sampling=warm)[0]
+    assert both != engine.generate(prompts, 20, sampling=Sampling(temperature=1.0, seed=8))
+
+
+def test_greedy_is_deterministic_and_streams(model):
+    engine = Engine(model)
+    steps = engine.stream([[1, 2, 3]], 9)
+    assert [step[0] for step in steps] == engine.generate([[1, 2, 3]], 9)[0] == uncached(model, [1, 2, 3], 9)
+
+
+def test_exactly_n_tokens_of_a_set(model):
+    tokens = Engine(model).generate([[1]], 10, sampling=Sampling(temperature=1.0, allowed_ids=(3, 5, 8)))[0]
+    assert len(tokens) == 10 and set(tokens) <= {3, 5, 8}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "message"),
+    [
+        ([[1, 97]], 4, "97 is outside"),
+        ([[1, -1]], 4, "-1 is outside"),
+        ([[]], 4, "empty"),
+        ([], 4, "empty"),
+        ([[1] * 60], 5, "context of 64"),
+        ([[1]], 0, "max_new_tokens"),
+    ],
+)
+def test_bad_prompts_are_refused(model, prompts, n, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model).generate(prompts, n)
+
+
+def test_nan_weights_are_an_error_not_an_answer():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        Engine(model).generate([[1]], 3)
+
+
+# ---- choosing one token
+
+logits_strategy = st.lists(st.floats(-15, 15, width=32), min_size=2, max_size=40).map(lambda v: np.array(v, np.float32))
+
+
+def possible(logits, sampling, draws=200):
+    rng = np.random.default_rng(0)
+    return {choose(logits, sampling, rng) for _ in range(draws)}
+
+
+@given(logits_strategy)
+@settings(max_examples=50)
+def test_every_filter_keeps_the_likeliest_and_only_what_it_should(logits):
+    best, p = int(logits.argmax()), np.exp(logits - logits.max(), dtype=np.float64)
+    p /= p.sum()
+    assert possible(logits, Sampling(temperature=0), 3) == {best}
+    assert logits[list(possible(logits, Sampling(temperature=1, top_k=1), 20))] == pytest.approx(logits[best])
+    assert all(p[i] >= 0.5 * p.max() * (1 - 1e-6) for i in possible(logits, Sampling(temperature=1, min_p=0.5), 50))
+    kept = possible(logits, Sampling(temperature=1, top_p=0.5), 50)
+    assert all(p[p > p[i]].sum() < 0.5 + 1e-6 for i in kept)
+
+
+def test_sampling_follows_the_probabilities():
+    p = np.array([0.5, 0.3, 0.2])
+    rng = np.random.default_rng(0)
+    draws = np.bincount([choose(np.log(p).astype(np.float32), Sampling(temperature=1), rng) for _ in range(4000)])
+    np.testing.assert_allclose(draws / 4000, p, atol=0.03)
+
+
+def test_top_p_and_top_k_by_hand():
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    assert possible(logits, Sampling(temperature=1, top_p=0.6)) == {0, 1}
+    assert possible(logits, Sampling(temperature=1, top_k=3)) == {0, 1, 2}
+    assert possible(logits, Sampling(temperature=1, min_p=0.45)) == {0, 1, 2}
+
+
+def test_repetition_penalty_lowers_what_was_said():
+    logits = np.array([2.0, 1.5, -1.0], np.float32)
+    assert choose(logits, Sampling(repetition_penalty=2.0), None, history=[0]) == 1
+    assert choose(np.array([-1.0, -1.5], np.float32), Sampling(repetition_penalty=2.0), None, history=[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": -1},
+     {"repetition_penalty": 0}, {"allowed_ids": ()}],
+)  # fmt: skip
+def test_bad_sampling_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Sampling(**fields)
