@@ -123,7 +123,9 @@ class Engine:
         rngs = [sampling.generator(row) for row in rows]
         finished = set()
         for step in range(max_new_tokens):
-            chosen = {row: choose(line, sampling, rngs[row], prompts[row]) for row, line in zip(rows, logits, strict=True)}
+            chosen = {
+                row: choose(line, sampling, rngs[row], prompts[row]) for row, line in zip(rows, logits, strict=True)
+            }
             finished |= {row for row, token in chosen.items() if token in stop_ids}
             if len(finished) == len(prompts):
                 return

@@ -82,14 +82,17 @@ class CausalSelfAttention(nn.Module):
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cos, sin, mask, kv_cache):
-        B, T, C = x.shape
+    def rotated(self, x, cos, sin):
+        """Queries (B, T, H, D) and keys (B, T, H_kv, D) as they meet: rotated to their positions, then normed."""
+        B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        return norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+
+    def forward(self, x, cos, sin, mask, kv_cache):
+        B, T, C = x.shape
+        q, k = (t.transpose(1, 2) for t in self.rotated(x, cos, sin))  # (B, H, T, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        # rotate first, then norm: a rotation keeps the length, so the order only matters to the last bit
-        q = norm(apply_rotary(q, cos, sin)).transpose(1, 2)  # (B, H, T, D)
-        k = norm(apply_rotary(k, cos, sin)).transpose(1, 2)
         if kv_cache is not None:
             k, v = kv_cache.insert(self.layer, k, v)  # (B, H_kv, T_seen, D)
         # No mask: either whole rows from position 0 (causal), or one token that may look at all that is cached.

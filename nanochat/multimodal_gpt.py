@@ -19,7 +19,9 @@ from nanochat.vision import YOLOv9Plus
 
 @dataclass
 class MultimodalGPTConfig(GPTConfig):
-    vision_embedding_dim: int = 84  # channels of the encoder's map: 4 box values + 80 class scores for the default layer
+    vision_embedding_dim: int = (
+        84  # channels of the encoder's map: 4 box values + 80 class scores for the default layer
+    )
     use_vision_projection: bool = True  # False: the vectors already have n_embd channels and go in as they are
     vision_tokens_per_image: int = 1  # 1 is the pooled vector; a square number is an h x h grid of the map
     vision_token_id: int | None = None  # placeholder in the token row; None is the last id of the vocabulary
@@ -154,7 +156,9 @@ class MultimodalGPT(GPT):
         x = super().embed(idx)  # (B, T, C)
         if vision_embeddings is None:
             if vision_mask is not None and vision_mask.any():
-                raise ValueError(f"vision_mask marks {int(vision_mask.sum())} places, but no vision_embeddings were given")
+                raise ValueError(
+                    f"vision_mask marks {int(vision_mask.sum())} places, but no vision_embeddings were given"
+                )
             return x
         places = self.image_places(idx, vision_mask)
         vectors = self.flat_vectors(vision_embeddings, places)  # (M, D)

@@ -195,7 +195,12 @@ def test_bad_tokens_are_refused(idx, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"n_kv_head": 3}, "n_kv_head"), ({"n_embd": 36}, "n_embd"), ({"n_layer": 0}, "n_layer"), ({"vocab_size": 1.5}, "vocab")],
+    [
+        ({"n_kv_head": 3}, "n_kv_head"),
+        ({"n_embd": 36}, "n_embd"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"vocab_size": 1.5}, "vocab"),
+    ],
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

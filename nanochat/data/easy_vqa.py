@@ -1,4 +1,4 @@
-"""easy-VQA (Victor Zhou, MIT): coloured shapes, 64x64 pixels, 4,000 training and 1,000 test images inside a PyPI package."""
+"""easy-VQA (Victor Zhou, MIT): coloured shapes at 64x64, 4,000 training and 1,000 test images inside a PyPI package."""
 
 from pathlib import Path
 

@@ -6,17 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.data.sample import (
-    DataError,
-    Dataset,
-    Sample,
-    caption_sample,
-    check_text,
-    cut,
-    find_image,
-    text_of,
-    vqa_sample,
-)
+from nanochat.data.sample import DataError, Dataset, cut, find_image, row_sample
 
 
 def load(path: str | Path, split: str | None = None, strict: bool = False) -> Dataset:
@@ -33,10 +23,10 @@ def load(path: str | Path, split: str | None = None, strict: bool = False) -> Da
     for number, row in _rows(file):
         where = f"{file}:{number}"
         image = find_image(file.parent, row.get("image"), where, strict)
-        task, sample = _sample(row, image, where)
+        task, sample = row_sample(row, image, where)
         tasks.add(task)
         if len(tasks) > 1:
-            raise DataError(f"{where}: questions and captions are mixed in one file, which has to be of one kind")
+            raise DataError(f"{where}: questions and captions in one file; it has to be of one kind")
         if image is None:
             skipped += 1
         else:
@@ -75,18 +65,3 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(row, dict):
                 raise DataError(f'{file}:{number}: expected an object with "image" and texts, found {line[:60]!r}')
             yield number, row
-
-
-def _sample(row: dict, image: Path | None, where: str) -> tuple[str, Sample]:
-    """(task, sample) of a row, whose texts are checked even if its image is missing."""
-    if "question" in row or "answer" in row:
-        return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where))
-    if "captions" in row or "caption" in row:
-        captions = row["captions"] if "captions" in row else [row["caption"]]
-        if not isinstance(captions, list) or not captions:
-            raise DataError(f"{where}: 'captions' must be a list of texts, found {captions!r}")
-        return "caption", caption_sample(image, [check_text(caption, "captions", where) for caption in captions])
-    raise DataError(
-        f"{where}: expected 'image' with 'question' and 'answer', or with 'captions', found "
-        f"{', '.join(map(repr, row)) or 'an empty row'}"
-    )

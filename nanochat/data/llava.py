@@ -1,8 +1,7 @@
 """LLaVA's conversation JSON, read and written: a list of {"id", "image", "conversations": [{"from", "value"}]}, where
 "<image>" in a value stands for a picture (Liu et al. 2023, https://github.com/haotian-liu/LLaVA).
 
-A line break between the tag and its neighbour belongs to the tag, as LLaVA writes it. Beyond LLaVA, "image" may be a list,
-and "references" holds further acceptable answers.
+Beyond LLaVA, "image" may be a list of pictures, and "references" holds all acceptable answers where there are several.
 """
 
 import json
@@ -19,8 +18,8 @@ from nanochat.data.sample import (
     find_image,
     task_of,
     tidy_messages,
+    written_whole,
 )
-from nanochat.data.write import atomic_file
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -57,11 +56,12 @@ def load(
         references = row.get("references", [])
         if not isinstance(references, list):
             raise DataError(f"{where}: 'references' must be a list of texts, found {type(references).__name__}")
-        images = [find_image(folder, name, where, strict) for name in names]
+        references = tuple(check_text(text, "references", where) for text in references)
+        images = tuple(find_image(folder, name, where, strict) for name in names)
         if None in images:
             skipped += 1
-            continue
-        samples.append(Sample(tuple(images), messages, tuple(check_text(text, "references", where) for text in references)))
+        else:
+            samples.append(Sample(images, messages, references))
     name = f"{file.stem}/{split}" if split in ("fit", "val") else file.stem
     return Dataset(name, task_of(samples), cut(samples, split, folder), skipped)
 
@@ -69,7 +69,7 @@ def load(
 def _messages(row: dict, n_images: int, where: str) -> tuple[dict, ...]:
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{where}: 'conversations' must be a list of {{\"from\", \"value\"}} objects")
+        raise DataError(f"{where}: 'conversations' must be a list of objects with 'from' and 'value'")
     raw = []
     for turn in turns:
         speaker, value = turn.get("from"), turn.get("value")
@@ -80,7 +80,7 @@ def _messages(row: dict, n_images: int, where: str) -> tuple[dict, ...]:
 
 
 def _parts(value: str) -> list[dict]:
-    """"<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]"""
+    """[{"type": "image"}, {"type": "text", "text": "What?"}] of "<image>\\nWhat?", the tag between its texts."""
     pieces = value.split(IMAGE_TAG)
     parts = []
     for i, piece in enumerate(pieces):
@@ -92,8 +92,8 @@ def _parts(value: str) -> list[dict]:
 
 
 def write(samples: Iterable[Sample], path: str | Path, image_folder: str | Path | None = None) -> None:
-    """Write a LLaVA file, all of it or nothing. Pictures stay where they are, below `image_folder` (by default the folder
-    of the file).
+    """Write a LLaVA file, all of it or nothing. Pictures stay where they are, below `image_folder`
+    (by default the file's folder).
 
     Raises:
         DataError: a picture that is no file, or one outside of the folder; a text that holds "<image>".
@@ -113,13 +113,13 @@ def write(samples: Iterable[Sample], path: str | Path, image_folder: str | Path 
         if sample.references != (sample.answer,):
             row["references"] = list(sample.references)
         rows.append(row)
-    with atomic_file(file) as out:
-        out.write(json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    with written_whole(file) as temporary:
+        temporary.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _name(image: object, folder: Path, where: str) -> str:
     if not isinstance(image, (str, Path)):
-        raise DataError(f"{where}: LLaVA files name pictures by path, this one is {type(image).__name__}; save it first")
+        raise DataError(f"{where}: LLaVA files name pictures by path, this is {type(image).__name__}: save it first")
     name = Path(os.path.relpath(image, folder)).as_posix()
     if name.startswith("../"):
         raise DataError(f"{where}: the picture {image} is not below {folder}, which LLaVA paths are relative to")

@@ -7,7 +7,8 @@ either right, or skipped and counted (a picture that does not exist), or a DataE
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Sample:
 
     images: in the order of the {"type": "image"} parts; empty for a sample of text alone.
     messages: {"role", "content"} dicts that end with the assistant's answer. Content is a string, or, where there are
-        images in it, a list of {"type": "image"} and {"type": "text", "text": ...} parts.
+        images in it, a list of {"type": "image"} and {"type": "text", "text": ...} parts, no two texts in a row.
     references: all acceptable last answers, the one in `messages` first. Left out, it is that one.
     """
 
@@ -67,7 +68,7 @@ class Dataset:
 
     def __post_init__(self):
         if not self.samples:
-            raise DataError(f"{self.name}: nothing to use in it ({self.skipped} rows name a picture that does not exist)")
+            raise DataError(f"{self.name}: no usable rows in it ({self.skipped} left out: their picture is missing)")
 
 
 def vqa_sample(image: ImageSource, question: str, answer: str) -> Sample:
@@ -163,6 +164,26 @@ def check_text(value: object, name: str, where: str) -> str:
     return value.strip()
 
 
+def row_sample(row: dict, image: ImageSource | None, where: str) -> tuple[str, Sample]:
+    """(task, sample) of a row with question and answer, or with captions. Its texts are checked even without an image.
+
+    Raises:
+        DataError: neither is there, or a text is missing or empty.
+    """
+    if "question" in row or "answer" in row:
+        return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where))
+    name = "captions" if "captions" in row else "caption"
+    if name in row:
+        captions = [row[name]] if isinstance(row[name], str) else row[name]
+        if not isinstance(captions, list) or not captions:
+            raise DataError(f"{where}: {name!r} must be a text or a list of texts, found {_short(captions)}")
+        return "caption", caption_sample(image, [check_text(caption, name, where) for caption in captions])
+    raise DataError(
+        f"{where}: expected an image with a question and an answer, or with captions, found the fields "
+        f"{', '.join(map(repr, row)) or 'of an empty row'}"
+    )
+
+
 def find_image(folder: Path, name: object, where: str, strict: bool) -> Path | None:
     """The picture that a row names relative to `folder`, or None where there is no such file (the caller counts it).
 
@@ -187,8 +208,8 @@ def tidy_messages(raw: object, n_images: int, where: str) -> tuple[dict, ...]:
     """Messages in the normal form of `Sample.messages`, from content that is text or a list of parts.
 
     Raises:
-        DataError: turns that are not [system], user, assistant, ..., user, assistant; an empty turn; an image outside of
-            a user's turn; another number of image parts than there are images.
+        DataError: turns that are not [system], user, assistant, ..., user, assistant; an empty turn; an image in a turn
+            that is not the user's; another number of image parts than there are images.
     """
     if not isinstance(raw, (list, tuple)):
         raise DataError(f"{where}: messages must be a list, found {_short(raw)}")
@@ -223,12 +244,28 @@ def _tidy_message(message: object, where: str) -> dict:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text":
-            parts.append({"type": "text", "text": check_text(part.get("text"), role, where)})
+            text = check_text(part.get("text"), role, where)
+            if parts and parts[-1]["type"] == "text":
+                text = f"{parts.pop()['text']}\n{text}"
+            parts.append({"type": "text", "text": text})
         else:
             raise DataError(f"{where}: a part must be of type image or text, found {_short(part)}")
-    if any(part["type"] == "image" for part in parts):
-        return {"role": role, "content": parts}
-    return {"role": role, "content": check_text("\n".join(part["text"] for part in parts), role, where)}
+    if not parts:
+        raise DataError(f"{where}: a message without content, of role {role}")
+    return {"role": role, "content": parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts}
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, which takes its place when the block ends and is gone if it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _short(value: object) -> str:

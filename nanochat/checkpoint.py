@@ -1,0 +1,255 @@
+"""A checkpoint is a folder without pickles, complete or not there at all:
+
+    model.safetensors   weights, the encoder's too       config.json     shapes, encoder architecture
+    tokenizer.json      the vocabulary                    training.json   how it was made
+    manifest.json       size and SHA-256 of each file     resume.safetensors   optimiser state (only while training)
+
+A new one is written beside the old under a temporary name, then the two change places by two renames. A kill between the
+renames leaves no folder of the name but a complete one beside it, which the next load or save moves back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
+from nanochat.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
+MODELS = {"gpt": (GPTConfig, GPT), "multimodal_gpt": (MultimodalGPTConfig, MultimodalGPT)}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of a newer format."""
+
+
+# ---- saving ----
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    training: dict,
+    *,
+    resume: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, bytes] | None = None,
+) -> None:
+    """Write a checkpoint, or replace the one in `folder`, in one step.
+
+    training: JSON-able, how the model was made. resume: tensors to go on training with. dtype: store floating-point weights
+    in it (torch.float16 halves the file). extra: further files, name -> contents; files in the folder that are no part
+    of a checkpoint stay.
+    Raises OSError, as for a full disk: what was in `folder` is then still there.
+    """
+    folder = Path(folder)
+    recover(folder)
+    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is no checkpoint: choose another name, nothing was written")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = beside(folder, "new"), beside(folder, "old")
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed while it wrote
+    new.mkdir()
+    try:
+        write_files(new, model, tokenizer, training, resume, dtype, extra or {})
+        if folder.exists():
+            keep_foreign_files(folder, new)
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        recover(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: dict[str, bytes]) -> None:
+    kind = "multimodal_gpt" if isinstance(model, MultimodalGPT) else "gpt"
+    encoder = getattr(model, "vision_encoder", None)
+    config = {"model": kind, "config": asdict(model.config), "encoder": encoder.architecture if encoder else None}
+    weights = {name: stored(tensor, dtype) for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    if resume is not None:
+        save_file({name: stored(tensor, None) for name, tensor in resume.items()}, folder / "resume.safetensors")
+    texts = {
+        "config.json": json.dumps(config, indent=1),
+        "tokenizer.json": tokenizer.to_json(),
+        "training.json": json.dumps(training, indent=1),
+    }
+    for name, content in ({name: text.encode() for name, text in texts.items()} | extra).items():
+        (folder / name).write_bytes(content)
+    names = [*REQUIRED, *(["resume.safetensors"] if resume is not None else [])]
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    manifest = {"format_version": FORMAT_VERSION, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def keep_foreign_files(old: Path, new: Path) -> None:
+    """Whatever else the user keeps in the folder moves along."""
+    for path in old.iterdir():
+        if path.name in (*REQUIRED, "manifest.json", "resume.safetensors") or (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        else:
+            os.link(path, new / path.name)
+
+
+def beside(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+def recover(folder: Path) -> None:
+    """Finish what a kill between the two renames left: the new folder if it is complete, else the old one."""
+    new, old = beside(folder, "new"), beside(folder, "old")
+    if not folder.exists():
+        if old.exists() and complete(new):
+            os.rename(new, folder)
+        elif old.exists():
+            os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- loading ----
+
+
+def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, dict]:
+    """(model in evaluation mode on `device`, tokenizer, training.json) of a folder or a hub name "owner/name".
+
+    Weights become float32, whatever they were stored in. Raises CheckpointError where a file is missing, truncated or
+    altered, or where the format is newer than this version reads.
+    """
+    folder = locate(folder)
+    verify(folder)
+    described = read_json(folder / "config.json")
+    config_class, model_class = MODELS[described["model"]]
+    known = {field.name for field in fields(config_class)}
+    unknown = sorted(set(described["config"]) - known)
+    if unknown:
+        raise CheckpointError(f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)}")
+    model = model_class(config_class(**described["config"]))
+    if described["encoder"] is not None:
+        from nanochat.vision import YOLOv9Plus  # here, so that text models load without ultralytics
+
+        model.attach_encoder(YOLOv9Plus.from_architecture(described["encoder"]))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json: {' '.join(str(error).split())[:300]}"
+        ) from error
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return model.to(device).eval(), tokenizer, read_json(folder / "training.json")
+
+
+def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors to go on training with. Raises CheckpointError if the checkpoint was saved without."""
+    path = Path(folder) / "resume.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no resume.safetensors: it is a finished model, training cannot go on from it"
+        )
+    return load_file(path)
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError unless every file is as the manifest says."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        found = "no such folder" if not folder.exists() else "it has no manifest.json"
+        raise CheckpointError(f"{folder} is no checkpoint: {found}")
+    manifest = read_json(manifest_path)
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{manifest_path} is damaged: copy the checkpoint again")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade nanochat-vision"
+        )
+    for name in REQUIRED:
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{manifest_path} does not list {name}: copy the checkpoint again")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing: copy the checkpoint again")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path} has {size} bytes, {expected['size']} expected: copy the checkpoint again")
+        if sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's; copy the checkpoint again")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def locate(name: str | Path) -> Path:
+    """A local folder, or the cached download of a hub name."""
+    folder = Path(name).expanduser()
+    recover(folder)
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*REQUIRED, "manifest.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"there is no folder {name}, and the hub does not give it: {reason}") from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
+    """Verify a checkpoint and upload it; returns its address. Raises CheckpointError if it is damaged."""
+    from huggingface_hub import HfApi
+
+    folder = locate(folder)
+    verify(folder)
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[*REQUIRED, "manifest.json"]))

@@ -1,0 +1,232 @@
+"""How good answers and captions are, with 95 % intervals, and what is reached without looking at the picture, which
+every score is to be read beside.
+
+Intervals come from the bootstrap over images: several questions about one image are right or wrong together, so images
+are drawn with replacement, each with all that was asked about it (cluster bootstrap; Efron & Tibshirani 1993). The
+bounds are percentiles. With one image, or where every answer is right, the interval has no width; that is the method's
+limit and no certainty.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+MAX_N = 4  # BLEU-4
+TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0/0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Answers of a model that sees no image, and where it knows them from: "train" or "evaluated split"."""
+
+    predictions: list[str]
+    source: str
+
+
+# ---- answers ----
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the end: "  Two  Chairs. " -> "two chairs"."""
+    return " ".join(text.lower().split()).rstrip(".,;:!? ")
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> bool:
+    """Whether the normalised prediction is one of the normalised references."""
+    return normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
+
+
+def majority_baseline(references: Sequence[Sequence[str]], train_answers: Sequence[str] | None = None) -> Baseline:
+    """The commonest training answer for every question.
+
+    references: acceptable answers of each evaluated question, the usual one first. Without training answers the
+        commonest of these is taken, which flatters the baseline: `source` says so.
+    """
+    answers = [r[0] for r in references] if train_answers is None else train_answers
+    source = "evaluated split" if train_answers is None else "train"
+    return Baseline([_commonest(answers)] * len(references), source)
+
+
+def question_baseline(
+    questions: Sequence[str], train_questions: Sequence[str], train_answers: Sequence[str]
+) -> Baseline:
+    """The commonest training answer to the same question text, or of all where the text was never asked: the
+    question-only prior (Malinowski & Fritz 2014 report it for DAQUAR)."""
+    by_question: dict[str, list[str]] = {}
+    for question, answer in zip(train_questions, train_answers, strict=True):
+        by_question.setdefault(normalize_answer(question), []).append(answer)
+    known = {question: _commonest(answers) for question, answers in by_question.items()}
+    fallback = _commonest(train_answers)
+    return Baseline([known.get(normalize_answer(question), fallback) for question in questions], "train")
+
+
+def _commonest(answers: Sequence[str]) -> str:
+    counts = Counter(map(normalize_answer, answers))
+    if not counts:
+        raise ValueError("a baseline needs at least one answer to know the commonest of")
+    return min(counts, key=lambda answer: (-counts[answer], answer))  # ties by the alphabet, not by the order of rows
+
+
+# ---- intervals ----
+
+
+def accuracy(correct: Sequence[bool] | np.ndarray, images: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """The mean of 0/1 values (or of any others, as differences of two models or CIDEr) with its interval over images.
+
+    correct: (n,); images: which image each belongs to, e.g. `data.image_key`.
+    """
+    correct = np.asarray(correct, dtype=np.float64)
+    statistics = np.stack([correct, np.ones_like(correct)], axis=1)  # (n, 2): sum and count
+    return bootstrap(statistics, images, lambda sums: sums[..., 0] / sums[..., 1], seed)
+
+
+def bootstrap(
+    statistics: np.ndarray,
+    images: Sequence[Hashable],
+    score: Callable[[np.ndarray], np.ndarray],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """A score of summed statistics, and its 95 % percentile interval over resampled images.
+
+    statistics: (n, k), one row a question or caption; score: (..., k) sums -> (...).
+
+    Raises:
+        ValueError: nothing to score, or another number of images than of rows.
+    """
+    if len(statistics) == 0:
+        raise ValueError("there is nothing to score: no predictions")
+    if len(statistics) != len(images):
+        raise ValueError(f"{len(statistics)} scored rows but {len(images)} image keys; each row needs one")
+    numbers: dict[Hashable, int] = {}
+    cluster = np.array([numbers.setdefault(image, len(numbers)) for image in images])
+    n = len(numbers)
+    sums = np.zeros((n, statistics.shape[1]))
+    np.add.at(sums, cluster, statistics)
+
+    rng = np.random.default_rng(seed)
+    resampled = np.empty((resamples, sums.shape[1]))
+    step = max(1, 1_000_000 // n)  # bounds the memory: 8 MB of counts at a time
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)  # how often each image was drawn
+        resampled[start : start + rows] = counts @ sums
+    low, high = np.percentile(score(resampled), [2.5, 97.5])
+    return Estimate(float(score(sums.sum(axis=0))), float(low), float(high))
+
+
+# ---- captions ----
+
+
+def caption_tokens(text: str) -> list[str]:
+    """Lower-case words without punctuation, "A dog's toy." -> a, dog, s, toy.
+
+    Published numbers mostly use the PTBTokenizer, which needs Java and is not used here; it differs little on plain
+    captions (it keeps hyphens and the apostrophe of "'s").
+    """
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of a corpus, 0..1 (Papineni et al. 2002), by pycocoevalcap.
+
+    Raises:
+        ImportError: pycocoevalcap is not installed.
+        ValueError: no predictions, or a caption without references.
+    """
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+    except ImportError as error:
+        raise _eval_missing() from error
+    scores, _ = Bleu(MAX_N).compute_score(*_coco_form(predictions, references), verbose=0)
+    return [float(score) for score in scores]
+
+
+def bleu_interval(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], images: Sequence[Hashable], seed: int = 0
+) -> Estimate:
+    """BLEU-4, 0..1, with its interval over images: corpus BLEU is computed anew from the counts of each resample."""
+    statistics = np.array([bleu_statistics(p, r) for p, r in zip(predictions, references, strict=True)])
+    return bootstrap(statistics, images, lambda sums: bleu_score(sums)[..., MAX_N - 1], seed)
+
+
+def bleu_statistics(prediction: str, references: Sequence[str]) -> list[int]:
+    """What corpus BLEU sums up: 4 clipped n-gram matches, 4 n-gram counts, length, length of the closest reference."""
+    words, reference_words = caption_tokens(prediction), [caption_tokens(reference) for reference in references]
+    if not reference_words:
+        raise ValueError(f"the caption {prediction!r} has no references to be scored against")
+    matches, counts = [], []
+    for n in range(1, MAX_N + 1):
+        allowed: Counter = Counter()
+        for reference in reference_words:
+            allowed |= _ngrams(reference, n)  # the largest count in any one reference
+        own = _ngrams(words, n)
+        matches.append((own & allowed).total())
+        counts.append(own.total())
+    closest = min((abs(len(reference) - len(words)), len(reference)) for reference in reference_words)[1]
+    return [*matches, *counts, len(words), closest]
+
+
+def bleu_score(sums: np.ndarray) -> np.ndarray:
+    """(..., 10) summed `bleu_statistics` -> (..., 4) BLEU-1 to BLEU-4."""
+    matches, counts = sums[..., :MAX_N], sums[..., MAX_N : 2 * MAX_N]
+    length, reference_length = sums[..., -2:-1], sums[..., -1:]
+    precision = (matches + TINY) / (counts + SMALL)
+    ratio = (length + TINY) / (reference_length + SMALL)
+    means = np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_N + 1))
+    return means * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """CIDEr-D of each caption, (n,) in 0..10 (Vedantam et al. 2015), by pycocoevalcap; their mean is the corpus value.
+
+    Rare words weigh more, and rarity is counted over the references given: values of different subsets do not compare,
+    and with one image all are 0.
+
+    Raises:
+        ImportError: pycocoevalcap is not installed.
+        ValueError: no predictions, or a caption without references.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise _eval_missing() from error
+    truths, results = _coco_form(predictions, references)
+    if not any(any(captions) for captions in truths.values()):
+        raise ValueError("there is not one word in the references")
+    return Cider().compute_score(truths, results)[1]
+
+
+def _coco_form(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
+    """(references, predictions) as pycocoevalcap takes them: number -> list of texts that it splits at spaces."""
+    if not predictions:
+        raise ValueError("there is nothing to score: no predictions")
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references")
+    for prediction, captions in zip(predictions, references, strict=True):
+        if not captions or isinstance(captions, str):
+            raise ValueError(f"the caption {prediction!r} needs a list of references, found {captions!r}")
+    truths = {i: [" ".join(caption_tokens(text)) for text in captions] for i, captions in enumerate(references)}
+    return truths, {i: [" ".join(caption_tokens(text))] for i, text in enumerate(predictions)}
+
+
+def _ngrams(words: list[str], n: int) -> Counter:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def _eval_missing() -> ImportError:
+    return ImportError("caption scores need pycocoevalcap: pip install nanochat-vision[eval]")

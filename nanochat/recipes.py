@@ -1,0 +1,135 @@
+"""What to train, on what, and how: one dataclass a recipe. Every field is a flag: nanochat train easy_vqa --steps 100."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Recipe:
+    """Defaults that the recipes below change where their data asks for it."""
+
+    # data
+    data: str = ""
+    "Dataset name or path, as `nanochat.data.load_dataset` reads it."
+    train_split: str = "fit"
+    val_split: str = "val"
+    val_images: int = 400
+    "Validation pictures, at most."
+    strict: bool = False
+    "Refuse data with missing pictures instead of leaving their rows out."
+
+    # eyes
+    encoder: str = "yolov9t.yaml"
+    "Official name, .pt path, or .yaml for random weights."
+    layer: str = "p3"
+    "Map of the encoder that the words see: head, p3, p4, p5, an index, or several joined by +."
+    image_size: int = 224
+    "Square input of the encoder in pixels, a multiple of 32."
+    vision_tokens: int = 16
+    "Vectors per picture: 1 is pooled, a square number is a grid."
+    train_encoder: bool = False
+    "Train the encoder too; else its features are computed once and kept on disk."
+    batchnorm: Literal["frozen", "train"] = "frozen"
+    "Statistics of the encoder's BatchNorm while it trains: frozen for pretrained weights, train for random ones."
+    flip: Literal["none", "horizontal", "both"] = "none"
+    "Random mirroring of training pictures (a trained encoder only)."
+    jitter: float = 0.0
+    "Random shift of training pictures, as a share of their side, and zoom by as much (a trained encoder only)."
+
+    # words
+    vocab_size: int = 4096
+    "At most; a small text has fewer merges."
+    sequence_len: int = 128
+    "Context in tokens, vision tokens included."
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    "Of the decoder's activations; bfloat16 is faster where the processor has instructions for it."
+
+    # steps
+    epochs: float = 10.0
+    steps: int | None = None
+    "Instead of epochs."
+    images_per_step: int = 32
+    questions_per_image: int = 4
+    "Questions about one picture in a step, drawn at random; they share one encoder pass."
+    device_batch_size: int | None = None
+    "Pictures in memory at a time; a step accumulates gradients until it has images_per_step."
+    gradient_checkpointing: bool = False
+    "Recompute the decoder's blocks in the backward pass: less memory, more time."
+    blind_share: float = 0.05
+    "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
+
+    # optimisers: Muon on matrices, AdamW on the rest
+    matrix_lr: float = 0.02
+    embedding_lr: float = 5e-3
+    encoder_lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 50
+    cooldown: float = 0.5
+    "Share of the run in which the learning rates fall to zero."
+
+    # run
+    out: str = ""
+    "Checkpoint folder; default runs/RECIPE."
+    resume: bool = False
+    "Go on with the run in `out`."
+    seed: int = 0
+    device: str = "auto"
+    encoder_device: str | None = None
+    "Another device for the encoder, to leave memory to the decoder."
+    eval_every: int = 250
+    "Steps between validations."
+    save_every: int = 250
+    "Steps between checkpoints: what a kill can lose."
+    cache: str = ""
+    "Folder of the feature cache; default OUT/../features."
+
+
+@dataclass
+class EasyVQA(Recipe):
+    """Questions about coloured shapes, trained end to end from random weights: the model that ships."""
+
+    data: str = "easy_vqa"
+    layer: str = "2"
+    image_size: int = 64
+    train_encoder: bool = True
+    batchnorm: Literal["frozen", "train"] = "train"
+    flip: Literal["none", "horizontal", "both"] = "both"
+    vocab_size: int = 320
+    sequence_len: int = 64
+    n_layer: int = 2
+    n_embd: int = 128
+    encoder_lr: float = 3e-3
+
+
+@dataclass
+class Flickr8k(Recipe):
+    """Captions of photographs. Needs a folder with train.jsonl, dev.jsonl and images: --data DIR."""
+
+    train_split: str = "train"
+    val_split: str = "dev"
+    encoder: str = ""
+    layer: str = "p3+p4+p5"
+    vision_tokens: int = 49
+
+
+@dataclass
+class Daquar(Recipe):
+    """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR."""
+
+    encoder: str = ""
+    layer: str = "p3+p4+p5"
+    vision_tokens: int = 49
+
+
+@dataclass
+class Folder(Recipe):
+    """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH."""
+
+    train_split: str = "fit"
+    val_split: str = "val"
+
+
+RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder}

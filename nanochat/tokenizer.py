@@ -1,0 +1,145 @@
+"""Byte-level BPE on the `tokenizers` library: any string goes in and comes out as it was. JSON on disk, no pickle.
+
+Special tokens have the ids behind the learnt vocabulary and can only be made by name: the spelling of one in a user's text
+is plain text, so nobody can type a picture or another's turn.
+"""
+
+import codecs
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+    "<|image|>",
+)
+
+# Where merges may not cross, as in nanochat (GPT-4's split, with numbers cut after two digits instead of three).
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2's table), as character -> byte."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """Build one with `train`, `load` or `from_json`."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer):
+        missing = [name for name in SPECIAL_TOKENS if bpe.token_to_id(name) is None]
+        if missing:
+            raise ValueError(f"this tokenizer lacks the special tokens {', '.join(missing)}")
+        bpe.encode_special_tokens = True  # spellings of special tokens are ordinary text; not kept in the JSON
+        self.bpe = bpe
+        self.special_ids = frozenset(i for i, token in bpe.get_added_tokens_decoder().items() if token.special)
+        alphabet = byte_alphabet()
+        # the bytes of each token id; b"" for special tokens
+        self.token_bytes = [b""] * bpe.get_vocab_size()
+        for token, i in bpe.get_vocab().items():
+            if i not in self.special_ids:
+                self.token_bytes[i] = bytes(alphabet[c] for c in token)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn merges from `texts`. `vocab_size` counts bytes, merges and special tokens, and is an upper bound: a small
+        text has fewer merges. Raises ValueError if it leaves no room for the 256 bytes and the special tokens."""
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least} (256 bytes, special tokens), got {vocab_size}")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+        return cls(bpe)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises bare Exception for bad JSON
+            raise ValueError(f"this is no tokenizer in JSON form: {error}") from error
+
+    def to_json(self) -> str:
+        return self.bpe.to_str(pretty=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        new.write_text(self.to_json(), encoding="utf-8")
+        os.replace(new, path)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    def special(self, name: str) -> int:
+        """The id of a special token. Raises ValueError if there is none of that name."""
+        i = self.bpe.token_to_id(name)
+        if i is None or i not in self.special_ids:
+            raise ValueError(f"there is no special token {name!r}")
+        return i
+
+    def add_special_tokens(self, names: Sequence[str]) -> list[int]:
+        """Let the vocabulary grow (action tokens, say): new ids at its end, in the order of `names`."""
+        self.bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        self.__init__(self.bpe)
+        return [self.special(name) for name in names]
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode(text).ids
+
+    def bytes_of(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
+        return self.token_bytes[token_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
+        return b"".join(self.bytes_of(i) for i in ids).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Text of a stream of ids as it becomes certain: a character whose bytes are spread over tokens waits for the last."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        return self.utf8.decode(self.tokenizer.bytes_of(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self.utf8.decode(b"", final=True)

@@ -1,0 +1,412 @@
+"""The training loop: a recipe in, a checkpoint folder out.
+
+    data -> tokenizer -> model -> steps (accumulate, clip, Muon + AdamW) -> validate three ways -> checkpoint
+
+Muon (Keller Jordan, 2024) turns the decoder's matrices and the projector; AdamW the embeddings, the head and the encoder.
+A run validates aligned (the right picture), shuffled (another picture) and blind (none): where the three agree, nothing
+has been learnt from the pictures, and the run says so.
+"""
+
+import io
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, hide
+from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
+from nanochat.data import load_dataset, one_per_reference
+from nanochat.data.sample import limit
+from nanochat.features import cached_features
+from nanochat.gpt import IGNORE_INDEX
+from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
+from nanochat.recipes import Recipe
+from nanochat.tokenizer import Tokenizer
+from nanochat.vision import YOLOv9Plus
+
+console = Console()
+BETAS = (0.9, 0.95)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPANDABLE = (
+    "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "
+    "encoder_device=cpu, or use fewer vision_tokens"
+)
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end (or go on with it) and return the checkpoint folder.
+
+    Raises ValueError or OSError for data, settings or folders that cannot be used, before anything is written; MemoryError
+    with the options that help when the GPU is full. Ctrl-C saves and raises KeyboardInterrupt with how to go on.
+    """
+    out = Path(recipe.out or f"runs/{recipe_name(recipe)}")
+    if (out.exists() or out.is_symlink()) and not recipe.resume:
+        raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
+    torch.manual_seed(recipe.seed)
+    device = pick_device(recipe.device)
+
+    train_set = load_dataset(recipe.data, recipe.train_split, recipe.strict)
+    val_set = load_dataset(recipe.data, recipe.val_split, recipe.strict)
+    samples = one_per_reference(train_set.samples)
+    if recipe.resume:
+        model, tokenizer, training = load_checkpoint(out, device)
+        model.transformer.wte.to(DTYPES[recipe.dtype])
+        check_same(recipe, training["recipe"])
+    else:
+        tokenizer = Tokenizer.train(texts_of(samples), recipe.vocab_size)
+        model, training = build_model(recipe, tokenizer, device), {"step": 0, "seconds": 0.0, "history": []}
+
+    data = Rows(samples, tokenizer, model.config)
+    val = Rows(limit(one_per_reference(val_set.samples), 5 * recipe.val_images), tokenizer, model.config)
+    eyes, val_eyes = open_eyes(recipe, model, data, val, out)
+    steps = recipe.steps or math.ceil(recipe.epochs * len(data.groups) / recipe.images_per_step)
+    skipped = train_set.skipped + val_set.skipped
+    console.print(
+        f"{len(samples)} conversations about {len(data.images)} pictures, {len(val.images)} to validate"
+        + (f" ({skipped} rows left out: their picture is missing)" if skipped else "")
+        + f"; {trained_parameters(model):,} trained parameters, vocabulary {tokenizer.vocab_size}, {steps} steps on {device}"
+    )
+    run = Run(recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, training)
+    return run.go()
+
+
+class Run:
+    """The state of a training run between two steps."""
+
+    def __init__(self, recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, before):
+        self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
+        self.data, self.val, self.eyes, self.val_eyes = data, val, eyes, val_eyes
+        self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
+        self.optimizers = make_optimizers(model, recipe)
+        self.started = time.monotonic()
+        if recipe.resume:
+            load_optimizers(self.optimizers, load_resume(out))
+
+    def go(self) -> Path:
+        try:
+            self.loop()
+        except KeyboardInterrupt:
+            self.save()
+            raise KeyboardInterrupt(
+                f"stopped at step {self.step} of {self.steps} and saved; go on with: "
+                f"nanochat train {recipe_name(self.recipe)} --out {self.out} --resume"
+            ) from None
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"the GPU is full at step {self.step}: {EXPANDABLE} ({str(error).splitlines()[0]})"
+            ) from None
+        return self.out
+
+    def loop(self) -> None:
+        recipe = self.recipe
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("training", total=self.steps, completed=self.step, status="")
+            since, tokens, images, losses = time.monotonic(), 0, 0, []
+            while self.step < self.steps:
+                loss, batch_tokens, batch_images = self.train_step()
+                losses.append(loss)
+                tokens, images = tokens + batch_tokens, images + batch_images
+                if len(losses) == 10 or self.step == self.steps:
+                    took = max(time.monotonic() - since, 1e-9)
+                    mean = sum(losses) / len(losses)
+                    self.log(loss=mean, tokens_per_s=tokens / took, images_per_s=images / took)
+                    status = f"loss {mean:.3f}  {tokens / took:,.0f} tokens/s  {images / took:.0f} images/s"
+                    progress.update(bar, completed=self.step, status=status)
+                    since, tokens, images, losses = time.monotonic(), 0, 0, []
+                if self.step % recipe.eval_every == 0 or self.step == self.steps:
+                    check = three_ways(self.model, self.val, self.val_eyes, recipe.images_per_step)
+                    self.log(**check)
+                    progress.console.print(describe(self.step, self.elapsed(), check))
+                    since, tokens, images, losses = time.monotonic(), 0, 0, []
+                if self.step % recipe.save_every == 0 or self.step == self.steps:
+                    self.save()
+        self.report()
+
+    def train_step(self) -> tuple[float, int, int]:
+        """One optimiser step. Returns the loss in nats a token, the tokens, and the pictures it took."""
+        recipe, model = self.recipe, self.model
+        set_training(model, recipe)
+        groups = self.data.step(self.step, recipe.images_per_step, recipe.questions_per_image, recipe.seed)
+        rng = np.random.default_rng([recipe.seed, self.step, 2])
+        size = recipe.device_batch_size or len(groups)
+        parts = [collate([row for group in groups[i : i + size] for row in group]) for i in range(0, len(groups), size)]
+        n_learnt = max(
+            1, sum(part.n_learnt for part in parts)
+        )  # of the whole step: micro-batches weigh by their tokens
+        total = 0.0
+        for part in parts:
+            loss = self.loss(part, rng) / n_learnt
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise ValueError(f"the loss became {total} at step {self.step}: lower the learning rates (matrix_lr first)")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = learning_rate_factor(self.step, self.steps, recipe)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total, sum(part.idx.numel() for part in parts), sum(len(part.numbers) for part in parts)
+
+    def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+        device = self.model.device
+        vectors = self.eyes(batch.numbers, rng).to(device) if batch.numbers else None
+        vectors = hide(batch.spread(vectors), rng, self.recipe.blind_share)
+        mask = (batch.idx == self.data.vision_token_id).to(device)
+        return self.model(batch.idx.to(device), vectors, mask, batch.targets.to(device), loss_reduction="sum")
+
+    def log(self, **values) -> None:
+        line = {"step": self.step, "seconds": round(self.elapsed(), 2), **values}
+        self.history.append(line)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def save(self) -> None:
+        training = {
+            "recipe_name": recipe_name(self.recipe),
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "steps": self.steps,
+            "seconds": round(self.elapsed(), 1),
+            "history": self.history,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        resume, extra = optimizer_tensors(self.optimizers), history_files(self.history)
+        save_checkpoint(self.out, self.model, self.tokenizer, training, resume=resume, extra=extra)
+
+    def report(self) -> None:
+        last = next((line for line in reversed(self.history) if "aligned" in line), None)
+        if last is None:
+            return
+        table = Table(title=f"validation after {self.step} steps, {self.elapsed() / 60:.1f} min")
+        for column in ("", "aligned", "shuffled", "blind"):
+            table.add_column(column, justify="right")
+        rows = (("loss (nats/token)", "{:.3f}", ""), ("answers exactly right", "{:.1%}", "_accuracy"))
+        for name, style, suffix in rows:
+            table.add_row(name, *(style.format(last[way + suffix]) for way in ("aligned", "shuffled", "blind")))
+        console.print(table)
+        if last["shuffled"] - last["aligned"] < 0.02:
+            console.print("[yellow]The picture makes no difference: the model has learnt nothing from it yet.[/yellow]")
+        console.print(f"checkpoint and loss curve in {self.out}")
+
+
+def describe(step: int, seconds: float, check: dict) -> str:
+    """A validation in one line."""
+    ways = "  ".join(
+        f"{way} {check[way]:.3f} ({check[f'{way}_accuracy']:.1%})" for way in ("aligned", "shuffled", "blind")
+    )
+    return f"step {step:5d}  {seconds / 60:5.1f} min  loss (exactly right): {ways}"
+
+
+@torch.inference_mode()
+def three_ways(model: MultimodalGPT, rows: Rows, eyes, images_per_step: int) -> dict:
+    """{"aligned", "shuffled", "blind"} mean losses in nats a token, and "..._accuracy": the share of rows in which every
+    learnt token is the likeliest one, which is what greedy generation would say exactly."""
+    model.eval()
+    totals = {way: np.zeros(3) for way in ("aligned", "shuffled", "blind")}  # loss, exactly right rows, learnt tokens
+    n_rows = 0
+    for start in range(0, len(rows.groups), images_per_step):
+        groups = rows.groups[start : start + images_per_step]
+        batch = collate([row for group in groups for row in group])
+        n_rows += len(batch.idx)
+        idx, targets = batch.idx.to(model.device), batch.targets.to(model.device)
+        mask = idx == rows.vision_token_id
+        vectors = eyes(batch.numbers).to(model.device) if batch.numbers else None
+        if vectors is None:
+            ways = dict.fromkeys(totals)
+        else:
+            # another picture of the batch for each: neighbours swap places, and a lone picture gets none
+            other = vectors.roll(1, 0) if len(vectors) > 1 else torch.zeros_like(vectors)
+            ways = {"aligned": vectors, "shuffled": other, "blind": torch.zeros_like(vectors)}
+        for way, seen in ways.items():
+            spread = None if seen is None else batch.spread(seen)
+            learnt = model.without_images(targets, mask) != IGNORE_INDEX
+            logits = model.logits(model.trunk(model.embed(idx, spread, mask))[learnt])
+            losses = torch.nn.functional.cross_entropy(logits, targets[learnt], reduction="sum")
+            wrong = torch.zeros_like(targets).masked_scatter(learnt, (logits.argmax(-1) != targets[learnt]).long())
+            totals[way] += (losses.item(), (wrong.sum(1) == 0).sum().item(), learnt.sum().item())
+    result = {way: t[0] / max(1, t[2]) for way, t in totals.items()}
+    return result | {f"{way}_accuracy": t[1] / n_rows for way, t in totals.items()}
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> MultimodalGPT:
+    encoder = YOLOv9Plus(recipe.encoder or None, image_size=recipe.image_size)
+    encoder.truncate(recipe.layer)
+    config = MultimodalGPTConfig(
+        sequence_len=recipe.sequence_len,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        n_kv_head=recipe.n_head,
+        n_embd=recipe.n_embd,
+        vision_embedding_dim=encoder.embedding_dim(recipe.layer),
+        vision_tokens_per_image=recipe.vision_tokens,
+        vision_token_id=tokenizer.special("<|image|>"),
+        vision_layer=recipe.layer,
+        vision_image_size=recipe.image_size,
+    )
+    model = create_multimodal_gpt(config, device)
+    model.init_weights()
+    model.transformer.wte.to(DTYPES[recipe.dtype])
+    model.attach_encoder(encoder.to(device))
+    return model
+
+
+def open_eyes(recipe: Recipe, model: MultimodalGPT, data: Rows, val: Rows, out: Path):
+    """What turns picture numbers into vectors, for training and for validation."""
+    encoder = model.vision_encoder
+    encoder.to(pick_device(recipe.encoder_device) if recipe.encoder_device else model.device)
+    encoder.requires_grad_(recipe.train_encoder)
+    if recipe.train_encoder:
+        args = (recipe.layer, recipe.vision_tokens)
+        return TrainedEyes(encoder, data.images, *args, recipe.flip, recipe.jitter), TrainedEyes(
+            encoder, val.images, *args
+        )
+    encoder.eval()
+    folder = recipe.cache or out.parent / "features"
+    with Progress(console=console) as progress:
+        bar = progress.add_task("looking at every picture once", total=None)
+        features = [
+            cached_features(
+                encoder, rows.images, recipe.layer, recipe.vision_tokens, folder,
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+            for rows in (data, val)
+        ]  # fmt: skip
+    return FeatureEyes(features[0]), FeatureEyes(features[1])
+
+
+def set_training(model: MultimodalGPT, recipe: Recipe) -> None:
+    """Training mode, except what must not move: a frozen encoder, and the statistics of a pretrained one."""
+    model.train()
+    if not recipe.train_encoder:
+        model.vision_encoder.eval()
+    elif recipe.batchnorm == "frozen":
+        for module in model.vision_encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    model.gradient_checkpointing = recipe.gradient_checkpointing
+
+
+def make_optimizers(model: MultimodalGPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the decoder and the projector; AdamW for embeddings, head, positions and encoder."""
+    matrices, tables, encoder = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith("vision_encoder."):
+            encoder.append(p)
+        elif p.dim() == 2 and not name.startswith(("transformer.wte", "lm_head", "vision_projector.position")):
+            matrices.append(p)
+        else:
+            tables.append(p)
+    muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="original")
+    groups = [{"params": tables, "lr": recipe.embedding_lr, "weight_decay": 0.0}]
+    if encoder:
+        groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
+    adamw = torch.optim.AdamW(groups, betas=BETAS)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return [muon, adamw]
+
+
+def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """Warm up, stay, fall to zero along a line: a trapezoid."""
+    rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    fall = min(1.0, (steps - step) / max(1, recipe.cooldown * steps))
+    return rise * fall
+
+
+def optimizer_tensors(optimizers) -> dict[str, torch.Tensor]:
+    """All optimiser state as flat named tensors: "optimizer.parameter.name"."""
+    return {
+        f"{i}.{number}.{key}": value
+        for i, optimizer in enumerate(optimizers)
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict] = {}
+        for name, value in tensors.items():
+            owner, number, key = name.split(".", 2)
+            if int(owner) == i:
+                state.setdefault(int(number), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_same(recipe: Recipe, before: dict) -> None:
+    """A resumed run must be the run it goes on with. Raises ValueError naming what changed."""
+    free = {"out", "resume", "device", "encoder_device", "cache", "save_every", "eval_every", "gradient_checkpointing"}
+    changed = [
+        f"{k}={before.get(k)!r} then, {v!r} now"
+        for k, v in asdict(recipe).items()
+        if k not in free and before.get(k) != v
+    ]
+    if changed:
+        raise ValueError(f"this is another run than the one in {recipe.out}: {'; '.join(changed)}")
+
+
+def texts_of(samples):
+    for sample in samples:
+        for message in sample.messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            yield from (part["text"] for part in parts if part["type"] == "text")
+
+
+def trained_parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: use --device cpu")
+    return torch.device(name)
+
+
+def recipe_name(recipe: Recipe) -> str:
+    return type(recipe).__name__
+
+
+def history_files(history: list[dict]) -> dict[str, bytes]:
+    """What people look at beside a checkpoint: metrics.jsonl, a line each, and loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [line for line in history if "loss" in line]
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="0.7")
+    checks = [line for line in history if "aligned" in line]
+    for way in ("aligned", "shuffled", "blind"):
+        axes.plot(
+            [line["step"] for line in checks], [line[way] for line in checks], marker=".", label=f"validation, {way}"
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    plt.close(figure)
+    return {"metrics.jsonl": "".join(json.dumps(line) + "\n" for line in history).encode(), "loss.png": png.getvalue()}

@@ -1,0 +1,641 @@
+"""Every source yields the same samples; bad rows are named, missing pictures counted, nothing is lost in between."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nanochat.data import (
+    CAPTION_PROMPT,
+    DataError,
+    Sample,
+    hf,
+    image_key,
+    jsonl,
+    limit,
+    llava,
+    load_dataset,
+    one_per_reference,
+)
+from nanochat.data import easy_vqa as easy_vqa_source
+from nanochat.data.sample import caption_sample, check_text, cut, find_image, vqa_sample
+from nanochat.vision.images import ImageError
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
+SHARED = Path(__file__).parents[2] / "shared/data"
+
+
+def png(colour=(255, 0, 0)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with images/0.png .. images/19.png."""
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        (tmp_path / f"images/{i}.png").write_bytes(png((i, 0, 0)))
+    return tmp_path
+
+
+def write_lines(file: Path, *rows) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def vqa_rows(n=20, each=2):
+    return [
+        {"image": f"images/{i}.png", "question": f"what is {i}?", "answer": f"{j}"}
+        for i in range(n)
+        for j in range(each)
+    ]
+
+
+# ---- samples ----
+
+
+def test_vqa_sample_has_the_common_form():
+    sample = vqa_sample("a.png", "What colour?", "red")
+    assert sample.messages == (
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
+        {"role": "assistant", "content": "red"},
+    )
+    assert (sample.images, sample.references) == (("a.png",), ("red",))
+    assert (sample.question, sample.answer) == ("What colour?", "red")
+
+
+def test_one_per_reference_trains_on_every_caption():
+    sample = caption_sample("a.png", ["one", "two", "three"])
+    assert sample.answer == "one" and sample.question == CAPTION_PROMPT
+    expanded = one_per_reference([sample])
+    assert [s.answer for s in expanded] == ["one", "two", "three"]
+    assert all(s.references == ("one", "two", "three") and s.question == CAPTION_PROMPT for s in expanded)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 3))
+def test_limit_is_a_seeded_subset_in_order(total, n, seed):
+    samples = list(range(total))
+    chosen = limit(samples, n, seed)
+    assert len(chosen) == min(n, total) and chosen == sorted(set(chosen)) and chosen == limit(samples, n, seed)
+
+
+def test_limit_draws_at_random_and_refuses_zero():
+    assert limit(range(1000), 10, seed=0) != limit(range(1000), 10, seed=1)
+    assert max(limit(range(1000), 10)) > 500  # not simply the first ten
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        limit([1], 0)
+
+
+def test_image_key_is_the_same_for_the_same_picture_only():
+    red, blue = png(), png((0, 0, 255))
+    assert image_key(red) == image_key({"bytes": red, "path": "x"}) != image_key(blue)
+    assert image_key("a/b.png") == image_key(Path("a/b.png")) == image_key({"bytes": None, "path": "a/b.png"})
+    opened = [Image.open(io.BytesIO(data)) for data in (red, red, blue)]
+    assert image_key(opened[0]) == image_key(opened[1]) != image_key(opened[2])
+    zeros = np.zeros((4, 4, 3), np.uint8)
+    assert image_key(zeros) == image_key(zeros.copy()) != image_key(zeros + 1) != image_key(zeros.reshape(2, 8, 3))
+    assert image_key(torch.zeros(3, 4, 4)) != image_key(torch.ones(3, 4, 4, dtype=torch.bfloat16))
+
+
+def test_cut_is_by_image_complete_and_independent_of_order_and_place(tmp_path):
+    def samples(root):
+        return [vqa_sample(root / f"{i}.png", str(j), "yes") for i in range(50) for j in range(3)]
+
+    here = samples(tmp_path / "a")
+    fit, val = cut(here, "fit", tmp_path / "a"), cut(here, "val", tmp_path / "a")
+    assert len(val) == 5 * 3 and len(fit) == 45 * 3
+    names = [{sample.images[0].name for sample in part} for part in (fit, val)]
+    assert not names[0] & names[1]
+    moved = cut(samples(tmp_path / "b")[::-1], "val", tmp_path / "b")
+    assert {sample.images[0].name for sample in moved} == names[1]
+    assert cut(here, "train", tmp_path) == here
+
+
+# ---- names of pictures ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "..", "", " ", None, 3, ["a.png"], {"a": 1}, "\ud800.png"],
+)
+def test_image_names_that_are_refused(tmp_path, name):
+    with pytest.raises(DataError, match="^rows:7: "):
+        find_image(tmp_path, name, "rows:7", strict=False)
+
+
+@given(st.text(max_size=300))
+def test_no_image_name_leads_out_of_the_folder(name):
+    folder = Path(__file__).parent
+    try:
+        path = find_image(folder, name, "x", strict=False)
+    except DataError:
+        return
+    assert path is None or path.resolve().is_relative_to(folder.resolve())
+
+
+@pytest.mark.parametrize("name", ["none.png", "images", "a" * 5000, "nul\0.png"])
+def test_missing_pictures_are_none_or_refused_when_strict(pictures, name):
+    assert find_image(pictures, name, "x:1", strict=False) is None
+    with pytest.raises(DataError, match="x:1: the image .* does not exist"):
+        find_image(pictures, name, "x:1", strict=True)
+
+
+def test_dots_inside_the_folder_are_fine(pictures):
+    assert find_image(pictures, "./images/../images/3.png", "x", strict=True) == pictures / "images/3.png"
+
+
+@pytest.mark.parametrize("value", ["", "  \n", None, 1, [], "\udfff"])
+def test_texts_that_are_refused(value):
+    with pytest.raises(DataError, match="f:1: 'answer'"):
+        check_text(value, "answer", "f:1")
+
+
+# ---- JSON lines ----
+
+
+def test_jsonl_questions(pictures):
+    file = write_lines(pictures / "train.jsonl", *vqa_rows())
+    data = load_dataset(file)
+    assert (data.task, len(data.samples), data.skipped) == ("vqa", 40, 0)
+    assert data.samples[3].images == (pictures / "images/1.png",)
+    assert (data.samples[3].question, data.samples[3].answer) == ("what is 1?", "1")
+    assert load_dataset(str(pictures)).samples == data.samples
+
+
+def test_jsonl_captions(pictures):
+    rows = [{"image": "images/0.png", "captions": [" A dog . ", "Dog"]}, {"image": "images/1.png", "caption": "A cat"}]
+    data = load_dataset(write_lines(pictures / "dev.jsonl", *rows), "dev")
+    assert data.task == "caption"
+    assert [sample.references for sample in data.samples] == [("A dog .", "Dog"), ("A cat",)]
+
+
+def test_jsonl_splits_of_a_folder(pictures):
+    write_lines(pictures / "train.jsonl", *vqa_rows())
+    train, fit, val = (load_dataset(pictures, split).samples for split in ("train", "fit", "val"))
+    assert len(val) == 4 and len(fit) == 36  # a tenth of 20 images, two questions each
+    assert sorted(map(repr, fit + val)) == sorted(map(repr, train))
+    with pytest.raises(DataError, match="no test.jsonl; the splits in this folder: train"):
+        load_dataset(pictures, "test")
+    write_lines(pictures / "val.jsonl", *vqa_rows(3))
+    assert len(load_dataset(pictures, "val").samples) == 6
+    assert len(load_dataset(pictures, "fit").samples) == 40
+
+
+def test_jsonl_file_is_read_whole_unless_cut(pictures):
+    file = write_lines(pictures / "held_back.jsonl", *vqa_rows())
+    sizes = {split: len(jsonl.load(file, split).samples) for split in (None, "test", "held_back", "fit", "val")}
+    assert sizes == {None: 40, "test": 40, "held_back": 40, "fit": 36, "val": 4}
+    assert len(jsonl.load(file.rename(pictures / "val.jsonl"), "val").samples) == 40
+
+
+def test_jsonl_missing_pictures_are_counted_or_refused(pictures):
+    rows = vqa_rows(2, 1)
+    rows.insert(1, {"image": "images/gone.png", "question": "q", "answer": "a"})
+    file = write_lines(pictures / "train.jsonl", *rows)
+    data = load_dataset(file)
+    assert (len(data.samples), data.skipped) == (2, 1)
+    with pytest.raises(DataError, match=r"train.jsonl:2: the image .*gone.png does not exist"):
+        load_dataset(file, strict=True)
+    with pytest.raises(DataError, match="no usable rows in it .1 left out"):
+        load_dataset(write_lines(pictures / "gone.jsonl", rows[1]))
+
+
+BAD_LINES = [
+    '{"image": "images/0.png", "question": "q", "ans',
+    "[1, 2]",
+    "null",
+    "[" * 100_000,
+    '{"image": "images/0.png"}',
+    "{}",
+    '{"question": "q", "answer": "a"}',
+    '{"image": "images/0.png", "question": "q"}',
+    '{"image": "images/0.png", "question": "q", "answer": ""}',
+    '{"image": "images/0.png", "question": "q", "answer": 3}',
+    '{"image": "images/0.png", "question": ["q"], "answer": "a"}',
+    '{"image": "images/0.png", "question": "q", "answer": "\\ud800"}',
+    '{"image": "../images/0.png", "question": "q", "answer": "a"}',
+    '{"image": "/etc/passwd", "question": "q", "answer": "a"}',
+    '{"image": "images/0.png", "captions": []}',
+    '{"image": "images/0.png", "captions": ["a", " "]}',
+    '{"image": "images/0.png", "captions": {"a": 1}}',
+    '{"image": "images/0.png", "captions": ["a caption among questions"]}',
+    '{"image": "gone.png", "question": "q"}',
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_jsonl_malformed_rows_are_named(pictures, line):
+    good = json.dumps(vqa_rows()[0])
+    file = pictures / "train.jsonl"
+    file.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"train.jsonl:3: ") as caught:
+        load_dataset(file)
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def test_jsonl_encoding(pictures):
+    row = json.dumps({"image": "images/0.png", "question": "was ist\u2028grün?", "answer": "日本"}, ensure_ascii=False)
+    file = pictures / "train.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    assert load_dataset(file).samples[0].answer == "日本"
+    file.write_bytes(row.encode() + b'\n{"image": "\xff"}\n')
+    with pytest.raises(DataError, match="train.jsonl:2: not a line of JSON"):
+        load_dataset(file)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="no usable rows"):
+        load_dataset(file)
+
+
+# ---- easy-VQA ----
+
+
+def test_easy_vqa_splits():
+    pytest.importorskip("easy_vqa")
+    parts = {split: load_dataset("easy_vqa", split) for split in ("train", "fit", "val", "test")}
+    assert len(parts["test"].samples) == 9_673  # its published number
+    images = {split: {sample.images[0] for sample in data.samples} for split, data in parts.items()}
+    assert [len(images[split]) for split in parts] == [4000, 3600, 400, 1000]
+    assert images["fit"] | images["val"] == images["train"] and not images["fit"] & images["val"]
+    sample = parts["test"].samples[0]
+    assert sample.images[0].is_file() and sample.question and sample.references == (sample.answer,)
+    with pytest.raises(DataError, match="there is no 'dev'"):
+        load_dataset("easy_vqa", "dev")
+
+
+def test_easy_vqa_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
+    with pytest.raises(ImportError, match=r"pip install nanochat-vision\[train\]"):
+        easy_vqa_source.load("train")
+
+
+# ---- LLaVA ----
+
+
+def llava_row(value="<image>\nWhat is it?", image="images/0.png", answer="a dog"):
+    row = {"id": "7", "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]}
+    return row if image is None else {**row, "image": image}
+
+
+def llava_file(folder, *rows):
+    file = folder / "conversations.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return file
+
+
+def test_llava_tags_become_parts_in_place(pictures):
+    rows = [
+        llava_row(),
+        llava_row("Compare\n<image>\n<image> now", ["images/0.png", "images/1.png"]),
+        llava_row("Hello", image=None),
+    ]
+    data = load_dataset(llava_file(pictures, *rows))
+    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    contents = [sample.messages[0]["content"] for sample in data.samples]
+    assert contents == [[image, text("What is it?")], [text("Compare"), image, image, text("now")], "Hello"]
+    assert [len(sample.images) for sample in data.samples] == [1, 2, 0]
+    assert data.task == "vqa"
+
+
+def test_llava_image_folder_and_missing(pictures):
+    (pictures / "json").mkdir()
+    file = llava_file(pictures / "json", llava_row(), llava_row(image="images/gone.png"))
+    data = llava.load(file, image_folder=pictures)
+    assert (len(data.samples), data.skipped) == (1, 1)
+    with pytest.raises(DataError, match="row 1: the image"):
+        llava.load(file, image_folder=pictures, strict=True)
+
+
+BAD_LLAVA = [
+    llava_row("no tag"),
+    llava_row("<image>\n<image>"),
+    llava_row(image=None),
+    llava_row(image="../0.png"),
+    llava_row(answer=""),
+    llava_row(answer="an <image> in the answer"),
+    {"image": "images/0.png"},
+    {"conversations": []},
+    {"conversations": [{"from": "human", "value": "hi"}]},
+    {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "hi"}]},
+    {"conversations": [{"from": "robot", "value": "hi"}, {"from": "gpt", "value": "hi"}]},
+    {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "hi"}]},
+    {"conversations": ["hi"]},
+    "hi",
+]
+
+
+@pytest.mark.parametrize("row", BAD_LLAVA, ids=range(len(BAD_LLAVA)))
+def test_llava_malformed_rows_are_named(pictures, row):
+    with pytest.raises(DataError, match="conversations.json: row 1: "):
+        load_dataset(llava_file(pictures, llava_row(), row))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "3", "[" * 100_000])
+def test_llava_malformed_files(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="a.json: "):
+        load_dataset(tmp_path / "a.json")
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+
+
+@st.composite
+def conversations(draw, picture):
+    """A sample in the normal form, with any number of turns, images and texts."""
+    messages = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
+    n_images = 0
+    for _ in range(draw(st.integers(1, 3))):
+        texts = draw(st.lists(words | st.none(), min_size=1, max_size=4))
+        parts = []
+        for text in texts:
+            if text is None:
+                parts.append({"type": "image"})
+            elif not parts or parts[-1]["type"] == "image":
+                parts.append({"type": "text", "text": text})
+        n_images += sum(part["type"] == "image" for part in parts)
+        content = parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": draw(words)}]
+    references = (messages[-1]["content"], *draw(st.lists(words, max_size=2)))
+    return Sample((picture,) * n_images, tuple(messages), references)
+
+
+def without_paths(samples):
+    """Comparable samples, whatever the pictures are held as."""
+
+    def contents(image):
+        return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+    return [(sample.messages, sample.references, [contents(image) for image in sample.images]) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("album")
+    (folder / "a b").mkdir()
+    (folder / "a b/ü.png").write_bytes(png())
+    return folder
+
+
+@given(st.data())
+def test_llava_round_trip(album, data):
+    samples = data.draw(st.lists(conversations(album / "a b/ü.png"), min_size=1, max_size=3))
+    llava.write(samples, album / "out.json")
+    assert llava.load(album / "out.json").samples == samples
+
+
+def test_llava_write_refuses_and_leaves_the_old_file(pictures):
+    file = pictures / "out.json"
+    file.write_text("old")
+    elsewhere = pictures.parent / "elsewhere.png"
+    for bad in (
+        vqa_sample(png(), "q", "a"),
+        vqa_sample(elsewhere, "q", "a"),
+        vqa_sample(pictures / "images/0.png", "an <image>?", "a"),
+    ):
+        with pytest.raises(DataError, match="out.json: row 1"):
+            llava.write([vqa_sample(pictures / "images/0.png", "q", "a"), bad], file)
+    assert file.read_text() == "old" and sorted(os.listdir(pictures)) == ["images", "out.json"]
+
+
+# ---- Hugging Face ----
+
+
+@pytest.fixture
+def quiet_hub(monkeypatch, tmp_path):
+    """No network and no use of the home folder, also if the library was imported before."""
+    import datasets
+
+    cache = tmp_path / "hf_cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(cache))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@given(st.data())
+def test_parquet_round_trip(album, data):
+    samples = data.draw(st.lists(conversations(album / "a b/ü.png"), min_size=1, max_size=3))
+    hf.write(samples, album / "out.parquet")
+    assert without_paths(load_dataset(album / "out.parquet").samples) == without_paths(samples)
+
+
+def test_parquet_is_what_the_library_reads(pictures):
+    import datasets
+
+    samples = [caption_sample(pictures / f"images/{i}.png", [f"number {i}", "a square"]) for i in range(20)]
+    hf.write(samples, pictures / "train.parquet")
+    table = datasets.Dataset.from_parquet(str(pictures / "train.parquet"), cache_dir=str(pictures / "cache"))
+    assert table[3]["images"][0].getpixel((0, 0)) == (3, 0, 0)
+    data = load_dataset(pictures / "train.parquet")
+    assert data.task == "caption" and data.samples[3].references == ("number 3", "a square")
+    assert isinstance(data.samples[3].images[0], bytes)
+    sizes = [len(load_dataset(pictures / "train.parquet", split).samples) for split in ("fit", "val", "test")]
+    assert sizes == [18, 2, 20]
+
+
+def test_pixels_are_written_without_loss(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    hf.write(
+        [vqa_sample(array, "q", "a"), vqa_sample({"bytes": png(), "path": None}, "q", "a")], tmp_path / "a.parquet"
+    )
+    first, second = (sample.images[0] for sample in load_dataset(tmp_path / "a.parquet").samples)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first))), array) and second == png()
+
+
+def test_parquet_with_question_columns_and_paths(pictures):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    images = [{"bytes": png(), "path": "x"}, *({"bytes": None, "path": name} for name in ("images/1.png", "gone.png"))]
+    table = {"image": images, "question": ["q1", "q2", "q3"], "answer": ["a1", "a2", "a3"]}
+    pyarrow.parquet.write_table(pa.table(table), pictures / "a.parquet")
+    data = load_dataset(pictures / "a.parquet")
+    assert [sample.answer for sample in data.samples] == ["a1", "a2"] and data.skipped == 1
+    assert data.samples[0].images == (png(),) and data.samples[1].images == (pictures / "images/1.png",)
+    with pytest.raises(DataError, match="row 2: the image"):
+        load_dataset(pictures / "a.parquet", strict=True)
+    images[1]["path"] = "../../etc/passwd"
+    pyarrow.parquet.write_table(pa.table(table), pictures / "a.parquet")
+    with pytest.raises(DataError, match="row 1: .*leads out"):
+        load_dataset(pictures / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["no image"]},
+        {"image": ["images/0.png"], "question": ["q"]},
+        {"image": ["images/0.png"], "question": ["q"], "answer": [""]},
+        {"images": [["images/0.png"]], "messages": [[{"role": "user", "content": "no answer"}]]},
+        {
+            "images": [["images/0.png"]],
+            "messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
+        },
+        {"images": [[]], "messages": [[{"role": "user", "content": [{"type": "video", "text": None}]}]]},
+        {"images": [[None]], "messages": [[{"role": "user", "content": [{"type": "image", "text": None}]}]]},
+    ],
+)
+def test_hf_malformed_rows_are_named(pictures, columns):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table(columns), pictures / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: row 0: "):
+        load_dataset(pictures / "a.parquet")
+
+
+def test_hf_json_and_saved_datasets(pictures, quiet_hub):
+    import datasets
+
+    def row(i):
+        user = [{"type": "image", "text": None}, {"type": "text", "text": f"q{i}"}]
+        answer = [{"type": "text", "text": f"a{i}"}]
+        return {
+            "images": [f"images/{i}.png"],
+            "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
+        }
+
+    expected = [vqa_sample(pictures / f"images/{i}.png", f"q{i}", f"a{i}") for i in range(20)]
+    file = write_lines(pictures / "messages.jsonl", *map(row, range(20)))
+    assert load_dataset(f"hf:{file}").samples == expected
+
+    paths = [{**row(i), "images": [str(pictures / f"images/{i}.png")]} for i in range(20)]
+    table = datasets.Dataset.from_list(paths).cast_column("images", [datasets.Image()])
+    table.save_to_disk(pictures / "one", max_shard_size="1GB")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(pictures / "many")
+    saved = load_dataset(pictures / "one").samples
+    assert without_paths(saved) == without_paths(expected)
+    sizes = [len(load_dataset(pictures / "many", split).samples) for split in ("train", "fit", "val", "test")]
+    assert sizes == [20, 18, 2, 1]
+    with pytest.raises(DataError, match="no split 'dev'; it has: train, test"):
+        load_dataset(pictures / "many", "dev")
+
+
+def test_hf_folder_of_parquet_files(pictures, quiet_hub):
+    (pictures / "hub/data").mkdir(parents=True)
+    for split, n in (("train", 10), ("validation", 2)):
+        samples = [vqa_sample(pictures / f"images/{i}.png", "q", "a") for i in range(n)]
+        hf.write(samples, pictures / f"hub/data/{split}-00000-of-00001.parquet")
+    sizes = [len(load_dataset(pictures / "hub", split).samples) for split in ("train", "fit", "val", "validation")]
+    assert sizes == [10, 10, 2, 2]
+
+
+def test_hf_image_folder_also_behind_a_link(tmp_path, quiet_hub):
+    folder = tmp_path / "photos/train"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png((i, 0, 0)))
+    rows = ({"file_name": f"{i}.png", "question": "q", "answer": str(i)} for i in range(3))
+    write_lines(folder / "metadata.jsonl", *rows)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for source in (tmp_path / "photos", tmp_path / "link"):
+        samples = load_dataset(f"hf:{source}").samples
+        assert [(s.images[0].read_bytes(), s.answer) for s in samples] == [(png((i, 0, 0)), str(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 not parquet", "png"])
+def test_hf_broken_files(tmp_path, content):
+    (tmp_path / "a.parquet").write_bytes(png() if content == "png" else content)
+    with pytest.raises(DataError, match="a.parquet: the datasets library cannot read it"):
+        load_dataset(tmp_path / "a.parquet")
+
+
+def test_hf_not_on_the_hub(quiet_hub):
+    with pytest.raises(DataError, match="nobody/nothing: the datasets library cannot read it"):
+        load_dataset("hf:nobody/nothing")
+
+
+def test_hf_write_is_all_or_nothing(tmp_path):
+    with pytest.raises(ImageError, match="gone.png"):
+        hf.write([vqa_sample(tmp_path / "gone.png", "q", "a")], tmp_path / "a.parquet")
+    assert not os.listdir(tmp_path)
+
+
+# ---- folders ----
+
+
+def captions_csv(folder, text, encoding="utf-8"):
+    (folder / "captions.csv").write_bytes(text.encode(encoding))
+    return folder
+
+
+def test_folder_of_captions(pictures):
+    text = 'file,caption\r\nimages/1.png,"A ""red"" dog,\nrunning"\r\nimages/0.png,Grün\r\nimages/1.png,Another\r\n'
+    data = load_dataset(captions_csv(pictures, text, "utf-8-sig"))
+    assert (data.task, data.skipped) == ("caption", 0)
+    assert [s.references for s in data.samples] == [('A "red" dog,\nrunning', "Another"), ("Grün",)]
+    assert data.samples[0].images == (pictures / "images/1.png",)
+
+
+def test_folder_of_questions(pictures):
+    rows = "".join(f"images/{i}.png,q,a{i}\n" for i in range(20))
+    data = load_dataset(captions_csv(pictures, f"file,question,answer\n{rows}images/gone.png,q,a\n\n"))
+    assert (data.task, len(data.samples), data.skipped, data.samples[2].answer) == ("vqa", 20, 1, "a2")
+    assert [len(load_dataset(pictures, split).samples) for split in ("fit", "val")] == [18, 2]
+    with pytest.raises(DataError, match="captions.csv:22: the image .*gone.png does not exist"):
+        load_dataset(pictures, strict=True)
+
+
+@pytest.mark.parametrize(
+    "text,line",
+    [
+        ("", 1),
+        ("images/0.png,a caption\n", 1),
+        ("file,caption\nimages/0.png\n", 2),
+        ("file,caption\nimages/0.png,a,b\n", 2),
+        ("file,caption\nimages/0.png,\n", 2),
+        ("file,caption\n../x.png,a\n", 2),
+        ('file,caption\nimages/0.png,"a"b\n', 2),
+        ('file,caption\nimages/0.png,"never closed\n', 2),
+        ("file,caption\nimages/0.png," + "x" * 200_000 + "\n", 2),
+        ("file,question,answer\ngone.png,q,\n", 2),
+    ],
+)
+def test_folder_malformed_rows_are_named(pictures, text, line):
+    with pytest.raises(DataError, match=f"captions.csv:{line}: "):
+        load_dataset(captions_csv(pictures, text))
+
+
+def test_folder_in_another_encoding(pictures):
+    with pytest.raises(DataError, match="not CSV in UTF-8"):
+        load_dataset(captions_csv(pictures, "file,caption\nimages/0.png,Grün\n", "latin-1"))
+
+
+# ---- by name ----
+
+
+def test_unknown_datasets_say_what_can_be_read(tmp_path):
+    (tmp_path / "a.txt").write_text("hi")
+    for name in ("easyvqa", tmp_path / "a.txt", tmp_path, tmp_path / "gone.jsonl"):
+        with pytest.raises(DataError, match="cannot read the dataset .* what can be read: easy_vqa"):
+            load_dataset(name)
+    write_lines(tmp_path / "frames.jsonl", *vqa_rows(1))
+    with pytest.raises(DataError, match="there is no train.jsonl; the splits in this folder: frames"):
+        load_dataset(tmp_path)
+
+
+# ---- the real thing, where it is ----
+
+
+@pytest.mark.skipif(not (SHARED / "daquar").is_dir(), reason="DAQUAR is not here")
+def test_daquar():
+    train, fit, val = (load_dataset(SHARED / "daquar", split, strict=True) for split in ("train", "fit", "val"))
+    assert (train.task, len(train.samples), train.skipped) == ("vqa", 6795, 0)
+    assert len({image_key(sample.images[0]) for sample in val.samples}) == 79
+    assert len(fit.samples) + len(val.samples) == 6795
+
+
+@pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="Flickr8k is not here")
+def test_flickr8k():
+    dev = load_dataset(SHARED / "flickr8k", "dev", strict=True)
+    assert (dev.task, len(dev.samples)) == ("caption", 1000)
+    assert all(len(sample.references) == 5 for sample in dev.samples)

@@ -1,0 +1,243 @@
+"""The cache gives what the encoder gives, computes nothing twice, and survives being killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanochat.data import DataError
+from nanochat.features import cache_key, cached_features, source_digest
+from nanochat.multimodal_gpt import pool_to_tokens
+from nanochat.vision import YOLOv9Plus
+from nanochat.vision.images import ImageError
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return YOLOv9Plus("yolov9t.yaml", image_size=64).eval()
+
+
+@pytest.fixture
+def forwards(encoder, monkeypatch):
+    """The number of images in each call of the encoder."""
+    calls = []
+    extract = encoder.extract_features
+
+    def counted(images, layer):
+        calls.append(len(images))
+        return extract(images, layer)
+
+    monkeypatch.setattr(encoder, "extract_features", counted)
+    return calls
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Seven files of random pixels in several shapes."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, path in enumerate(paths):
+        Image.fromarray(rng.integers(0, 256, (40 + i, 60 - i, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def direct(encoder, images, layer, n):
+    with torch.no_grad():
+        return torch.cat([pool_to_tokens(encoder.extract_features([image], layer), n) for image in images]).numpy()
+
+
+@pytest.mark.parametrize("layer,n", [("p3", 4), ("p5", 1), ("head", 4)])
+def test_equal_to_direct_computation(encoder, images, tmp_path, layer, n):
+    features = cached_features(encoder, images, layer, n, tmp_path / "cache", batch_size=3)
+    assert features.shape == (7, n, encoder.embedding_dim(layer)) and len(features) == 7
+    expected = direct(encoder, images, layer, n)
+    assert expected.std() > 0
+    np.testing.assert_allclose(features[:], expected, rtol=2e-3, atol=1e-4)
+
+
+def test_indexing(encoder, images, tmp_path):
+    features = cached_features(encoder, images, "p5", 4, tmp_path / "cache")
+    everything = features[:]
+    assert everything.dtype == features.dtype == np.float16
+    assert features[2].shape == (4, encoder.embedding_dim("p5"))
+    for index in (3, -1, [0, 2, 2], np.array([5, 1]), slice(1, 4), torch.tensor([4, 4])):
+        assert np.array_equal(features[index], everything[index])
+    assert torch.from_numpy(features[[1, 2]]).shape == (
+        2,
+        4,
+        encoder.embedding_dim("p5"),
+    )  # writable memory: no warning
+
+
+def test_the_second_call_computes_nothing(encoder, images, tmp_path, forwards):
+    progress = []
+
+    def note(done, total):
+        progress.append((done, total))
+
+    first = cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=3, progress=note)[:]
+    assert forwards == [3, 3, 1] and progress == [(3, 7), (6, 7), (7, 7)]
+    second = cached_features(encoder, images[::-1], "p5", 1, tmp_path / "cache", progress=note)[:]
+    assert forwards == [3, 3, 1] and len(progress) == 3
+    assert np.array_equal(first[::-1], second)
+
+
+def test_images_are_known_by_their_bytes(encoder, images, tmp_path, forwards):
+    data = [path.read_bytes() for path in images]
+    features = cached_features(encoder, [images[0], images[0], data[0], images[1]], "p5", 1, tmp_path / "cache")
+    assert forwards == [2]
+    assert np.array_equal(features[0], features[2]) and not np.array_equal(features[0], features[3])
+    images[0].rename(tmp_path / "moved.png")
+    again = [tmp_path / "moved.png", {"bytes": data[1], "path": None}, str(images[2])]
+    cached_features(encoder, again, "p5", 1, tmp_path / "cache")
+    assert forwards == [2, 1]
+    images[2].write_bytes(data[3])  # another picture under the old name
+    cached_features(encoder, again, "p5", 1, tmp_path / "cache")
+    assert forwards == [2, 1, 1]
+
+
+def test_pixels_without_a_file(encoder, tmp_path, forwards):
+    black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    features = cached_features(encoder, [black, white, Image.fromarray(black)], "p5", 1, tmp_path / "cache")
+    assert forwards == [2] and np.array_equal(features[0], features[2])
+
+
+def test_what_changes_features_misses_the_cache(encoder, images, tmp_path, forwards):
+    def compute(layer="p5", n=4):
+        forwards.clear()
+        cached_features(encoder, images, layer, n, tmp_path / "cache")
+        return bool(forwards)
+
+    assert compute() and not compute()
+    assert compute(layer="p4") and compute(n=1) and not compute()
+    with torch.no_grad():
+        parameter = next(encoder.parameters())
+        parameter.view(-1)[0] += 1e-3
+    assert compute() and not compute()
+    buffer = next(b for name, b in encoder.named_buffers() if name.endswith("running_mean"))
+    buffer[0] += 1
+    assert compute() and not compute()
+    same, larger = (YOLOv9Plus("yolov9t.yaml", image_size=size) for size in (64, 96))
+    same.load_state_dict(encoder.state_dict())
+    larger.load_state_dict(encoder.state_dict())
+    assert cache_key(same, "p5", 4) == cache_key(encoder, "p5", 4) != cache_key(larger, "p5", 4)
+
+
+def test_training_mode_changes_nothing_and_is_kept(encoder, images, tmp_path):
+    expected = direct(encoder, images, "p5", 1)
+    encoder.train()
+    next(m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()  # a part that stays frozen
+    modes = [module.training for module in encoder.modules()]
+    features = cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+    assert [module.training for module in encoder.modules()] == modes
+    np.testing.assert_allclose(features[:], expected, rtol=2e-3, atol=1e-4)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_an_unreadable_image_keeps_what_was_done(encoder, images, tmp_path, forwards):
+    images[5].write_bytes(b"no picture")
+    with pytest.raises(ImageError):
+        cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
+    del images[5], forwards[:]
+    cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
+    assert forwards == [2]  # 0 to 3 were there
+
+
+def test_a_missing_image_and_no_images(encoder, images, tmp_path):
+    with pytest.raises(ImageError, match="gone.png"):
+        cached_features(encoder, [*images, tmp_path / "gone.png"], "p5", 1, tmp_path / "cache")
+    with pytest.raises(ValueError, match="no images"):
+        cached_features(encoder, [], "p5", 1, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_features_that_float16_cannot_hold(encoder, images, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(encoder, "extract_features", lambda images, layer: torch.full((len(images), 64, 2, 2), value))
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+
+
+# ---- killed and damaged ----
+
+
+def files(folder):
+    (place,) = folder.iterdir()
+    return place / "features.f16", place / "index.txt"
+
+
+@pytest.mark.parametrize("features_left,index_left", [(7, 4.5), (6.5, 4), (7, 0), (4, 4), (0.5, 0)])
+def test_resumes_after_a_write_that_was_cut_off(encoder, images, tmp_path, forwards, features_left, index_left):
+    """At any moment of a kill: rows without lines, a part of a row, a part of a line."""
+    expected = cached_features(encoder, images, "p5", 1, tmp_path / "cache")[:]
+    for path, left in zip(files(tmp_path / "cache"), (features_left, index_left), strict=True):
+        os.truncate(path, int(path.stat().st_size / 7 * left))
+    forwards.clear()
+    again = cached_features(encoder, images, "p5", 1, tmp_path / "cache")[:]
+    assert forwards == [7 - int(index_left)]
+    np.testing.assert_allclose(again, expected, rtol=2e-3, atol=1e-4)
+    cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+    assert len(forwards) == 1
+
+
+def test_a_killed_process_is_resumed(encoder, images, tmp_path, forwards):
+    torch.save(encoder.state_dict(), tmp_path / "weights.pt")
+    script = f"""
+        import os, signal, sys
+        import torch
+        from nanochat.features import cached_features
+        from nanochat.vision import YOLOv9Plus
+
+        encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
+        encoder.load_state_dict(torch.load({str(tmp_path / "weights.pt")!r}, weights_only=True))
+
+        def kill(done, total):
+            if done >= 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        cached_features(encoder, {[str(path) for path in images]!r}, "p5", 1, {str(tmp_path / "cache")!r}, 2, kill)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    features = cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
+    assert forwards == [2, 1]
+    np.testing.assert_allclose(features[:], direct(encoder, images, "p5", 1), rtol=2e-3, atol=1e-4)
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda features, index: features.unlink(),
+        lambda features, index: os.truncate(features, 10),
+        lambda features, index: flip(features, 100),
+        lambda features, index: flip(index, 80),  # in the second digest
+        lambda features, index: index.write_bytes(b"x" * index.stat().st_size),
+        lambda features, index: index.write_bytes(index.read_bytes()[:74] * 7),
+    ],
+    ids=["no features", "short features", "altered features", "altered index", "nonsense index", "repeated line"],
+)
+def test_damage_is_an_error_that_says_what_to_do(encoder, images, tmp_path, damage):
+    cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+    damage(*files(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"is damaged: .*; delete the folder .*cache"):
+        cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+
+
+def test_source_digest(images):
+    data = images[0].read_bytes()
+    same = [images[0], str(images[0]), data, {"bytes": data, "path": "x"}, {"bytes": None, "path": str(images[0])}]
+    assert len({source_digest(source) for source in same}) == 1
+    assert source_digest(images[0]) != source_digest(images[1])
