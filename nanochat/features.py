@@ -3,11 +3,12 @@
 A cache folder holds one folder for each combination of weights, layer, image size and tokens an image. In it are
 
     features.f16   rows of N x D float16 numbers, one an image, appended batch by batch
-    index.txt      a line for each row: SHA-256 of the image file, CRC-32 of that and the row
+    index.txt      a line for each row: SHA-256 of the image file, the row's exponent, CRC-32 of both and of the row
 
 Rows are on the disk before their lines are, so a run that is killed leaves rows without a line at worst; the next one
 writes over them. Images are known by their bytes: they can be moved, and datasets that share images share rows.
-Half precision halves the files (7,000 images at 49 x 288 take 200 MB) for a relative rounding of at most 2^-11.
+Half precision halves the files (7,000 images at 49 x 288 take 200 MB). A row is scaled by a power of two to a largest
+value of 0.5..1, or the features of a randomly initialised YOLO (1e-6 and less) would round to nothing.
 """
 
 import fcntl
@@ -28,24 +29,25 @@ from nanochat.multimodal_gpt import pool_to_tokens
 from nanochat.vision.images import ImageSource, file_bytes, image_digest
 from nanochat.vision.yolov9 import YOLOv9Plus
 
-FORMAT = 1  # a change of the files or of how images become pixels must raise it
+FORMAT = 2  # a change of the files or of how images become pixels must raise it
 DTYPE = np.dtype("<f2")
-INDEX_LINE = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{8})\n")
-LINE_BYTES = 74
+INDEX_LINE = re.compile(rb"([0-9a-f]{64}) ([+-][0-9]{4}) ([0-9a-f]{8})\n")
+LINE_BYTES = 80
 
 
 class Features:
-    """(n_images, N, D) float16, read from disk when indexed: `features[3]`, `features[[0, 2, 2]]`, `features[:8]`."""
+    """(n_images, N, D) float32, read from disk when indexed: `features[3]`, `features[[0, 2, 2]]`, `features[:8]`."""
 
-    def __init__(self, stored: np.ndarray, rows: np.ndarray):
-        self._stored, self._rows = stored, rows
-        self.shape, self.dtype = (len(rows), *stored.shape[1:]), stored.dtype
+    def __init__(self, stored: np.ndarray, places: list[tuple[int, int]]):
+        self._stored, (self._rows, self._exponents) = stored, np.array(places).T
+        self.shape, self.dtype = (len(places), *stored.shape[1:]), np.dtype(np.float32)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        return np.array(self._stored[self._rows[index]])
+        rows = self._stored[self._rows[index]].astype(np.float32)
+        return np.ldexp(rows, self._exponents[index][..., None, None])
 
 
 def cached_features(
@@ -62,10 +64,10 @@ def cached_features(
 
     progress: called with (images done, images to do) after each batch.
 
-    Returns (n_images, tokens_per_image, encoder.embedding_dim(layer)) float16, in the order of `images`.
+    Returns (n_images, tokens_per_image, encoder.embedding_dim(layer)), precise to about 2^-11, in the order of `images`.
 
     Raises:
-        ValueError: no images; features beyond the range of float16.
+        ValueError: no images; features that are not finite numbers.
         DataError: the files of the cache are damaged (named, to be deleted).
         ImageError: an image cannot be read. OSError: the disk is full. What was computed before is kept.
     """
@@ -76,16 +78,16 @@ def cached_features(
     place = Path(folder).expanduser() / cache_key(encoder, layer, tokens_per_image)
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place):
-        rows = _read_index(place, row_shape)
-        missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in rows}
+        places = _read_index(place, row_shape)
+        missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in places}
         todo = list(missing.items())
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             vectors = _encode(encoder, [image for _, image in batch], layer, tokens_per_image)
-            _append(place, rows, [digest for digest, _ in batch], vectors)
+            _append(place, places, [digest for digest, _ in batch], vectors)
             if progress is not None:
                 progress(start + len(batch), len(todo))
-    return Features(_stored(place, row_shape, len(rows)), np.array([rows[digest] for digest in digests]))
+    return Features(_stored(place, row_shape, len(places)), [places[digest] for digest in digests])
 
 
 def cache_key(encoder: YOLOv9Plus, layer: str | int, tokens_per_image: int) -> str:
@@ -110,7 +112,7 @@ def source_digest(source: ImageSource) -> str:
 
 
 def _encode(encoder: YOLOv9Plus, images: list[ImageSource], layer: str | int, tokens_per_image: int) -> np.ndarray:
-    """(B, N, D) float16"""
+    """(B, N, D) float32"""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()  # BatchNorm: an image's features must not depend on its batch
     try:
@@ -120,10 +122,9 @@ def _encode(encoder: YOLOv9Plus, images: list[ImageSource], layer: str | int, to
     finally:
         for module, mode in modes.items():
             module.training = mode
-    largest = np.abs(vectors).max()
-    if not largest <= np.finfo(DTYPE).max:  # also true for NaN
-        raise ValueError(f"features of layer {layer!r} reach {largest}, which float16 cannot hold; check the weights")
-    return vectors.astype(DTYPE, order="C")  # its bytes are written row by row
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"the encoder's layer {layer!r} gives NaN or infinite features; check its weights")
+    return vectors
 
 
 @contextmanager
@@ -138,37 +139,41 @@ def _stored(place: Path, row_shape: tuple[int, int], n: int) -> np.ndarray:
     return np.memmap(place / "features.f16", DTYPE, mode="r", shape=(n, *row_shape))
 
 
-def _read_index(place: Path, row_shape: tuple[int, int]) -> dict[str, int]:
-    """Image digest -> row of every complete line, once the rows are known to be what was written."""
+def _read_index(place: Path, row_shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Image digest -> (row, exponent) of every complete line, once the rows are known to be what was written."""
     index, features = place / "index.txt", place / "features.f16"
     lines = index.read_bytes() if index.exists() else b""
     n = len(lines) // LINE_BYTES  # a part of a line is from a write that was cut off
     if n == 0:
         return {}
     records = [INDEX_LINE.fullmatch(lines, i * LINE_BYTES, (i + 1) * LINE_BYTES) for i in range(n)]
-    rows = {record[1].decode(): i for i, record in enumerate(records) if record}
+    places = {record[1].decode(): (i, int(record[2])) for i, record in enumerate(records) if record}
     row_bytes = int(np.prod(row_shape)) * DTYPE.itemsize
-    if len(rows) < n:
+    if len(places) < n:
         raise DataError(f"{index} is damaged: not all lines are digests, each once; delete the folder {place}")
     if not features.exists() or features.stat().st_size < n * row_bytes:
         raise DataError(f"{features} is damaged: it is shorter than its index says; delete the folder {place}")
     for record, row in zip(records, _stored(place, row_shape, n), strict=True):
-        if _checksum(record[1], row) != record[2]:
+        if _checksum(record[1], record[2], row) != record[3]:
             raise DataError(f"{features} is damaged: a row's checksum is wrong; delete the folder {place}")
-    return rows
+    return places
 
 
-def _append(place: Path, rows: dict[str, int], digests: list[str], vectors: np.ndarray) -> None:
-    """Put a batch on the disk and into `rows`: the features first, then the lines that make them count."""
-    _write_at(place / "features.f16", len(rows) * vectors[0].nbytes, vectors.tobytes())
-    keys = [digest.encode() for digest in digests]
-    lines = [b"%s %s\n" % (key, _checksum(key, row)) for key, row in zip(keys, vectors, strict=True)]
-    _write_at(place / "index.txt", len(rows) * LINE_BYTES, b"".join(lines))
-    rows.update({digest: len(rows) + i for i, digest in enumerate(digests)})
+def _append(place: Path, places: dict[str, tuple[int, int]], digests: list[str], vectors: np.ndarray) -> None:
+    """Put a batch on the disk and into `places`: the features first, then the lines that make them count."""
+    exponents = np.frexp(np.abs(vectors).max(axis=(1, 2)))[1]
+    rows = np.ldexp(vectors, -exponents[:, None, None]).astype(DTYPE, order="C")  # (B, N, D)
+    lines, first = b"", len(places)
+    for i, (digest, exponent, row) in enumerate(zip(digests, exponents.tolist(), rows, strict=True)):
+        keys = digest.encode(), b"%+05d" % exponent
+        lines += b"%s %s %s\n" % (*keys, _checksum(*keys, row))
+        places[digest] = first + i, exponent
+    _write_at(place / "features.f16", first * rows[0].nbytes, rows.tobytes())
+    _write_at(place / "index.txt", first * LINE_BYTES, lines)
 
 
-def _checksum(digest: bytes, row: np.ndarray) -> bytes:
-    return b"%08x" % zlib.crc32(row, zlib.crc32(digest))
+def _checksum(digest: bytes, exponent: bytes, row: np.ndarray) -> bytes:
+    return b"%08x" % zlib.crc32(row, zlib.crc32(digest + exponent))
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:
