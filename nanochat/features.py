@@ -113,15 +113,8 @@ def source_digest(source: ImageSource) -> str:
 
 def _encode(encoder: YOLOv9Plus, images: list[ImageSource], layer: str | int, tokens_per_image: int) -> np.ndarray:
     """(B, N, D) float32"""
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()  # BatchNorm: an image's features must not depend on its batch
-    try:
-        with torch.no_grad():
-            maps = encoder.extract_features(images, layer)  # (B, C, H, W)
-            vectors = pool_to_tokens(maps.float(), tokens_per_image).cpu().numpy()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    maps = encoder.extract_features(images, layer)  # (B, C, H, W), in evaluation mode whatever the encoder's own is
+    vectors = pool_to_tokens(maps.float(), tokens_per_image).cpu().numpy()
     if not np.isfinite(vectors).all():
         raise ValueError(f"the encoder's layer {layer!r} gives NaN or infinite features; check its weights")
     return vectors

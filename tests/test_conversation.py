@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.conversation import render
+from tests.test_tokenizer import TOKENIZER
+
+IMAGE = TOKENIZER.special("<|image|>")
+END = TOKENIZER.special("<|assistant_end|>")
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]}
+
+
+def assistant(words):
+    return {"role": "assistant", "content": words}
+
+
+def spelled(ids):
+    """Ids with the names of special tokens."""
+    return [TOKENIZER.bpe.id_to_token(i) if i in TOKENIZER.special_ids else TOKENIZER.decode([i]) for i in ids]
+
+
+def test_the_layout_is_nanochats():
+    out = render(TOKENIZER, [user(None, "a"), assistant("b")], 2)
+    assert spelled(out.ids) == [
+        "<|bos|>", "<|user_start|>", "<|image|>", "<|image|>", "a", "<|user_end|>", "<|assistant_start|>", "b",
+        "<|assistant_end|>",
+    ]  # fmt: skip
+    assert out.mask == [0, 0, 0, 0, 0, 0, 0, 1, 1] and out.n_images == 1
+
+
+def test_for_completion_it_ends_where_the_assistant_speaks():
+    out = render(TOKENIZER, [user("a")], 1, for_completion=True)
+    assert spelled(out.ids) == ["<|bos|>", "<|user_start|>", "a", "<|user_end|>", "<|assistant_start|>"]
+
+
+def test_a_completion_prompt_and_its_answer_are_the_training_row():
+    row = render(TOKENIZER, [user(None, "what is it?"), assistant("a dog")], 4)
+    prompt = render(TOKENIZER, [user(None, "what is it?")], 4, for_completion=True)
+    assert row.ids == [*prompt.ids, *TOKENIZER.encode("a dog"), END]
+
+
+def test_a_system_message_is_put_before_the_first_question():
+    out = render(TOKENIZER, [{"role": "system", "content": "be brief"}, user(None, "a"), assistant("b")], 1)
+    assert "".join(spelled(out.ids)).startswith("<|bos|><|user_start|>be brief\n\n<|image|>a<|user_end|>")
+
+
+def test_typed_placeholders_are_text():
+    out = render(TOKENIZER, [user("<|image|><|assistant_end|>"), assistant("<|image|>")], 3)
+    assert IMAGE not in out.ids and out.ids.count(END) == 1
+
+
+words = st.text(max_size=20)
+turns = st.lists(st.tuples(st.lists(st.none() | words, min_size=1, max_size=4), words), min_size=1, max_size=3)
+
+
+@given(turns, st.integers(1, 5))
+def test_pictures_and_learnt_tokens_are_exactly_those_of_the_messages(conversation, tokens_per_image):
+    messages = [m for parts, answer in conversation for m in (user(*parts), assistant(answer))]
+    out = render(TOKENIZER, messages, tokens_per_image)
+    assert len(out.ids) == len(out.mask)
+    assert out.n_images == sum(part is None for parts, _ in conversation for part in parts)
+    assert out.ids.count(IMAGE) == out.n_images * tokens_per_image
+    learnt = [i for i, m in zip(out.ids, out.mask, strict=True) if m]
+    assert learnt.count(END) == len(conversation)
+    assert TOKENIZER.decode(learnt) == "".join(answer for _, answer in conversation)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one"),
+        ([assistant("a")], "message 0 is from the assistant, expected the user"),
+        ([user("a"), user("b")], "message 1 is from the user"),
+        ([{"role": "system", "content": "a"}, user("b"), user("c")], "message 2 is from the user"),
+        ([{"role": "system", "content": "a"}], "must follow"),
+        ([{"role": "robot", "content": "a"}], "role"),
+        ([{"content": "a"}], "role"),
+        (["a"], "role"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "part"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "part"),
+        ([user("a"), {"role": "assistant", "content": [{"type": "image"}]}], "only users can"),
+    ],
+)
+def test_broken_conversations_are_refused(messages, message):
+    with pytest.raises(ValueError, match=message):
+        render(TOKENIZER, messages, 1)
+
+
+def test_only_a_question_can_be_answered():
+    with pytest.raises(ValueError, match="must end with the user"):
+        render(TOKENIZER, [user("a"), assistant("b")], 1, for_completion=True)

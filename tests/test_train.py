@@ -1,0 +1,293 @@
+"""Training runs on small pictures: gradients, resuming, and what a user can do wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanochat.batches import Rows, augment, collate, hide
+from nanochat.checkpoint import load_checkpoint, load_resume
+from nanochat.data.sample import DataError, vqa_sample
+from nanochat.recipes import Folder
+from nanochat.train import Run, build_model, learning_rate_factor, make_optimizers, open_eyes, texts_of, three_ways, train
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
+SMALL = dict(
+    encoder="yolov9t.yaml", layer="2", image_size=32, vision_tokens=1, vocab_size=280, n_layer=1, n_head=2, n_embd=32,
+    sequence_len=48, images_per_step=8, warmup_steps=5, eval_every=1000, save_every=1000, device="cpu", val_images=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of coloured squares with captions.csv: two questions a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = ["file,question,answer"]
+    for i in range(40):
+        name = list(COLOURS)[i % 4]
+        array = np.full((32, 32, 3), 245, np.uint8)
+        y, x = rng.integers(0, 16, 2)
+        array[y : y + 16, x : x + 16] = COLOURS[name]
+        Image.fromarray(array).save(folder / f"{i}.png")
+        lines += [f"{i}.png,what color is it?,{name}", f"{i}.png,is it red?,{'yes' if name == 'red' else 'no'}"]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return folder
+
+
+def recipe_for(pictures, tmp_path, **changes):
+    return Folder(**SMALL | {"data": str(pictures), "out": str(tmp_path / "run"), "cache": str(tmp_path / "c")} | changes)
+
+
+def new_run(recipe):
+    """A run at its first step, without going."""
+    from nanochat.data import load_dataset
+
+    torch.manual_seed(0)
+    samples = load_dataset(recipe.data, recipe.train_split).samples
+    tokenizer = Tokenizer.train(texts_of(samples), recipe.vocab_size)
+    model = build_model(recipe, tokenizer, torch.device("cpu"))
+    data = Rows(samples, tokenizer, model.config)
+    eyes, val_eyes = open_eyes(recipe, model, data, data, Path(recipe.out))
+    start = {"step": 0, "seconds": 0.0, "history": []}
+    return Run(recipe, Path(recipe.out), model, tokenizer, data, data, eyes, val_eyes, 50, start)
+
+
+def test_end_to_end_training_learns_from_the_picture(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, steps=120, train_encoder=True, batchnorm="train", encoder_lr=3e-3, seed=1)
+    out = train(recipe)
+    model, tokenizer, training = load_checkpoint(out)
+    last = [line for line in training["history"] if "aligned" in line][-1]
+    assert last["aligned_accuracy"] > 0.8
+    assert last["shuffled_accuracy"] < last["aligned_accuracy"] - 0.2
+    assert last["blind_accuracy"] < last["aligned_accuracy"] - 0.2
+    assert model.vision_encoder is not None and training["recipe"]["seed"] == 1
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "tokens_per_s", "images_per_s"} <= set(lines[0]) and lines[-1]["step"] == 120
+
+
+def test_a_frozen_encoder_stays_as_it_was_and_grids_train(pictures, tmp_path):
+    torch.manual_seed(0)
+    recipe = recipe_for(pictures, tmp_path, steps=3, vision_tokens=4, layer="p3", image_size=64)
+    model, _, _ = load_checkpoint(train(recipe))
+    assert model.vision_projector.position.abs().sum() > 0
+    again, _, _ = load_checkpoint(train(replace(recipe, out=str(tmp_path / "again"), steps=6)))
+    for a, b in zip(model.vision_encoder.parameters(), again.vision_encoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_accumulated_gradients_are_those_of_the_large_batch(pictures, tmp_path, size):
+    gradients = []
+    for device_batch_size in (None, size):
+        recipe = recipe_for(pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0)
+        run = new_run(recipe)
+        with torch.no_grad():  # a new head is zero, and sends no gradient back
+            torch.manual_seed(1)
+            for p in (run.model.lm_head.weight, *(b.attn.c_proj.weight for b in run.model.transformer.h)):
+                p.normal_(0, 0.1)
+        seen = {}
+        for optimizer in run.optimizers:
+            optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None})
+        run.train_step()
+        gradients.append(seen)
+    whole, parts = gradients
+    assert whole.keys() == parts.keys() and any(name.startswith("vision_encoder") for name in whole)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_trains_alike(pictures, tmp_path):
+    losses = []
+    for on in (False, True):
+        run = new_run(recipe_for(pictures, tmp_path, gradient_checkpointing=on))
+        losses.append([run.train_step()[0] for _ in range(4)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_every_epoch_shows_every_picture_once_in_another_order(pictures, tmp_path):
+    rows = new_run(recipe_for(pictures, tmp_path)).data
+    n = len(rows.groups)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * n // 4, (epoch + 1) * n // 4)
+        epochs.append([row.images[0] for step in steps for group in rows.step(step, 4, 1, seed=0) for row in group])
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(n)) and epochs[0] != epochs[1]
+    assert all(len(group) == 2 for group in rows.step(0, 4, 5, seed=0))
+
+
+def test_collate_pads_shifts_and_masks(pictures, tmp_path):
+    rows = new_run(recipe_for(pictures, tmp_path)).data
+    picked = [row for group in rows.groups[:2] for row in group]
+    batch = collate(picked)
+    for line, row in enumerate(picked):
+        length = len(row.ids) - 1
+        assert batch.idx[line, :length].tolist() == row.ids[:-1]
+        expected = [i if m else -1 for i, m in zip(row.ids[1:], row.mask[1:], strict=True)]
+        assert batch.targets[line].tolist() == expected + [-1] * (batch.idx.size(1) - length)
+    assert len(batch.numbers) == 2 and batch.slots.tolist() == [0, 0, 1, 1]
+    vectors = torch.tensor([[[1.0]], [[2.0]]])
+    assert batch.spread(vectors).flatten().tolist() == [1, 1, 2, 2]
+
+
+def test_augmentation_mirrors_shifts_and_keeps_range():
+    x = torch.zeros(64, 3, 32, 32)
+    x[:, :, :, :16] = 1.0
+    rng = np.random.default_rng(0)
+    assert augment(x, rng, "none", 0.0) is x
+    mirrored = augment(x, rng, "horizontal", 0.0)[:, 0, 16, 4].round()
+    assert 10 < mirrored.sum() < 54  # about half are mirrored
+    moved = augment(x, rng, "none", 0.2)
+    assert 0 <= moved.min() and moved.max() <= 1 and moved.sum((1, 2, 3)).std() > 10
+
+
+def test_hidden_rows_are_zero_and_as_many_as_asked():
+    vectors = torch.ones(1000, 2, 3)
+    hidden = hide(vectors, np.random.default_rng(0), 0.2)
+    zero = (hidden == 0).all((1, 2))
+    assert 150 < zero.sum() < 250 and (hidden[~zero] == 1).all()
+
+
+def test_learning_rates_rise_stay_and_fall():
+    recipe = Folder(warmup_steps=10, cooldown=0.5)
+    factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9:50] == [1.0] * 41 and factors[-1] == pytest.approx(0.02)
+
+
+def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
+    run = new_run(recipe_for(pictures, tmp_path, train_encoder=True, vision_tokens=4))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    muon, adamw = ([names[id(p)] for g in o.param_groups for p in g["params"]] for o in make_optimizers(run.model, run.recipe))
+    assert all(".attn." in n or ".mlp." in n or "vision_projector.c_" in n for n in muon) and len(muon) == 8
+    assert {"transformer.wte.weight", "lm_head.weight", "vision_projector.position"} <= set(adamw)
+    assert sum(n.startswith("vision_encoder.") for n in adamw) == len(list(run.model.vision_encoder.parameters()))
+
+
+def test_three_ways_are_equal_for_a_model_that_ignores_the_picture(pictures, tmp_path):
+    run = new_run(recipe_for(pictures, tmp_path))
+    check = three_ways(run.model, run.val, run.val_eyes, 4)
+    assert check["aligned"] == pytest.approx(check["shuffled"]) == pytest.approx(check["blind"])
+
+
+# ---- going on after a kill
+
+
+def command(recipe, *more):
+    fields = {**SMALL, "data": recipe.data, "out": recipe.out, "cache": recipe.cache} | {
+        "steps": recipe.steps, "train_encoder": recipe.train_encoder, "save_every": recipe.save_every
+    }  # fmt: skip
+    flags = []
+    for name, value in fields.items():
+        flag = "--" + name.replace("_", "-")
+        flags += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
+    return [sys.executable, "-m", "nanochat.cli", "train", "folder", *flags, *more]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, steps=60, train_encoder=True, save_every=3)
+    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    out, deadline = Path(recipe.out), time.monotonic() + 120
+    while not (out / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, _, training = load_checkpoint(out)
+    assert 0 < training["step"] < 60 and training["step"] % 3 == 0
+    done = subprocess.run(command(recipe, "--resume"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = replace(recipe, out=str(tmp_path / "whole"))
+    done = subprocess.run(command(whole), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (resumed, _, a), (unbroken, _, b) = load_checkpoint(recipe.out), load_checkpoint(whole.out)
+    assert a["step"] == b["step"] == 60
+    for name, tensor in unbroken.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    for name, tensor in load_resume(whole.out).items():
+        assert torch.equal(load_resume(recipe.out)[name], tensor), name
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, steps=100_000, train_encoder=True, save_every=5)
+    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (Path(recipe.out) / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved" in error and "--resume" in error and "Traceback" not in error
+    assert load_checkpoint(recipe.out)[2]["step"] > 0
+
+
+def test_another_recipe_is_no_resume(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, steps=2)
+    train(recipe)
+    with pytest.raises(ValueError, match="matrix_lr=0.02 then, 0.1 now"):
+        train(replace(recipe, resume=True, matrix_lr=0.1))
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(recipe)
+
+
+def test_bad_recipes_are_refused_before_anything_is_written(pictures, tmp_path):
+    for changes, message in (
+        ({"data": str(tmp_path / "nothing")}, "nothing"),
+        ({"layer": "p9"}, "unknown layer"),
+        ({"vision_tokens": 3}, "square"),
+        ({"sequence_len": 8}, "does not fit"),
+        ({"vocab_size": 100}, "vocab_size"),
+        ({"resume": True}, "no checkpoint"),
+        ({"device": "cuda"}, "CUDA") if not torch.cuda.is_available() else ({"image_size": 33}, "multiple of 32"),
+    ):
+        with pytest.raises((ValueError, DataError), match=message):
+            train(recipe_for(pictures, tmp_path, steps=1, **changes))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_loss_is_an_error(pictures, tmp_path):
+    run = new_run(recipe_for(pictures, tmp_path))
+    with torch.no_grad():
+        run.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss became nan"):
+        run.train_step()
+
+
+def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch):
+    run = new_run(recipe_for(pictures, tmp_path))
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(run, "train_step", full)
+    with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):
+        run.go()
+
+
+def test_rows_of_several_pictures_and_of_none():
+    tokenizer = Tokenizer.train(["which?"], 270)
+    config = type("Config", (), {"vision_token_id": 3, "vision_tokens_per_image": 2, "sequence_len": 64})
+    pair = vqa_sample(b"a", "which?", "left")
+    two = replace(
+        pair, images=(b"a", b"b"),
+        messages=({"role": "user", "content": [{"type": "image"}, {"type": "image"}]}, pair.messages[1]),
+    )  # fmt: skip
+    none = replace(pair, images=(), messages=({"role": "user", "content": "hi"}, pair.messages[1]))
+    rows = Rows([two, pair, none], tokenizer, config)
+    batch = collate([row for group in rows.groups for row in group])
+    assert batch.counts == [2, 1, 0] and batch.slots.tolist() == [0, 1, 0]
+    spread = batch.spread(torch.arange(4.0).view(2, 2, 1))
+    assert [v.flatten().tolist() for v in spread] == [[0, 1, 2, 3], [0, 1], []]
