@@ -61,6 +61,11 @@ class Recipe:
     blind_share: float = 0.05
     "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
 
+    word_loss: float = 0.0
+    "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."
+    decoder_gradient: float = 1.0
+    "Share of the decoder's gradient that reaches the encoder: beside the word loss most of it is noise."
+
     # optimisers: Muon on matrices, AdamW on the rest
     matrix_lr: float = 0.02
     embedding_lr: float = 5e-3
@@ -92,7 +97,7 @@ class EasyVQA(Recipe):
     """Questions about coloured shapes, trained end to end from random weights: the model that ships."""
 
     data: str = "easy_vqa"
-    layer: str = "2"
+    layer: str = "4"
     image_size: int = 64
     train_encoder: bool = True
     batchnorm: Literal["frozen", "train"] = "train"
@@ -101,7 +106,12 @@ class EasyVQA(Recipe):
     sequence_len: int = 64
     n_layer: int = 2
     n_embd: int = 128
+    epochs: float = 18
+    images_per_step: int = 64
+    questions_per_image: int = 2
     encoder_lr: float = 3e-3
+    word_loss: float = 1.0
+    decoder_gradient: float = 0.05
 
 
 @dataclass

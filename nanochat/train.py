@@ -30,9 +30,11 @@ from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_m
 from nanochat.recipes import Recipe
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
+from nanochat.words import WordHead, answer_words
 
 console = Console()
 BETAS = (0.9, 0.95)
+WORD_HEAD = "word_head."  # of the resume file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPANDABLE = (
     "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "
@@ -84,10 +86,21 @@ class Run:
         self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
         self.data, self.val, self.eyes, self.val_eyes = data, val, eyes, val_eyes
         self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
-        self.optimizers = make_optimizers(model, recipe)
+        self.word_head = None
+        if recipe.train_encoder and recipe.word_loss:
+            words = answer_words(data)
+            self.word_head = WordHead(model.config.vision_embedding_dim, model.config.vocab_size, words).to(
+                model.device
+            )
+        self.optimizers = make_optimizers(model, recipe, self.word_head)
         self.started = time.monotonic()
         if recipe.resume:
-            load_optimizers(self.optimizers, load_resume(out))
+            tensors = load_resume(out)
+            load_optimizers(self.optimizers, {k: v for k, v in tensors.items() if not k.startswith(WORD_HEAD)})
+            if self.word_head is not None:
+                self.word_head.load_state_dict(
+                    {k.removeprefix(WORD_HEAD): v for k, v in tensors.items() if k.startswith(WORD_HEAD)}
+                )
 
     def go(self) -> Path:
         try:
@@ -161,12 +174,19 @@ class Run:
         self.step += 1
         return total, sum(part.idx.numel() for part in parts), sum(len(part.numbers) for part in parts)
 
-    def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
-        device = self.model.device
-        vectors = self.eyes(batch.numbers, rng).to(device) if batch.numbers else None
-        vectors = hide(batch.spread(vectors), rng, self.recipe.blind_share)
+    def losses(self, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Sums over a batch: of the answers' tokens, and of the pictures' words."""
+        device, words, vectors = self.model.device, 0.0, None
+        if batch.numbers:
+            vectors = self.eyes(batch.numbers, rng).to(device)
+            if self.word_head is not None:
+                words = self.word_head.loss(vectors, batch.numbers)
+            share = self.recipe.decoder_gradient
+            vectors = share * vectors + (1 - share) * vectors.detach()  # the same values, less gradient
+        seen = hide(batch.spread(vectors), rng, self.recipe.blind_share)
         mask = (batch.idx == self.data.vision_token_id).to(device)
-        return self.model(batch.idx.to(device), vectors, mask, batch.targets.to(device), loss_reduction="sum")
+        answers = self.model(batch.idx.to(device), seen, mask, batch.targets.to(device), loss_reduction="sum")
+        return answers, words
 
     def log(self, **values) -> None:
         line = {"step": self.step, "seconds": round(self.elapsed(), 2), **values}
@@ -187,6 +207,8 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         resume, extra = optimizer_tensors(self.optimizers), history_files(self.history)
+        if self.word_head is not None:
+            resume |= {WORD_HEAD + name: tensor for name, tensor in self.word_head.state_dict().items()}
         save_checkpoint(self.out, self.model, self.tokenizer, training, resume=resume, extra=extra)
 
     def report(self) -> None:
@@ -303,7 +325,9 @@ def set_training(model: MultimodalGPT, recipe: Recipe) -> None:
     model.gradient_checkpointing = recipe.gradient_checkpointing
 
 
-def make_optimizers(model: MultimodalGPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: MultimodalGPT, recipe: Recipe, word_head: WordHead | None = None
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder and the projector; AdamW for embeddings, head, positions and encoder."""
     matrices, tables, encoder = [], [], []
     for name, p in model.named_parameters():
@@ -319,6 +343,8 @@ def make_optimizers(model: MultimodalGPT, recipe: Recipe) -> list[torch.optim.Op
     groups = [{"params": tables, "lr": recipe.embedding_lr, "weight_decay": 0.0}]
     if encoder:
         groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
+    if word_head is not None:
+        groups.append({"params": list(word_head.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
     adamw = torch.optim.AdamW(groups, betas=BETAS)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:

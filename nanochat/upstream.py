@@ -97,7 +97,9 @@ def load_weights(model: GPT, path: Path) -> None:
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if unknown := sorted(set(state) - set(expected)):
-        raise later_architecture(f"{path.name} has the tensors {', '.join(unknown[:4])}" + (" ..." if unknown[4:] else ""))
+        raise later_architecture(
+            f"{path.name} has the tensors {', '.join(unknown[:4])}" + (" ..." if unknown[4:] else "")
+        )
     if missing := sorted(set(expected) - set(state)):
         raise UpstreamError(f"{path} lacks the tensors {', '.join(missing[:4])}" + (" ..." if missing[4:] else ""))
     for name, shape in expected.items():

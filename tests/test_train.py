@@ -18,8 +18,17 @@ from nanochat.batches import Rows, augment, collate, hide
 from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import DataError, vqa_sample
 from nanochat.recipes import Folder
-from nanochat.train import Run, build_model, learning_rate_factor, make_optimizers, open_eyes, texts_of, three_ways, train
 from nanochat.tokenizer import Tokenizer
+from nanochat.train import (
+    Run,
+    build_model,
+    learning_rate_factor,
+    make_optimizers,
+    open_eyes,
+    texts_of,
+    three_ways,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
@@ -47,7 +56,9 @@ def pictures(tmp_path_factory):
 
 
 def recipe_for(pictures, tmp_path, **changes):
-    return Folder(**SMALL | {"data": str(pictures), "out": str(tmp_path / "run"), "cache": str(tmp_path / "c")} | changes)
+    return Folder(
+        **SMALL | {"data": str(pictures), "out": str(tmp_path / "run"), "cache": str(tmp_path / "c")} | changes
+    )
 
 
 def new_run(recipe):
@@ -92,7 +103,9 @@ def test_a_frozen_encoder_stays_as_it_was_and_grids_train(pictures, tmp_path):
 def test_accumulated_gradients_are_those_of_the_large_batch(pictures, tmp_path, size):
     gradients = []
     for device_batch_size in (None, size):
-        recipe = recipe_for(pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0)
+        recipe = recipe_for(
+            pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0
+        )
         run = new_run(recipe)
         with torch.no_grad():  # a new head is zero, and sends no gradient back
             torch.manual_seed(1)
@@ -100,7 +113,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(pictures, tmp_path, 
                 p.normal_(0, 0.1)
         seen = {}
         for optimizer in run.optimizers:
-            optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None})
+            optimizer.step = lambda: seen.update(
+                {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+            )
         run.train_step()
         gradients.append(seen)
     whole, parts = gradients
@@ -169,7 +184,9 @@ def test_learning_rates_rise_stay_and_fall():
 def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
     run = new_run(recipe_for(pictures, tmp_path, train_encoder=True, vision_tokens=4))
     names = {id(p): name for name, p in run.model.named_parameters()}
-    muon, adamw = ([names[id(p)] for g in o.param_groups for p in g["params"]] for o in make_optimizers(run.model, run.recipe))
+    muon, adamw = (
+        [names[id(p)] for g in o.param_groups for p in g["params"]] for o in make_optimizers(run.model, run.recipe)
+    )
     assert all(".attn." in n or ".mlp." in n or "vision_projector.c_" in n for n in muon) and len(muon) == 8
     assert {"transformer.wte.weight", "lm_head.weight", "vision_projector.position"} <= set(adamw)
     assert sum(n.startswith("vision_encoder.") for n in adamw) == len(list(run.model.vision_encoder.parameters()))
@@ -223,7 +240,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(pictures, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
     recipe = recipe_for(pictures, tmp_path, steps=100_000, train_encoder=True, save_every=5)
-    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (Path(recipe.out) / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)

@@ -13,7 +13,9 @@ from nanochat.upstream import SPECIAL_TOKENS, import_upstream, load_weights
 tiktoken = pytest.importorskip("tiktoken")
 
 TEXT = "Héllo, wörld! it's 12345 o'clock\n\n  日本語 👩‍🚀 <|bos|> the quick brown fox"
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 def encoding():

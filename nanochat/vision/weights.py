@@ -13,7 +13,9 @@ import torch
 import torch.nn as nn
 
 # What a .pt file of a detector may mention: all of it becomes StandIn
-DETECTOR_GLOBALS = re.compile(r"(ultralytics|torch\.nn|pathlib)\..+|numpy\.(dtype|_?core\.multiarray\.scalar)")
+DETECTOR_GLOBALS = re.compile(
+    r"(ultralytics|torch\.nn|pathlib)\..+|builtins\.getattr|numpy\.(dtype|_?core\.multiarray\.scalar)"
+)
 # What a model description may say
 ACTIVATION = re.compile(
     r"(torch\.)?nn\.(ReLU|ReLU6|LeakyReLU|SiLU|GELU|Mish|Hardswish|ELU|Identity)\((inplace=(True|False)|\d*\.?\d*)\)"
