@@ -121,8 +121,13 @@ class Flickr8k(Recipe):
     train_split: str = "train"
     val_split: str = "dev"
     encoder: str = ""
-    layer: str = "p3+p4+p5"
-    vision_tokens: int = 49
+    layer: str = "p5+p4+p3+8"
+    sequence_len: int = 96
+    n_layer: int = 3
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    images_per_step: int = 24
+    questions_per_image: int = 5
+    weight_decay: float = 0.05
 
 
 @dataclass
@@ -130,8 +135,14 @@ class Daquar(Recipe):
     """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR."""
 
     encoder: str = ""
-    layer: str = "p3+p4+p5"
-    vision_tokens: int = 49
+    layer: str = "p5+p4+p3+8"
+    vocab_size: int = 2048
+    n_layer: int = 2
+    n_embd: int = 192
+    images_per_step: int = 32
+    questions_per_image: int = 4
+    weight_decay: float = 0.1
+    matrix_lr: float = 0.01
 
 
 @dataclass

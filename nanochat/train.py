@@ -154,14 +154,14 @@ class Run:
         rng = np.random.default_rng([recipe.seed, self.step, 2])
         size = recipe.device_batch_size or len(groups)
         parts = [collate([row for group in groups[i : i + size] for row in group]) for i in range(0, len(groups), size)]
-        n_learnt = max(
-            1, sum(part.n_learnt for part in parts)
-        )  # of the whole step: micro-batches weigh by their tokens
+        # of the whole step, so that micro-batches weigh by what is in them
+        n_learnt = max(1, sum(part.n_learnt for part in parts))
+        n_images = max(1, sum(len(part.numbers) for part in parts))
         total = 0.0
         for part in parts:
-            loss = self.loss(part, rng) / n_learnt
-            loss.backward()
-            total += loss.item()
+            answers, words = self.losses(part, rng)
+            (answers / n_learnt + recipe.word_loss * words / n_images).backward()
+            total += answers.item() / n_learnt
         if not math.isfinite(total):
             raise ValueError(f"the loss became {total} at step {self.step}: lower the learning rates (matrix_lr first)")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

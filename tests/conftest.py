@@ -3,7 +3,7 @@ import torch
 
 from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors: a second thread only waits
 
 TINY = dict(sequence_len=64, vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vision_embedding_dim=12)
 

@@ -104,18 +104,20 @@ def test_accumulated_gradients_are_those_of_the_large_batch(pictures, tmp_path, 
     gradients = []
     for device_batch_size in (None, size):
         recipe = recipe_for(
-            pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0
+            pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0, word_loss=0.5
         )
         run = new_run(recipe)
         with torch.no_grad():  # a new head is zero, and sends no gradient back
             torch.manual_seed(1)
             for p in (run.model.lm_head.weight, *(b.attn.c_proj.weight for b in run.model.transformer.h)):
                 p.normal_(0, 0.1)
-        seen = {}
+        seen, named = {}, dict(run.model.named_parameters())
+
+        def look(seen=seen, named=named):
+            seen |= {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
         for optimizer in run.optimizers:
-            optimizer.step = lambda: seen.update(
-                {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
-            )
+            optimizer.step = look
         run.train_step()
         gradients.append(seen)
     whole, parts = gradients
@@ -192,6 +194,24 @@ def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
     assert sum(n.startswith("vision_encoder.") for n in adamw) == len(list(run.model.vision_encoder.parameters()))
 
 
+def test_the_word_loss_reaches_the_encoder_and_knows_the_telling_words(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, train_encoder=True, word_loss=1.0, decoder_gradient=0.0, blind_share=0.0)
+    run = new_run(recipe)
+    # the end of the turn is in every answer and tells nothing; colours do
+    end = run.tokenizer.special("<|assistant_end|>")
+    assert all(words and end not in words for words in run.word_head.words)
+    by_colour = {tuple(run.word_head.words[run.data.groups[i][0].images[0]]) for i in range(len(run.data.groups))}
+    assert len(by_colour) == len(COLOURS)
+    batch = collate([row for group in run.data.groups[:4] for row in group])
+    answers, words = run.losses(batch, np.random.default_rng(0))
+    answers.backward()
+    encoder = run.model.vision_encoder.net.model[0].conv.weight
+    assert encoder.grad is None or encoder.grad.abs().sum() == 0
+    _, words = run.losses(batch, np.random.default_rng(0))
+    words.backward()
+    assert encoder.grad.abs().sum() > 0
+
+
 def test_three_ways_are_equal_for_a_model_that_ignores_the_picture(pictures, tmp_path):
     run = new_run(recipe_for(pictures, tmp_path))
     check = three_ways(run.model, run.val, run.val_eyes, 4)
@@ -203,7 +223,8 @@ def test_three_ways_are_equal_for_a_model_that_ignores_the_picture(pictures, tmp
 
 def command(recipe, *more):
     fields = {**SMALL, "data": recipe.data, "out": recipe.out, "cache": recipe.cache} | {
-        "steps": recipe.steps, "train_encoder": recipe.train_encoder, "save_every": recipe.save_every
+        "steps": recipe.steps, "train_encoder": recipe.train_encoder, "save_every": recipe.save_every,
+        "word_loss": recipe.word_loss,
     }  # fmt: skip
     flags = []
     for name, value in fields.items():
@@ -216,7 +237,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(pictures, tmp_path):
-    recipe = recipe_for(pictures, tmp_path, steps=60, train_encoder=True, save_every=3)
+    recipe = recipe_for(pictures, tmp_path, steps=60, train_encoder=True, save_every=3, word_loss=1.0)
     process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     out, deadline = Path(recipe.out), time.monotonic() + 120
     while not (out / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:

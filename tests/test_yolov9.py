@@ -32,12 +32,13 @@ def detector(names):
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
-    model.train()(torch.rand(4, 3, 160, 160))  # statistics that let the picture through all those random layers
+    scenes = torch.nn.functional.interpolate(torch.rand(8, 3, 12, 12).round(), size=160)  # blocks in eight colours
+    model.train()(scenes)  # statistics that let a picture through all those random layers
     for norm in norms:
         norm.momentum = 0.03
     for head in model.model[-1].cv3:
-        torch.nn.init.normal_(head[-1].bias, -4.0, 2.5)
-        torch.nn.init.normal_(head[-1].weight, 0.0, 0.5)
+        torch.nn.init.normal_(head[-1].weight, 0.0, 0.1)
+        torch.nn.init.normal_(head[-1].bias, -2.5, 0.3)
     return model.eval()
 
 

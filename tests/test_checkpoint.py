@@ -1,0 +1,208 @@
+"""Checkpoints: what is saved comes back, and nothing in between is ever seen."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from nanochat import checkpoint
+from nanochat.checkpoint import CheckpointError, load_checkpoint, load_resume, save_checkpoint
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.vision import YOLOv9Plus
+from tests.conftest import make_model
+from tests.test_tokenizer import TOKENIZER
+
+TRAINING = {"recipe_name": "test", "step": 3}
+
+
+def saved(folder, seed=0, **options):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.add_(seed)
+    save_checkpoint(folder, model, TOKENIZER, TRAINING | {"seed": seed}, **options)
+    return model
+
+
+def seed_of(folder):
+    return load_checkpoint(folder)[2]["seed"]
+
+
+def same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_round_trip(tmp_path):
+    model = saved(tmp_path / "m", resume={"0.1.step": torch.tensor(5.0)}, extra={"metrics.jsonl": b"{}\n"})
+    loaded, tokenizer, training = load_checkpoint(tmp_path / "m")
+    same(model, loaded)
+    assert loaded.config == model.config and not loaded.training
+    assert tokenizer.to_json() == TOKENIZER.to_json() and training["step"] == 3
+    assert load_resume(tmp_path / "m")["0.1.step"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+    assert (tmp_path / "m" / "metrics.jsonl").read_bytes() == b"{}\n"
+    idx = torch.randint(0, 90, (1, 8))
+    torch.testing.assert_close(loaded(idx), model(idx))
+
+
+def test_the_encoder_travels_with_the_model(tmp_path):
+    model = make_model(vision_embedding_dim=32, vision_layer="2", vision_image_size=32)
+    model.attach_encoder(YOLOv9Plus("yolov9t.yaml", image_size=32).truncate(2))
+    save_checkpoint(tmp_path / "m", model, TOKENIZER, TRAINING)
+    loaded, _, _ = load_checkpoint(tmp_path / "m")
+    same(model, loaded)
+    picture = torch.rand(3, 40, 40)
+    torch.testing.assert_close(loaded.encode_images(picture), model.encode_images(picture))
+
+
+def test_text_models_load_as_plain_gpt(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    save_checkpoint(tmp_path / "m", model, TOKENIZER, TRAINING)
+    loaded, _, _ = load_checkpoint(tmp_path / "m")
+    assert type(loaded) is GPT
+    same(model, loaded)
+
+
+def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
+    model = saved(tmp_path / "full")
+    saved(tmp_path / "half", dtype=torch.float16)
+    full, half = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("full", "half"))
+    assert half < 0.55 * full
+    loaded, _, _ = load_checkpoint(tmp_path / "half")
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_users_own_files_stay(tmp_path):
+    saved(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    saved(tmp_path / "m", seed=1)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine" and seed_of(tmp_path / "m") == 1
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        saved(tmp_path / "m")
+    assert [p.name for p in tmp_path.rglob("*")] == ["m", "thesis.tex"]
+
+
+@pytest.mark.parametrize("step", range(30))
+def test_a_crash_at_any_step_leaves_the_old_or_the_new(tmp_path, monkeypatch, step):
+    """Die at the n-th file operation, without any clean-up, as a kill does."""
+
+    class Killed(BaseException):
+        pass
+
+    folder, calls = tmp_path / "m", iter(range(1000))
+    saved(folder, seed=1)
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            if next(calls) == step:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("rename", "open", "fsync", "link"):
+        monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
+    monkeypatch.setattr(checkpoint, "save_file", dying(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint.Path, "write_bytes", dying(checkpoint.Path.write_bytes))
+    with monkeypatch.context() as during:
+        # a killed process cleans nothing up
+        during.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)
+        during.setattr(checkpoint, "recover", lambda folder: None)
+        try:
+            saved(folder, seed=2)
+            died = False
+        except Killed:
+            died = True
+    monkeypatch.undo()
+    assert seed_of(folder) in (1, 2)
+    assert died or seed_of(folder) == 2
+    saved(folder, seed=3)
+    assert seed_of(folder) == 3 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    saved(tmp_path / "m", seed=1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path / "m", seed=2)
+    assert seed_of(tmp_path / "m") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "training.json"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "bytes,.*expected"),
+        (lambda path: path.write_bytes(b"x" + path.read_bytes()[1:]), "altered"),
+    ],
+    ids=["missing", "truncated", "altered"],
+)
+def test_damage_is_named(tmp_path, name, damage, message):
+    saved(tmp_path / "m")
+    damage(tmp_path / "m" / name)
+    with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        load_checkpoint(tmp_path / "m")
+
+
+def rewrite(folder, name, change):
+    """Change a JSON file and make the manifest agree."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if name in manifest["files"]:
+        path = folder / name
+        manifest["files"][name] = {"size": path.stat().st_size, "sha256": checkpoint.sha256(path)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_newer_formats_and_unknown_settings_are_refused(tmp_path):
+    saved(tmp_path / "m")
+    shutil.copytree(tmp_path / "m", tmp_path / "n")
+    rewrite(tmp_path / "m", "manifest.json", lambda c: c.update(format_version=99))
+    with pytest.raises(CheckpointError, match="format 99.*upgrade"):
+        load_checkpoint(tmp_path / "m")
+    rewrite(tmp_path / "n", "config.json", lambda c: c["config"].update(smear=True))
+    with pytest.raises(CheckpointError, match="does not know: smear"):
+        load_checkpoint(tmp_path / "n")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
+    saved(tmp_path / "m")
+    rewrite(tmp_path / "m", "config.json", lambda c: c["config"].update(n_layer=3))
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_checkpoint(tmp_path / "m")
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_checkpoint(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no manifest.json"):
+        load_checkpoint(tmp_path / "empty")
+    saved(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="training cannot go on"):
+        load_resume(tmp_path / "m")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="hub"):
+        load_checkpoint("nobody/nothing-here")
