@@ -82,6 +82,8 @@ class Recipe:
     "Go on with the run in `out`."
     seed: int = 0
     device: str = "auto"
+    threads: int | None = None
+    "Of the CPU; default as many as it has cores. A small model is fastest with 1, above all beside other work."
     encoder_device: str | None = None
     "Another device for the encoder, to leave memory to the decoder."
     eval_every: int = 250
@@ -110,6 +112,7 @@ class EasyVQA(Recipe):
     images_per_step: int = 64
     questions_per_image: int = 2
     encoder_lr: float = 3e-3
+    threads: int | None = 1
     word_loss: float = 1.0
     decoder_gradient: float = 0.05
 

@@ -52,6 +52,8 @@ def train(recipe: Recipe) -> Path:
     if (out.exists() or out.is_symlink()) and not recipe.resume:
         raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
     torch.manual_seed(recipe.seed)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
 
     train_set = load_dataset(recipe.data, recipe.train_split, recipe.strict)
@@ -381,7 +383,7 @@ def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
 
 def check_same(recipe: Recipe, before: dict) -> None:
     """A resumed run must be the run it goes on with. Raises ValueError naming what changed."""
-    free = {"out", "resume", "device", "encoder_device", "cache", "save_every", "eval_every", "gradient_checkpointing"}
+    free = {"out", "resume", "device", "encoder_device", "cache", "save_every", "eval_every", "gradient_checkpointing", "threads"}
     changed = [
         f"{k}={before.get(k)!r} then, {v!r} now"
         for k, v in asdict(recipe).items()
