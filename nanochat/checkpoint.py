@@ -5,7 +5,8 @@
     manifest.json       size and SHA-256 of each file     resume.safetensors   optimiser state (only while training)
 
 A new one is written beside the old under a temporary name, then the two change places by two renames. A kill between the
-renames leaves no folder of the name but a complete one beside it, which the next load or save moves back.
+renames leaves no folder of the name but a complete one beside it, which loading reads and the next save moves back. (One
+step would be better, but Python has no exchange of two folders, and os.replace takes no folder that has files in it.)
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+RESUME = "resume.safetensors"
 REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
 MODELS = {"gpt": (GPTConfig, GPT), "multimodal_gpt": (MultimodalGPTConfig, MultimodalGPT)}
 
@@ -48,11 +50,11 @@ def save_checkpoint(
     """Write a checkpoint, or replace the one in `folder`, in one step.
 
     training: JSON-able, how the model was made. resume: tensors to go on training with. dtype: store floating-point weights
-    in it (torch.float16 halves the file). extra: further files, name -> contents; files in the folder that are no part
-    of a checkpoint stay.
+    in it (torch.float16 halves the file), except tensors with values beyond its range. extra: further
+    files, name -> contents; files in the folder that are no part of a checkpoint stay.
     Raises OSError, as for a full disk: what was in `folder` is then still there.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link to a folder stays one: what it points to is replaced
     recover(folder)
     if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists and is no checkpoint: choose another name, nothing was written")
@@ -66,6 +68,7 @@ def save_checkpoint(
             keep_foreign_files(folder, new)
             os.rename(folder, old)
         os.rename(new, folder)
+        sync(folder.parent)  # the renames are on the disk before the old one is deleted
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         recover(folder)
@@ -80,7 +83,7 @@ def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: 
     weights = {name: stored(tensor, dtype) for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     if resume is not None:
-        save_file({name: stored(tensor, None) for name, tensor in resume.items()}, folder / "resume.safetensors")
+        save_file({name: stored(tensor, None) for name, tensor in resume.items()}, folder / RESUME)
     texts = {
         "config.json": json.dumps(config, indent=1),
         "tokenizer.json": tokenizer.to_json(),
@@ -88,7 +91,7 @@ def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: 
     }
     for name, content in ({name: text.encode() for name, text in texts.items()} | extra).items():
         (folder / name).write_bytes(content)
-    names = [*REQUIRED, *(["resume.safetensors"] if resume is not None else [])]
+    names = [*REQUIRED, *([RESUME] if resume is not None else [])]
     files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -98,18 +101,28 @@ def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: 
 
 def stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.isfinite(), tensor.isfinite()) else tensor
 
 
 def keep_foreign_files(old: Path, new: Path) -> None:
     """Whatever else the user keeps in the folder moves along."""
     for path in old.iterdir():
-        if path.name in (*REQUIRED, "manifest.json", "resume.safetensors") or (new / path.name).exists():
+        if path.name in (*REQUIRED, "manifest.json", RESUME) or (new / path.name).exists():
             continue
-        if path.is_dir():
-            shutil.copytree(path, new / path.name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)
         else:
-            os.link(path, new / path.name)
+            link(path, new / path.name)
+
+
+def link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def beside(folder: Path, state: str) -> Path:
@@ -117,14 +130,19 @@ def beside(folder: Path, state: str) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Finish what a kill between the two renames left: the new folder if it is complete, else the old one."""
+    """Finish what a kill between the two renames left. For the writer alone: readers use `readable`."""
+    found = readable(folder)
+    if found != folder:
+        os.rename(found, folder)
+    shutil.rmtree(beside(folder, "old"), ignore_errors=True)
+
+
+def readable(folder: Path) -> Path:
+    """Where the checkpoint lies: in its place or, between the two renames, beside it: the new one if complete, else the old."""
     new, old = beside(folder, "new"), beside(folder, "old")
-    if not folder.exists():
-        if old.exists() and complete(new):
-            os.rename(new, folder)
-        elif old.exists():
-            os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists() or not old.exists():
+        return folder
+    return new if complete(new) else old
 
 
 def complete(folder: Path) -> bool:
@@ -157,19 +175,31 @@ def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, d
     Weights become float32, whatever they were stored in. Raises CheckpointError where a file is missing, truncated or
     altered, or where the format is newer than this version reads.
     """
-    folder = locate(folder)
-    verify(folder)
-    described = read_json(folder / "config.json")
-    config_class, model_class = MODELS[described["model"]]
-    known = {field.name for field in fields(config_class)}
-    unknown = sorted(set(described["config"]) - known)
-    if unknown:
-        raise CheckpointError(f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)}")
-    model = model_class(config_class(**described["config"]))
-    if described["encoder"] is not None:
-        from nanochat.vision import YOLOv9Plus  # here, so that text models load without ultralytics
+    place = locate(folder)
+    before = identity(place)
+    try:
+        loaded = read_folder(place, device)
+    except (ValueError, OSError):
+        if identity(place) == before:
+            raise
+    else:
+        if identity(place) == before:
+            return loaded
+    return load_checkpoint(folder, device)  # a training run has just put a newer one in its place
 
-        model.attach_encoder(YOLOv9Plus.from_architecture(described["encoder"]))
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """Tells one saved checkpoint from the next under the same name; None where there is none."""
+    try:
+        stat = (folder / "manifest.json").stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def read_folder(folder: Path, device) -> tuple[GPT, Tokenizer, dict]:
+    verify(folder)
+    model = build(folder)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
@@ -180,18 +210,53 @@ def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, d
     return model.to(device).eval(), tokenizer, read_json(folder / "training.json")
 
 
+def build(folder: Path) -> GPT:
+    """A model of the shape that config.json tells, its weights not yet loaded."""
+    described = read_json(folder / "config.json")
+    kind, config, encoder = (described.get(key) for key in ("model", "config", "encoder"))
+    if not isinstance(kind, str) or kind not in MODELS or not isinstance(config, dict):
+        raise CheckpointError(
+            f"{folder}: config.json has the model {kind!r} and a config of type {type(config).__name__}, expected one of "
+            f"{', '.join(MODELS)} and an object"
+        )
+    config_class, model_class = MODELS[kind]
+    known = {field.name for field in fields(config_class)}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise CheckpointError(f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)}")
+    try:
+        model = model_class(config_class(**config))
+        if encoder is not None:
+            from nanochat.vision import YOLOv9Plus  # here, so that text models load without ultralytics
+
+            model.attach_encoder(YOLOv9Plus.from_architecture(encoder))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: config.json does not describe a model: {error}") from error
+    return model
+
+
 def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors to go on training with. Raises CheckpointError if the checkpoint was saved without."""
-    path = Path(folder) / "resume.safetensors"
-    if not path.is_file():
+    """The tensors to go on training with. Raises CheckpointError if the checkpoint has none, or they are damaged."""
+    place = readable(Path(folder).resolve())
+    files = read_manifest(place)
+    if RESUME not in files or not (place / RESUME).is_file():
         raise CheckpointError(
             f"{folder} has no resume.safetensors: it is a finished model, training cannot go on from it"
         )
-    return load_file(path)
+    check_file(place, RESUME, files[RESUME])
+    return load_file(place / RESUME)
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is as the manifest says."""
+    """Raises CheckpointError unless every file is as the manifest says. Only resume.safetensors may be missing: uploads and
+    downloads leave it out, and `load_resume` says so to whom it matters."""
+    for name, expected in read_manifest(folder).items():
+        if name != RESUME or (folder / name).exists():
+            check_file(folder, name, expected)
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """File name -> {"size", "sha256"}."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         found = "no such folder" if not folder.exists() else "it has no manifest.json"
@@ -207,15 +272,21 @@ def verify(folder: Path) -> None:
     for name in REQUIRED:
         if name not in manifest["files"]:
             raise CheckpointError(f"{manifest_path} does not list {name}: copy the checkpoint again")
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing: copy the checkpoint again")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{path} has {size} bytes, {expected['size']} expected: copy the checkpoint again")
-        if sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's; copy the checkpoint again")
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{manifest_path} is damaged at {name}: copy the checkpoint again")
+    return manifest["files"]
+
+
+def check_file(folder: Path, name: str, expected: dict) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {name} is missing: copy the checkpoint again")
+    size = path.stat().st_size
+    if size != expected["size"]:
+        raise CheckpointError(f"{path} has {size} bytes, {expected['size']} expected: copy the checkpoint again")
+    if sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's; copy the checkpoint again")
 
 
 def read_json(path: Path) -> dict:
@@ -230,8 +301,7 @@ def read_json(path: Path) -> dict:
 
 def locate(name: str | Path) -> Path:
     """A local folder, or the cached download of a hub name."""
-    folder = Path(name).expanduser()
-    recover(folder)
+    folder = readable(Path(name).expanduser().resolve())
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         return folder
     from huggingface_hub import snapshot_download

@@ -228,6 +228,26 @@ def evaluate(
             new.write_text(json.dumps(result, indent=1))
 
 
+def export(checkpoint: Positional[str], out: Out, half: bool = True) -> None:
+    """Copy a checkpoint without its optimiser state, in half precision: what to ship to a robot.
+
+    Args:
+        checkpoint: A checkpoint folder, a hub name, or `default`.
+        half: Store weights as float16; they are loaded as float32.
+    """
+    import torch
+
+    from nanochat.assistant import resolve_checkpoint
+    from nanochat.checkpoint import load_checkpoint, save_checkpoint
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another name")
+    model, vocabulary, training = load_checkpoint(resolve_checkpoint(checkpoint))
+    save_checkpoint(out, model, vocabulary, training, dtype=torch.float16 if half else None)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{model.num_parameters():,} parameters, {size / 1e6:.1f} MB in {out}")
+
+
 def tokenizer(texts: Positional[tuple[Path, ...]], out: Out, vocab_size: int = 4096) -> None:
     """Train a byte-level BPE tokenizer on text files and write it as JSON."""
     from nanochat.tokenizer import Tokenizer
@@ -275,6 +295,7 @@ COMMANDS = {
     "embed": embed,
     "detect": detect,
     "eval": evaluate,
+    "export": export,
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }

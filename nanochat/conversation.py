@@ -41,6 +41,8 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
         add([tokenizer.special(f"<|{role}_start|>")], 0)
         for kind, text in parts:
             if kind == "image":
+                if tokens_per_image < 1:
+                    raise ValueError(f"a picture is shown, but tokens_per_image is {tokens_per_image}")
                 out.n_images += 1
                 add([image] * tokens_per_image, 0)
             else:

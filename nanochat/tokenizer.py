@@ -5,6 +5,7 @@ is plain text, so nobody can type a picture or another's turn.
 """
 
 import codecs
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,10 @@ SPLIT = (
 )
 
 
+# Code points 0..255 and a few wide ones: what a tokenizer must give back unchanged to be one of ours.
+PROBE = "".join(map(chr, range(256))) + "Ωж東\u0301👍🏽 A  a\r\n"
+
+
 def byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table), as character -> byte."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -52,9 +57,14 @@ class Tokenizer:
         alphabet = byte_alphabet()
         # the bytes of each token id; b"" for special tokens
         self.token_bytes = [b""] * bpe.get_vocab_size()
-        for token, i in bpe.get_vocab().items():
-            if i not in self.special_ids:
-                self.token_bytes[i] = bytes(alphabet[c] for c in token)
+        try:
+            for token, i in bpe.get_vocab().items():
+                if i not in self.special_ids:
+                    self.token_bytes[i] = bytes(alphabet[c] for c in token)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"this is no byte-level tokenizer with ids from 0 on: {token!r} is token {i}") from error
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise ValueError("this tokenizer loses text: expected byte-level BPE with all 256 bytes and no normaliser")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -82,23 +92,36 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
+        """Raises ValueError for what is no JSON of a tokenizer, or one of another kind than `train` makes."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            bpe = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for bad JSON
             raise ValueError(f"this is no tokenizer in JSON form: {error}") from error
+        return cls(bpe)
 
     def to_json(self) -> str:
         return self.bpe.to_str(pretty=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
         new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        new.write_text(self.to_json(), encoding="utf-8")
-        os.replace(new, path)
+        try:
+            with open(new, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                new.unlink()
+            raise
 
     @property
     def vocab_size(self) -> int:
@@ -112,22 +135,35 @@ class Tokenizer:
         return i
 
     def add_special_tokens(self, names: Sequence[str]) -> list[int]:
-        """Let the vocabulary grow (action tokens, say): new ids at its end, in the order of `names`."""
+        """Let the vocabulary grow (action tokens, say): new ids at its end, in the order of `names`; those that are special
+        already keep theirs. Raises ValueError for a name that is learnt vocabulary, whose text would be lost."""
+        if isinstance(names, str):
+            raise ValueError(f"add_special_tokens takes a list of names, got the string {names!r}")
+        for name in names:
+            if not name or self.bpe.token_to_id(name) not in {None, *self.special_ids}:
+                raise ValueError(f"{name!r} cannot be a special token: it is empty or a token of ordinary text")
         self.bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         self.__init__(self.bpe)
         return [self.special(name) for name in names]
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode(text).ids
+        """Raises ValueError for text that has no UTF-8 form (a lone surrogate, as from a broken file name)."""
+        try:
+            return self.bpe.encode(text).ids
+        except TypeError as error:
+            raise ValueError(f"expected text that can be written as UTF-8, got {ascii(text)[:80]}") from error
 
     def bytes_of(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
         return self.token_bytes[token_id]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
-        return b"".join(self.bytes_of(i) for i in ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of the ids; special tokens are left out, or spelled with skip_special=False; broken UTF-8 becomes U+FFFD.
+        Raises ValueError for ids outside the vocabulary."""
+        shown = frozenset() if skip_special else self.special_ids
+        parts = (self.bpe.id_to_token(i).encode() if i in shown else self.bytes_of(i) for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:

@@ -21,6 +21,10 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 
+# what a converted tokenizer must encode as the original does
+SAMPLE = "Héllo, wörld! it's 1234567 o'clock, DON'T\r\n\n  日本語 👩‍🚀\tⅷ² ſ\u00a0\u0301 <|bos|> def f(x): return x**2 - 3.14  "
+# what torch and pickle raise for a broken file depends on where it breaks
+BROKEN_FILE = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
 PREFIX = "_orig_mod."  # what torch.compile puts before parameter names
 
 
@@ -92,8 +96,14 @@ def load_weights(model: GPT, path: Path) -> None:
         raise UpstreamError(f"there is no {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UpstreamError(f"{path} is damaged, or holds more than tensors: {str(error).splitlines()[0]}") from error
+    except BROKEN_FILE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpstreamError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        for name, tensor in state.items()
+    ):
+        raise UpstreamError(f"{path} holds something else than named floating-point tensors: is it a model's file?")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if unknown := sorted(set(state) - set(expected)):
@@ -122,8 +132,11 @@ def read_tokenizer(path: Path, trust_pickle: bool) -> Tokenizer:
         import tiktoken
     except ImportError as error:
         raise ImportError("upstream's tokenizer is a tiktoken one: pip install nanochat-vision[upstream]") from error
-    with open(path, "rb") as file:
-        encoding = pickle.load(file)
+    try:
+        with open(path, "rb") as file:
+            encoding = pickle.load(file)
+    except BROKEN_FILE as error:
+        raise UpstreamError(f"{path} is damaged: {error}") from error
     if not isinstance(encoding, tiktoken.Encoding):
         raise UpstreamError(f"{path} holds a {type(encoding).__name__}, expected a tiktoken.Encoding")
     return from_tiktoken(encoding)
@@ -154,7 +167,10 @@ def from_tiktoken(encoding) -> Tokenizer:
     for name, token_id in encoding._special_tokens.items():
         if bpe.token_to_id(name) != token_id:
             raise UpstreamError(f"special token {name} would get the id {bpe.token_to_id(name)} instead of {token_id}")
-    return Tokenizer(bpe)
+    tokenizer = Tokenizer(bpe)
+    if tokenizer.encode(SAMPLE) != encoding.encode_ordinary(SAMPLE):
+        raise UpstreamError(f"the tokenizer {encoding.name!r} cannot be converted: a sample text gets other ids")
+    return tokenizer
 
 
 def by_rank(ranks: dict[bytes, int]) -> list[bytes]:

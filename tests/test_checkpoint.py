@@ -79,11 +79,115 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_the_users_own_files_stay(tmp_path):
+def test_values_that_halves_cannot_hold_stay_as_they_are(tmp_path):
+    model = saved(tmp_path / "m", seed=1e6, dtype=torch.float16)
+    loaded, _, _ = load_checkpoint(tmp_path / "m")
+    torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_users_own_files_stay(tmp_path, monkeypatch, hard_links):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     saved(tmp_path / "m")
     (tmp_path / "m" / "notes.txt").write_text("mine")
+    (tmp_path / "m" / "plots").mkdir()
+    (tmp_path / "m" / "plots" / "a.txt").write_text("also mine")
+    (tmp_path / "m" / "latest").symlink_to("plots")
+    if not hard_links:
+        monkeypatch.setattr(checkpoint.os, "link", refuse)
     saved(tmp_path / "m", seed=1)
     assert (tmp_path / "m" / "notes.txt").read_text() == "mine" and seed_of(tmp_path / "m") == 1
+    assert (tmp_path / "m" / "latest").is_symlink() and (tmp_path / "m" / "latest/a.txt").read_text() == "also mine"
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m").symlink_to(tmp_path / "disk")
+    for seed in (1, 2, 3):
+        saved(tmp_path / "m", seed=seed)
+        assert seed_of(tmp_path / "disk") == seed_of(tmp_path / "m") == seed
+    assert (tmp_path / "m").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "m"]
+
+
+def test_the_current_folder_can_be_a_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m")
+    assert seed_of(".") == 0
+
+
+def test_a_copy_without_resume_is_a_finished_model(tmp_path):
+    """Uploads and downloads leave the optimiser out, but not the manifest that lists it."""
+    saved(tmp_path / "m", resume={"x": torch.zeros(2)})
+    (tmp_path / "m" / "resume.safetensors").unlink()
+    assert seed_of(tmp_path / "m") == 0
+    with pytest.raises(CheckpointError, match="finished model"):
+        load_resume(tmp_path / "m")
+
+
+def test_a_damaged_optimiser_is_refused(tmp_path):
+    saved(tmp_path / "m", resume={"x": torch.zeros(2)})
+    path = tmp_path / "m" / "resume.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    for load in (load_checkpoint, load_resume):
+        with pytest.raises(CheckpointError, match="resume.safetensors was altered"):
+            load(tmp_path / "m")
+
+
+def test_reading_between_the_two_renames_moves_nothing(tmp_path):
+    """The writer may be alive and about to rename: a reader that does it first would make the writer fail."""
+    saved(tmp_path / "m", seed=1, resume={"x": torch.ones(1)})
+    saved(tmp_path / ".m.new", seed=2, resume={"x": torch.zeros(1)})
+    os.rename(tmp_path / "m", tmp_path / ".m.old")
+    assert seed_of(tmp_path / "m") == 2 and load_resume(tmp_path / "m")["x"] == 0
+    (tmp_path / ".m.new" / "config.json").unlink()
+    assert seed_of(tmp_path / "m") == 1 and load_resume(tmp_path / "m")["x"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.new", ".m.old"]
+
+
+@pytest.mark.parametrize("when", ["verify", "build"])
+def test_a_checkpoint_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch, when):
+    saved(tmp_path / "m", seed=1)
+    original, calls = getattr(checkpoint, when), []
+
+    def replaced_once(folder):
+        result = original(folder)
+        if not calls:
+            calls.append(1)
+            saved(tmp_path / "m", seed=2)
+        return result
+
+    monkeypatch.setattr(checkpoint, when, replaced_once)
+    model, _, training = load_checkpoint(tmp_path / "m")
+    assert training["seed"] == 2
+    torch.testing.assert_close(model.lm_head.weight, make_model().lm_head.weight + 2)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"size": 1}])
+def test_damaged_manifests_are_named(tmp_path, entry):
+    saved(tmp_path / "m")
+    rewrite(tmp_path / "m", "manifest.json", lambda c: c["files"].update({"config.json": entry}))
+    with pytest.raises(CheckpointError, match="manifest.json is damaged at config.json"):
+        load_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(model="rwkv"),
+        lambda c: c.update(model=["gpt"]),
+        lambda c: c.pop("model"),
+        lambda c: c.pop("config"),
+        lambda c: c["config"].update(n_embd="wide"),
+        lambda c: c.update(encoder={"yaml": 3}),
+    ],
+)
+def test_configs_that_describe_no_model_are_refused(tmp_path, change):
+    saved(tmp_path / "m")
+    rewrite(tmp_path / "m", "config.json", change)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_checkpoint(tmp_path / "m")
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
@@ -132,14 +236,37 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new(tmp_path, monkeypatch, st
     assert seed_of(folder) == 3 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "function", ["save_file", "Path.write_bytes", "Path.write_text", "sync", "keep_foreign_files", "os.rename"]
+)
+@pytest.mark.parametrize("resume", [None, {"x": torch.zeros(1)}], ids=["", "resume"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch, function, resume):
     saved(tmp_path / "m", seed=1)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
 
     def full(*args, **kwargs):
+        monkeypatch.undo()  # room again from here on: only the first write fails
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(f"nanochat.checkpoint.{function}", full)
     with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path / "m", seed=2, resume=resume)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == files
+    assert seed_of(tmp_path / "m") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_failure_of_the_second_rename_brings_the_old_one_back(tmp_path, monkeypatch):
+    saved(tmp_path / "m", seed=1)
+    rename, calls = os.rename, []
+
+    def second_fails(old, new):
+        calls.append(new)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(checkpoint.os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
         saved(tmp_path / "m", seed=2)
     assert seed_of(tmp_path / "m") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
@@ -206,3 +333,38 @@ def test_what_is_no_checkpoint_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="hub"):
         load_checkpoint("nobody/nothing-here")
+
+
+def test_what_is_pushed_can_be_loaded_by_its_hub_name(tmp_path, monkeypatch):
+    """Against a hub that is a folder: huggingface_hub's own filter decides which files travel."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    hub = tmp_path / "hub"
+
+    def copy(source, target, allow_patterns):
+        target.mkdir(exist_ok=True)
+        for name in filter_repo_objects([p.name for p in source.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(source / name, target / name)
+        return target
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            assert repo_id == "me/eyes" and private and exist_ok
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            return copy(folder_path, hub, allow_patterns)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: copy(hub, tmp_path / "cache", allow_patterns)
+    )
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "m", seed=4, resume={"x": torch.zeros(2)}, extra={"metrics.jsonl": b"{}\n"})
+    (tmp_path / "m" / "secret.txt").write_text("stays at home")
+    checkpoint.push_to_hub(tmp_path / "m", "me/eyes")
+    assert sorted(p.name for p in hub.iterdir()) == sorted([*checkpoint.REQUIRED, "manifest.json"])
+    assert seed_of("me/eyes") == 4
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="bytes"):
+        checkpoint.push_to_hub(tmp_path / "m", "me/eyes")

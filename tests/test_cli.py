@@ -83,6 +83,16 @@ def test_tokenizer(nanochat, tmp_path):
     assert Tokenizer.load(tmp_path / "t.json").decode([*Tokenizer.load(tmp_path / "t.json").encode("fox é")]) == "fox é"
 
 
+def test_export_is_half_the_size_and_says_the_same(nanochat, tmp_path):
+    nanochat("export", "default", "-o", tmp_path / "full", "--no-half")
+    nanochat("export", tmp_path / "full", "-o", tmp_path / "half")
+    full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
+    assert half < 0.6 * full
+    answers = [nanochat("ask", PICTURE, QUESTION, "--checkpoint", tmp_path / name).out for name in ("full", "half")]
+    assert answers[0] == answers[1]
+    assert "exists" in nanochat("export", "default", "-o", tmp_path / "half", code=2).err
+
+
 def test_eval_writes_the_promised_json(nanochat, tmp_path):
     pytest.importorskip("easy_vqa")
     nanochat("eval", "default", "easy_vqa", "--split", "test", "--limit", "60", "--json", tmp_path / "r.json")

@@ -18,8 +18,7 @@ def assistant(words):
 
 
 def spelled(ids):
-    """Ids with the names of special tokens."""
-    return [TOKENIZER.bpe.id_to_token(i) if i in TOKENIZER.special_ids else TOKENIZER.decode([i]) for i in ids]
+    return [TOKENIZER.decode([i], skip_special=False) for i in ids]
 
 
 def test_the_layout_is_nanochats():
@@ -45,6 +44,17 @@ def test_a_completion_prompt_and_its_answer_are_the_training_row():
 def test_a_system_message_is_put_before_the_first_question():
     out = render(TOKENIZER, [{"role": "system", "content": "be brief"}, user(None, "a"), assistant("b")], 1)
     assert "".join(spelled(out.ids)).startswith("<|bos|><|user_start|>be brief\n\n<|image|>a<|user_end|>")
+
+
+def test_other_keys_of_a_picture_are_ignored():
+    shown = {"role": "user", "content": [{"type": "image", "image": object(), "detail": "high"}]}
+    assert render(TOKENIZER, [shown], 2) == render(TOKENIZER, [user(None)], 2)
+
+
+def test_a_model_without_eyes_takes_no_pictures():
+    assert render(TOKENIZER, [user("a")], 0).n_images == 0
+    with pytest.raises(ValueError, match="tokens_per_image is 0"):
+        render(TOKENIZER, [user(None, "a")], 0)
 
 
 def test_typed_placeholders_are_text():

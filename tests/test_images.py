@@ -96,7 +96,7 @@ def test_lossy_formats(format):
 def test_cmyk():
     inks = np.zeros((4, 4, 4), np.uint8)
     inks[:2], inks[2:] = (0, 255, 255, 0), (255, 0, 0, 102)  # red; cyan with 40 % black
-    image = Image.fromarray(inks, "CMYK") if hasattr(Image, "fromarray") else None
+    image = Image.frombytes("CMYK", (4, 4), inks.tobytes())
     pixels = values(encoded(image, "TIFF"))
     assert (pixels[:2] == (255, 0, 0)).all() and (pixels[2:] == (0, 153, 153)).all()
     lossy = values(encoded(image.resize((64, 64), Image.Resampling.NEAREST), "JPEG", quality=95)).astype(int)
@@ -257,6 +257,15 @@ def test_refused_files(data, message, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ImageError, match="x.png"):
         open_image(path)
+
+
+def test_opener_of_ultralytics_makes_no_difference(monkeypatch):
+    def opener(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'pi_heif'")
+
+    monkeypatch.setattr(Image, "open", opener)
+    with pytest.raises(ImageError, match="is no picture in a format"):
+        open_image(b"hello, this is text")
 
 
 def test_bomb_is_seen_before_it_is_decoded(monkeypatch):

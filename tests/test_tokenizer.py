@@ -48,6 +48,7 @@ def test_special_tokens_stand_behind_the_vocabulary():
     ids = [TOKENIZER.special(name) for name in SPECIAL_TOKENS]
     assert ids == list(range(TOKENIZER.vocab_size - len(SPECIAL_TOKENS), TOKENIZER.vocab_size))
     assert TOKENIZER.decode([ids[0], *TOKENIZER.encode("hi"), ids[-1]]) == "hi"
+    assert TOKENIZER.decode([ids[0], *TOKENIZER.encode("hi")], skip_special=False) == "<|bos|>hi"
     with pytest.raises(ValueError, match="no special token"):
         TOKENIZER.special("a")
 
@@ -76,6 +77,53 @@ def test_json_round_trip_and_growth(tmp_path):
     assert again.special("<|image|>") == TOKENIZER.special("<|image|>")
 
 
+def test_growth_never_takes_ordinary_text_away():
+    grown = Tokenizer.from_json(TOKENIZER.to_json())
+    for names, message in ((["a"], "'a' cannot be"), ([""], "'' cannot be"), ("xyz", "a list of names")):
+        with pytest.raises(ValueError, match=message):
+            grown.add_special_tokens(names)
+    assert grown.vocab_size == TOKENIZER.vocab_size
+    bos = TOKENIZER.special("<|bos|>")
+    assert grown.add_special_tokens(["act", "<|bos|>"]) == [TOKENIZER.vocab_size, bos]
+    assert grown.encode("a red act") == TOKENIZER.encode("a red act")
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    TOKENIZER.save(tmp_path / "t.json")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanochat.tokenizer.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Tokenizer.train([], 266).save(tmp_path / "t.json")
+    assert Tokenizer.load(tmp_path / "t.json").vocab_size == TOKENIZER.vocab_size
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def foreign(change):
+    """The tokenizer's JSON with a part of it changed."""
+    parts = json.loads(TOKENIZER.to_json())
+    change(parts)
+    return json.dumps(parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.update(pre_tokenizer=None), "loses text"),
+        (lambda parts: parts.update(normalizer={"type": "Lowercase"}), "loses text"),
+        (lambda parts: parts["model"]["vocab"].update({"日": 400}), "byte-level"),
+        (lambda parts: parts.update(added_tokens=parts["added_tokens"][:-1]), "lacks the special tokens <.image.>"),
+    ],
+    ids=["no bytes", "lower case", "not byte-level", "no image token"],
+)
+def test_tokenizers_of_another_kind_are_refused(tmp_path, change, message):
+    (tmp_path / "t.json").write_text(foreign(change))
+    with pytest.raises(ValueError, match=f"t.json.*{message}"):
+        Tokenizer.load(tmp_path / "t.json")
+
+
 def test_training_is_deterministic():
     assert Tokenizer.train(TEXTS, 350).to_json() == Tokenizer.train(TEXTS, 350).to_json()
 
@@ -86,6 +134,8 @@ def test_bad_input_is_refused():
     for broken in ("", "{", json.dumps({"version": "1.0"})):
         with pytest.raises(ValueError, match="no tokenizer"):
             Tokenizer.from_json(broken)
+    with pytest.raises(ValueError, match="UTF-8.*udcff"):
+        TOKENIZER.encode("photo\udcff")
     for i in (-1, TOKENIZER.vocab_size):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             TOKENIZER.decode([i])

@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat.checkpoint import load_checkpoint
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.upstream import SPECIAL_TOKENS, import_upstream, load_weights
+from nanochat.upstream import SPECIAL_TOKENS, from_tiktoken, import_upstream, load_weights
 
 tiktoken = pytest.importorskip("tiktoken")
 
@@ -29,6 +31,16 @@ def encoding():
         ranks[learnt.token_bytes[i]] = len(ranks)
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS[:9])}
     return tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+CODER = encoding()
+CONVERTED = from_tiktoken(CODER)
+
+
+@given(st.text() | st.text("aA1٣²ⅷ '’sſtK\t\n\r\u00a0\u0085\u2028\u0301éß日👍_-.!\x1c\ufeff", max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_the_converted_tokenizer_is_tiktokens(text):
+    assert CONVERTED.encode(text) == CODER.encode_ordinary(text)
 
 
 @pytest.fixture
@@ -138,3 +150,45 @@ def test_missing_tensors_and_wrong_shapes_are_named(upstream):
     torch.save(state | {"lm_head.weight": head[:5]}, upstream / "a.pt")
     with pytest.raises(ValueError, match=r"lm_head.weight has the shape \(5, 64\)"):
         load_weights(model, upstream / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.pkl", b"", "tokenizer.pkl is damaged"),
+        ("tokenizer.pkl", b"garbage", "tokenizer.pkl is damaged"),
+        ("tokenizer.pkl", pickle.dumps({"a": 1}), "holds a dict, expected a tiktoken.Encoding"),
+        ("model_000650.pt", b"", "model_000650.pt is damaged"),
+        ("model_000650.pt", b"hello", "model_000650.pt is damaged"),
+        ("meta_000650.json", b"[1]", "model_config"),
+    ],
+)
+def test_damaged_files_are_named(upstream, tmp_path, name, content, message):
+    (upstream / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        import_upstream(upstream, tmp_path / "out", trust_pickle=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("state", [[1], {"lm_head.weight": 3}, {"lm_head.weight": torch.zeros(3, dtype=torch.int32)}])
+def test_files_of_other_things_than_weights_are_refused(upstream, tmp_path, state):
+    torch.save(state, upstream / "model_000650.pt")
+    with pytest.raises(ValueError, match="something else than named floating-point tensors"):
+        import_upstream(upstream, tmp_path / "out", trust_pickle=True)
+
+
+def test_a_step_can_be_chosen_and_the_tokenizer_can_lie_elsewhere(upstream, tmp_path):
+    (upstream / "tokenizer.pkl").rename(tmp_path / "elsewhere.pkl")
+    options = {"tokenizer_path": tmp_path / "elsewhere.pkl", "trust_pickle": True}
+    folder = import_upstream(upstream, tmp_path / "out", step=100, **options)
+    assert load_checkpoint(folder)[2]["step"] == 100
+    with pytest.raises(ValueError, match="meta_000007.json"):
+        import_upstream(upstream, tmp_path / "no", step=7, **options)
+
+
+def test_a_tokenizer_that_would_encode_otherwise_is_refused():
+    """tiktoken may split by what the other library does not know; ids must not silently differ."""
+    other = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=CODER._mergeable_ranks, special_tokens={})
+    other.encode_ordinary = lambda text: [0]
+    with pytest.raises(ValueError, match="'odd' cannot be converted"):
+        from_tiktoken(other)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from nanochat.vision import Detection, YOLOv9Plus
+from nanochat.vision.images import letterbox
 from nanochat.vision.weights import StandIn, WeightsError, read_pt
 from nanochat.vision.yolov9 import import_ultralytics
 
@@ -25,20 +26,23 @@ PHOTOS = Path(__file__).parents[2] / "shared/data/flickr8k/images"
 NAMES = {0: "cat", 1: "dog", 2: "traffic light"}
 
 
+PICTURE = Image.effect_mandelbrot((90, 60), (-2, -1.2, 1, 1.2), 60).convert("RGB")
+
+
 def detector(names):
-    tasks = import_ultralytics().nn.tasks
-    model = tasks.DetectionModel("yolov9t.yaml", nc=len(names), verbose=False)
+    """ultralytics' own model with random weights, which sees a picture through all its layers and finds things in it."""
+    model = import_ultralytics().nn.tasks.DetectionModel("yolov9t.yaml", nc=len(names), verbose=False)
     model.names = names
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 1.0
-    scenes = torch.nn.functional.interpolate(torch.rand(8, 3, 12, 12).round(), size=160)  # blocks in eight colours
-    model.train()(scenes)  # statistics that let a picture through all those random layers
+        norm.momentum = 1.0  # statistics of the next batch: without them, random layers let nothing through
+    squares = [letterbox(PICTURE.resize(size), 320)[0] for size in ((320, 200), (160, 90), (90, 60))]
+    model.train()(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255)
     for norm in norms:
         norm.momentum = 0.03
     for head in model.model[-1].cv3:
-        torch.nn.init.normal_(head[-1].weight, 0.0, 0.1)
-        torch.nn.init.normal_(head[-1].bias, -2.5, 0.3)
+        torch.nn.init.normal_(head[-1].weight, 0.0, 0.05)
+        torch.nn.init.normal_(head[-1].bias, -1.6, 0.2)
     return model.eval()
 
 
@@ -50,13 +54,13 @@ def yolo():
 
 @pytest.fixture(scope="module")
 def image():
-    return Image.effect_mandelbrot((90, 60), (-2, -1.2, 1, 1.2), 60).convert("RGB")
+    return PICTURE
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A .pt file of a detector with random weights that is sure of what it sees, so that there are boxes to compare."""
-    torch.manual_seed(1)
+    torch.manual_seed(4)
     path = tmp_path_factory.mktemp("weights") / "random.pt"
     torch.save({"model": detector(NAMES).half(), "ema": None, "train_args": {"imgsz": 640}}, path)
     return path
@@ -209,24 +213,28 @@ def compare_with_ultralytics(path, image, size, conf):
     ours = YOLOv9Plus(path, image_size=size).detect(image, conf=conf)
     theirs = YOLO(path).predict(image, imgsz=size, rect=False, conf=conf, iou=0.7, verbose=False)[0].boxes
     assert len(ours) == len(theirs) > 0
-    np.testing.assert_allclose([d.score for d in ours], theirs.conf.numpy(), atol=1e-3)
-    np.testing.assert_allclose([d.box for d in ours], theirs.xyxy.numpy(), atol=1.0)
-    assert [d.class_id for d in ours] == theirs.cls.int().tolist()
+    rows = zip(theirs.xyxy.tolist(), theirs.conf.tolist(), theirs.cls.int().tolist(), strict=True)
+    rows = [(np.array(box), score, class_id) for box, score, class_id in rows]
+    for d in ours:  # equal scores may come in any order
+        assert any(
+            c == d.class_id and abs(score - d.score) < 1e-3 and np.abs(box - d.box).max() < 1 for box, score, c in rows
+        ), d
 
 
 def test_detections_equal_ultralytics_own(weights, image):
     compare_with_ultralytics(weights, image.resize((300, 200)), 320, 0.3)
-    compare_with_ultralytics(weights, image.resize((111, 333)), 160, 0.2)
+    compare_with_ultralytics(weights, image, 64, 0.3)
+    compare_with_ultralytics(weights, image.resize((32, 64)), 64, 0.25)
 
 
 def test_detections_of_a_list_are_those_of_its_pictures(weights, image):
-    yolo = YOLOv9Plus(weights, image_size=160)
+    yolo = YOLOv9Plus(weights, image_size=64)
     assert yolo.names == NAMES and yolo.embedding_dim() == 7
-    images = [image.resize((300, 200)), image.resize((100, 222)), image]
+    images = [image.resize((300, 200)), image.resize((32, 64)), image]
     batch = yolo.detect(images, conf=0.2)
     for found, alone in zip(batch, [yolo.detect(i, conf=0.2) for i in images], strict=True):
         assert [(d.class_id, d.class_name) for d in found] == [(d.class_id, d.class_name) for d in alone] != []
-        np.testing.assert_allclose([d.box for d in found], [d.box for d in alone], atol=0.01)
+        np.testing.assert_allclose([d.box for d in found], [d.box for d in alone], atol=0.1)
     assert yolo.detect(image, conf=1.0) == []
     assert len(yolo.detect(image, conf=0.2, iou=0.99)) > len(yolo.detect(image, conf=0.2, iou=0.1))
 
@@ -592,6 +600,16 @@ def test_missing_system_libraries_are_named(library, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("ImportError") and library in last
     assert "apt-get install libgl1 libglib2.0-0" in last
+
+
+def test_pillow_stays_as_it_was():
+    """ultralytics replaces Image.open by one that wants to install a package for any file that is no picture."""
+    code = (
+        "from PIL import Image; from nanochat.vision.yolov9 import import_ultralytics\n"
+        "before = Image.open; import_ultralytics(); assert Image.open is before"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_settings_of_the_user_are_kept(monkeypatch):

@@ -94,7 +94,10 @@ def refusing(name: str) -> Iterator[None]:
             yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
+    except (
+        UnidentifiedImageError,
+        ImportError,
+    ):  # ImportError: from ultralytics' own Image.open, where that is in place
         raise ImageError(
             f"{name} is no picture in a format that Pillow knows (JPEG, PNG, WebP, BMP, TIFF, ...)"
         ) from None
@@ -210,7 +213,7 @@ def letterbox(image: Image.Image | np.ndarray, size: int) -> tuple[np.ndarray, L
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (height, width, 3) uint8, each pixel from its four nearest (half-pixel centres, no smoothing).
 
-    In the fixed-point steps of OpenCV's INTER_LINEAR: nearly every pixel is the same, the rest differ by one level.
+    In the fixed-point steps of OpenCV's INTER_LINEAR, so that it comes out the same to the bit on most machines.
     """
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -231,6 +234,7 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def neighbours(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of m target pixels: the two source pixels around its centre, and the second's weight in 2048ths."""
-    centre = np.clip((np.arange(m) + 0.5) * (n / m) - 0.5, 0, n - 1)
-    first = centre.astype(np.intp)
-    return first, np.minimum(first + 1, n - 1), np.rint((centre - first) * 2048).astype(np.int32)
+    centre = ((np.arange(m) + 0.5) * (n / m) - 0.5).astype(np.float32)
+    first = np.floor(centre).astype(np.intp)
+    weight = np.rint((centre - first) * 2048).astype(np.int32)
+    return first.clip(0, n - 1), (first + 1).clip(0, n - 1), weight  # at the borders, twice the same one

@@ -396,6 +396,7 @@ def import_ultralytics():
         folder = tempfile.mkdtemp(prefix="nanochat-yolo-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["YOLO_CONFIG_DIR"] = folder
+    pillow_open = Image.open
     try:
         import ultralytics.nn.tasks
     except ImportError as error:
@@ -407,6 +408,10 @@ def import_ultralytics():
         raise ImportError(
             f"the encoder needs ultralytics ({error}): pip install ultralytics. Everything else works without it"
         ) from error
+    finally:
+        Image.open = (
+            pillow_open  # it puts its own there, which wants to install a package for any file that is no image
+        )
     return ultralytics
 
 
