@@ -92,6 +92,8 @@ class Chat:
         turn = assistant.prompt([user_message(question, n_images)])
         # later turns go on after the last answer: no second <|bos|>
         ids = turn if first else [*self.ids, *turn[1:]]
+        # an answer that was broken off (Ctrl-C) left tokens that are no part of the conversation
+        self.cache.rewind([min(self.cache.lengths[0], len(self.ids))])
         new_tokens = assistant.room(ids, max_new_tokens)
         decoder = StreamDecoder(assistant.tokenizer)
         steps = assistant.engine.stream(

@@ -27,7 +27,7 @@ from nanochat.data.sample import limit
 from nanochat.features import cached_features
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
-from nanochat.recipes import Recipe
+from nanochat.recipes import RECIPES, Recipe
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
 from nanochat.words import WordHead, answer_words
@@ -35,6 +35,7 @@ from nanochat.words import WordHead, answer_words
 console = Console()
 BETAS = (0.9, 0.95)
 WORD_HEAD = "word_head."  # of the resume file
+PLACES = ("out", "cache", "resume")  # fields of a recipe that say where, not what
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPANDABLE = (
     "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "
@@ -200,7 +201,8 @@ class Run:
     def save(self) -> None:
         training = {
             "recipe_name": recipe_name(self.recipe),
-            "recipe": asdict(self.recipe),
+            # without the places of this machine: the folder may be shared
+            "recipe": {k: v for k, v in asdict(self.recipe).items() if k not in PLACES},
             "step": self.step,
             "steps": self.steps,
             "seconds": round(self.elapsed(), 1),
@@ -312,6 +314,7 @@ def open_eyes(recipe: Recipe, model: MultimodalGPT, data: Rows, val: Rows, out: 
             )
             for rows in (data, val)
         ]  # fmt: skip
+        progress.update(bar, completed=1, total=1)  # where all was on the disk already, nothing was counted
     return FeatureEyes(features[0]), FeatureEyes(features[1])
 
 
@@ -383,7 +386,7 @@ def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
 
 def check_same(recipe: Recipe, before: dict) -> None:
     """A resumed run must be the run it goes on with. Raises ValueError naming what changed."""
-    free = {"out", "resume", "device", "encoder_device", "cache", "save_every", "eval_every", "gradient_checkpointing", "threads"}
+    free = {*PLACES, "device", "encoder_device", "save_every", "eval_every", "gradient_checkpointing", "threads"}
     changed = [
         f"{k}={before.get(k)!r} then, {v!r} now"
         for k, v in asdict(recipe).items()
@@ -414,7 +417,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def recipe_name(recipe: Recipe) -> str:
-    return type(recipe).__name__
+    """As the command line calls it."""
+    return next(name for name, kind in RECIPES.items() if kind is type(recipe))
 
 
 def history_files(history: list[dict]) -> dict[str, bytes]:

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
 
+settings.register_profile("shared-machine", deadline=None)  # a busy machine is no bug
+settings.load_profile("shared-machine")
 torch.set_num_threads(1)  # small tensors: a second thread only waits
 
 TINY = dict(sequence_len=64, vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vision_embedding_dim=12)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,8 +28,6 @@ from nanochat.data import easy_vqa as easy_vqa_source
 from nanochat.data.sample import caption_sample, check_text, cut, find_image, vqa_sample
 from nanochat.vision.images import ImageError
 
-settings.register_profile("shared-machine", deadline=None)
-settings.load_profile("shared-machine")
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 
