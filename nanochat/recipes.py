@@ -60,6 +60,8 @@ class Recipe:
     "Recompute the decoder's blocks in the backward pass: less memory, more time."
     blind_share: float = 0.05
     "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
+    word_dropout: float = 0.0
+    "Share of the answers' input tokens that are hidden in training: against learning small texts by heart."
 
     word_loss: float = 0.0
     "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."

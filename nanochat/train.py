@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, hide
+from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from nanochat.data import load_dataset, one_per_reference
 from nanochat.data.sample import limit
@@ -52,6 +52,8 @@ def train(recipe: Recipe) -> Path:
     out = Path(recipe.out or f"runs/{recipe_name(recipe)}")
     if (out.exists() or out.is_symlink()) and not recipe.resume:
         raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
+    if not recipe.data:
+        raise ValueError(f"{recipe_name(recipe)} needs the place of your data: --data PATH")
     torch.manual_seed(recipe.seed)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -187,8 +189,9 @@ class Run:
             share = self.recipe.decoder_gradient
             vectors = share * vectors + (1 - share) * vectors.detach()  # the same values, less gradient
         seen = hide(batch.spread(vectors), rng, self.recipe.blind_share)
-        mask = (batch.idx == self.data.vision_token_id).to(device)
-        answers = self.model(batch.idx.to(device), seen, mask, batch.targets.to(device), loss_reduction="sum")
+        idx = forget_words(batch, rng, self.recipe.word_dropout, self.tokenizer.special("<|bos|>")).to(device)
+        mask = idx == self.data.vision_token_id
+        answers = self.model(idx, seen, mask, batch.targets.to(device), loss_reduction="sum")
         return answers, words
 
     def log(self, **values) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.batches import Rows, augment, collate, hide
+from nanochat.batches import Rows, augment, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import DataError, vqa_sample
 from nanochat.recipes import Folder
@@ -175,6 +175,20 @@ def test_hidden_rows_are_zero_and_as_many_as_asked():
     hidden = hide(vectors, np.random.default_rng(0), 0.2)
     zero = (hidden == 0).all((1, 2))
     assert 150 < zero.sum() < 250 and (hidden[~zero] == 1).all()
+
+
+def test_word_dropout_hides_answers_and_nothing_else(pictures, tmp_path):
+    run = new_run(recipe_for(pictures, tmp_path))
+    rows = [row for group in run.data.groups for row in group]
+    batch, unknown = collate(rows), run.tokenizer.special("<|bos|>")
+    everything = forget_words(batch, np.random.default_rng(0), 1.0, unknown)
+    for line, row in enumerate(rows):
+        for t, token in enumerate(row.ids[:-1]):
+            assert everything[line, t] == (unknown if row.mask[t] else token)
+    some = forget_words(batch, np.random.default_rng(0), 0.3, unknown)
+    answers = sum(sum(row.mask[:-1]) for row in rows)
+    assert 0.1 < (some != batch.idx).sum() / answers < 0.5
+    assert torch.equal(forget_words(batch, np.random.default_rng(0), 0.0, unknown), batch.idx)
 
 
 def test_learning_rates_rise_stay_and_fall():
