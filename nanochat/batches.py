@@ -50,8 +50,8 @@ class Rows:
             groups.setdefault(keys or ("text", len(groups)), []).append(row)
         self.groups = list(groups.values())  # rows about the same pictures, in the order of the data
 
-    def step(self, step: int, n_groups: int, n_rows: int, seed: int) -> list[list[Row]]:
-        """The groups of a training step, at most n_rows of each. Every epoch is another shuffle of all groups."""
+    def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:
+        """The groups of a training step, at most n_rows of each (None: all). Every epoch is another shuffle of all groups."""
         total, chosen = len(self.groups), []
         rng = np.random.default_rng([seed, step, 0])
         orders = {}
@@ -122,9 +122,12 @@ class TrainedEyes:
     them every epoch costs more than a small encoder does.
     """
 
-    def __init__(self, encoder, images: Sequence, layer: str, n_tokens: int, flip: str = "none", jitter: float = 0.0):
+    def __init__(
+        self, encoder, images: Sequence, layer: str, n_tokens: int, dtype=torch.float32, flip: str = "none",
+        jitter: float = 0.0,
+    ):  # fmt: skip
         self.encoder, self.images, self.layer, self.n_tokens = encoder, images, layer, n_tokens
-        self.flip, self.jitter = flip, jitter
+        self.dtype, self.flip, self.jitter = dtype, flip, jitter
         self.decoded: dict[int, torch.Tensor] = {}
 
     def pixels(self, number: int) -> torch.Tensor:
@@ -139,7 +142,9 @@ class TrainedEyes:
         x = torch.stack([self.pixels(number) for number in numbers]).to(device).float() / 255  # (U, 3, S, S)
         if rng is not None:
             x = augment(x, rng, self.flip, self.jitter)
-        return pool_to_tokens(self.encoder(x, self.layer), self.n_tokens)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            maps = self.encoder(x.contiguous(memory_format=torch.channels_last), self.layer)
+        return pool_to_tokens(maps.float(), self.n_tokens)
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float) -> torch.Tensor:

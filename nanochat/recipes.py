@@ -53,7 +53,7 @@ class Recipe:
     "Instead of epochs."
     images_per_step: int = 32
     questions_per_image: int = 4
-    "Questions about one picture in a step, drawn at random; they share one encoder pass."
+    "Questions (or captions) of one picture in a step, drawn at random; they share one encoder pass."
     device_batch_size: int | None = None
     "Pictures in memory at a time; a step accumulates gradients until it has images_per_step."
     gradient_checkpointing: bool = False
@@ -68,9 +68,16 @@ class Recipe:
     decoder_gradient: float = 1.0
     "Share of the decoder's gradient that reaches the encoder: beside the word loss most of it is noise."
 
+    reward_steps: int = 0
+    "Steps after the others in which the model learns from the score of its own captions (see rewards.py)."
+    reward_lr: float = 0.05
+    "Learning rates of these steps, as a share of the peak rates."
+
     # optimisers: Muon on matrices, AdamW on the rest
     matrix_lr: float = 0.02
     embedding_lr: float = 5e-3
+    head_lr: float = 5e-3
+    "Of the output table and the positions of vision tokens."
     encoder_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 50
@@ -127,11 +134,19 @@ class Flickr8k(Recipe):
     val_split: str = "dev"
     encoder: str = ""
     layer: str = "p5+p4+p3+8"
+    train_encoder: bool = True
+    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    jitter: float = 0.1
     sequence_len: int = 96
     n_layer: int = 3
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    epochs: float = 16
     images_per_step: int = 24
-    questions_per_image: int = 5
+    questions_per_image: int = 3
+    word_loss: float = 1.0
+    decoder_gradient: float = 0.1
+    reward_steps: int = 600
+    embedding_lr: float = 0.1
     weight_decay: float = 0.05
 
 

@@ -28,6 +28,7 @@ from nanochat.features import cached_features
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
 from nanochat.recipes import RECIPES, Recipe
+from nanochat.rewards import tries
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
 from nanochat.words import WordHead, answer_words
@@ -36,6 +37,7 @@ console = Console()
 BETAS = (0.9, 0.95)
 WORD_HEAD = "word_head."  # of the resume file
 PLACES = ("out", "cache", "resume")  # fields of a recipe that say where, not what
+HOW = ("device", "encoder_device", "save_every", "eval_every", "gradient_checkpointing", "threads")  # nor what
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPANDABLE = (
     "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "
@@ -74,6 +76,9 @@ def train(recipe: Recipe) -> Path:
     val = Rows(limit(one_per_reference(val_set.samples), 5 * recipe.val_images), tokenizer, model.config)
     eyes, val_eyes = open_eyes(recipe, model, data, val, out)
     steps = recipe.steps or math.ceil(recipe.epochs * len(data.groups) / recipe.images_per_step)
+    if recipe.reward_steps:
+        check_rewarded(recipe, train_set.task)
+        steps += recipe.reward_steps
     skipped = train_set.skipped + val_set.skipped
     console.print(
         f"{len(samples)} conversations about {len(data.images)} pictures, {len(val.images)} to validate"
@@ -130,46 +135,48 @@ class Run:
         )  # fmt: skip
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("training", total=self.steps, completed=self.step, status="")
-            since, tokens, images, losses = time.monotonic(), 0, 0, []
+            since, tokens, images, values = time.monotonic(), 0, 0, []
             while self.step < self.steps:
-                loss, batch_tokens, batch_images = self.train_step()
-                losses.append(loss)
+                what = "reward" if self.rewarded else "loss"
+                value, batch_tokens, batch_images = self.train_step()
+                values.append(value)
                 tokens, images = tokens + batch_tokens, images + batch_images
-                if len(losses) == 10 or self.step == self.steps:
+                if len(values) == 10 or self.step in (self.steps - recipe.reward_steps, self.steps):
                     took = max(time.monotonic() - since, 1e-9)
-                    mean = sum(losses) / len(losses)
-                    self.log(loss=mean, tokens_per_s=tokens / took, images_per_s=images / took)
-                    status = f"loss {mean:.3f}  {tokens / took:,.0f} tokens/s  {images / took:.0f} images/s"
+                    mean = sum(values) / len(values)
+                    self.log(**{what: mean}, tokens_per_s=tokens / took, images_per_s=images / took)
+                    status = f"{what} {mean:.3f}  {tokens / took:,.0f} tokens/s  {images / took:.0f} images/s"
                     progress.update(bar, completed=self.step, status=status)
-                    since, tokens, images, losses = time.monotonic(), 0, 0, []
+                    since, tokens, images, values = time.monotonic(), 0, 0, []
                 if self.step % recipe.eval_every == 0 or self.step == self.steps:
                     check = three_ways(self.model, self.val, self.val_eyes, recipe.images_per_step)
                     self.log(**check)
                     progress.console.print(describe(self.step, self.elapsed(), check))
-                    since, tokens, images, losses = time.monotonic(), 0, 0, []
+                    since, tokens, images, values = time.monotonic(), 0, 0, []
                 if self.step % recipe.save_every == 0 or self.step == self.steps:
                     self.save()
         self.report()
 
+    @property
+    def rewarded(self) -> bool:
+        """Whether the next step follows the reward (see rewards.py) instead of the data's answers."""
+        return self.step >= self.steps - self.recipe.reward_steps
+
     def train_step(self) -> tuple[float, int, int]:
-        """One optimiser step. Returns the loss in nats a token, the tokens, and the pictures it took."""
-        recipe, model = self.recipe, self.model
-        set_training(model, recipe)
-        groups = self.data.step(self.step, recipe.images_per_step, recipe.questions_per_image, recipe.seed)
-        rng = np.random.default_rng([recipe.seed, self.step, 2])
+        """One optimiser step. Returns the loss in nats a token (or the mean reward), the tokens and the pictures it took."""
+        recipe = self.recipe
+        set_training(self.model, recipe)
+        n_rows = None if self.rewarded else recipe.questions_per_image
+        groups = self.data.step(self.step, recipe.images_per_step, n_rows, recipe.seed)
         size = recipe.device_batch_size or len(groups)
-        parts = [collate([row for group in groups[i : i + size] for row in group]) for i in range(0, len(groups), size)]
-        # of the whole step, so that micro-batches weigh by what is in them
-        n_learnt = max(1, sum(part.n_learnt for part in parts))
-        n_images = max(1, sum(len(part.numbers) for part in parts))
-        total = 0.0
-        for part in parts:
-            answers, words = self.losses(part, rng)
-            (answers / n_learnt + recipe.word_loss * words / n_images).backward()
-            total += answers.item() / n_learnt
-        if not math.isfinite(total):
-            raise ValueError(f"the loss became {total} at step {self.step}: lower the learning rates (matrix_lr first)")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
+        rng = np.random.default_rng([recipe.seed, self.step, 2])
+        result = self.follow_reward(chunks, rng) if self.rewarded else self.imitate(chunks, rng)
+        if not math.isfinite(result[0]):
+            raise ValueError(
+                f"the loss became {result[0]} at step {self.step}: lower the learning rates (matrix_lr first)"
+            )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         factor = learning_rate_factor(self.step, self.steps, recipe)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -177,7 +184,39 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total, sum(part.idx.numel() for part in parts), sum(len(part.numbers) for part in parts)
+        return result
+
+    def imitate(self, chunks, rng: np.random.Generator) -> tuple[float, int, int]:
+        """Accumulate the gradients of the data's answers."""
+        parts = [collate([row for rows in chunk for row in rows]) for chunk in chunks]
+        # of the whole step, so that micro-batches weigh by what is in them
+        n_learnt = max(1, sum(part.n_learnt for part in parts))
+        n_images = max(1, sum(len(part.numbers) for part in parts))
+        total = 0.0
+        for part in parts:
+            answers, words = self.losses(part, rng)
+            (answers / n_learnt + self.recipe.word_loss * words / n_images).backward()
+            total += answers.item() / n_learnt
+        return total, sum(part.idx.numel() for part in parts), n_images
+
+    def follow_reward(self, chunks, rng: np.random.Generator) -> tuple[float, int, int]:
+        """Accumulate the gradients of the model's own tries, weighed by how good they are. The encoder stands still."""
+        device, n_tries = self.model.device, self.recipe.questions_per_image
+        n_images, total, tokens = sum(map(len, chunks)), 0.0, 0
+        for chunk in chunks:
+            with torch.no_grad():
+                vectors = self.eyes([rows[0].images[0] for rows in chunk], rng).to(device)
+            seed = int(rng.integers(2**31))
+            rows, advantages, reward = tries(self.model, self.tokenizer, chunk, vectors, n_tries, seed)
+            batch = collate(rows)
+            idx, seen = batch.idx.to(device), vectors.repeat_interleave(n_tries, 0)
+            nats = self.model(
+                idx, seen, idx == self.data.vision_token_id, batch.targets.to(device), loss_reduction="none"
+            )
+            surprise = nats.view(idx.shape).sum(1)  # minus the log-probability of each try
+            ((surprise * advantages.to(device)).sum() / (n_images * n_tries)).backward()
+            total, tokens = total + reward * len(chunk) / n_images, tokens + idx.numel()
+        return total, tokens, n_images
 
     def losses(self, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Sums over a batch: of the answers' tokens, and of the pictures' words."""
@@ -302,10 +341,10 @@ def open_eyes(recipe: Recipe, model: MultimodalGPT, data: Rows, val: Rows, out: 
     encoder.to(pick_device(recipe.encoder_device) if recipe.encoder_device else model.device)
     encoder.requires_grad_(recipe.train_encoder)
     if recipe.train_encoder:
-        args = (recipe.layer, recipe.vision_tokens)
-        return TrainedEyes(encoder, data.images, *args, recipe.flip, recipe.jitter), TrainedEyes(
-            encoder, val.images, *args
-        )
+        encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16
+        how = (recipe.layer, recipe.vision_tokens, DTYPES[recipe.dtype])
+        eyes = TrainedEyes(encoder, data.images, *how, recipe.flip, recipe.jitter)
+        return eyes, TrainedEyes(encoder, val.images, *how)
     encoder.eval()
     folder = recipe.cache or out.parent / "features"
     with Progress(console=console) as progress:
@@ -337,18 +376,23 @@ def make_optimizers(
     model: MultimodalGPT, recipe: Recipe, word_head: WordHead | None = None
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder and the projector; AdamW for embeddings, head, positions and encoder."""
-    matrices, tables, encoder = [], [], []
+    matrices, embeddings, tables, encoder = [], [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if name.startswith("vision_encoder."):
             encoder.append(p)
-        elif p.dim() == 2 and not name.startswith(("transformer.wte", "lm_head", "vision_projector.position")):
+        elif name.startswith("transformer.wte"):
+            embeddings.append(p)
+        elif p.dim() == 2 and not name.startswith(("lm_head", "vision_projector.position")):
             matrices.append(p)
         else:
             tables.append(p)
     muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="original")
-    groups = [{"params": tables, "lr": recipe.embedding_lr, "weight_decay": 0.0}]
+    groups = [
+        {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
+        {"params": tables, "lr": recipe.head_lr, "weight_decay": 0.0},
+    ]
     if encoder:
         groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
     if word_head is not None:
@@ -361,7 +405,11 @@ def make_optimizers(
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Warm up, stay, fall to zero along a line: a trapezoid."""
+    """Warm up, stay, fall to zero along a line: a trapezoid. Then, for the reward, a far lower one that only falls."""
+    left = steps - step
+    if left <= recipe.reward_steps:
+        return recipe.reward_lr * left / recipe.reward_steps
+    steps -= recipe.reward_steps
     rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     fall = min(1.0, (steps - step) / max(1, recipe.cooldown * steps))
     return rise * fall
@@ -389,7 +437,7 @@ def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
 
 def check_same(recipe: Recipe, before: dict) -> None:
     """A resumed run must be the run it goes on with. Raises ValueError naming what changed."""
-    free = {*PLACES, "device", "encoder_device", "save_every", "eval_every", "gradient_checkpointing", "threads"}
+    free = {*PLACES, *HOW, "reward_steps"}
     changed = [
         f"{k}={before.get(k)!r} then, {v!r} now"
         for k, v in asdict(recipe).items()
@@ -397,6 +445,13 @@ def check_same(recipe: Recipe, before: dict) -> None:
     ]
     if changed:
         raise ValueError(f"this is another run than the one in {recipe.out}: {'; '.join(changed)}")
+
+
+def check_rewarded(recipe: Recipe, task: str) -> None:
+    if task != "caption":
+        raise ValueError(f"reward_steps need captions, and {recipe.data} is of questions: leave them out")
+    if recipe.questions_per_image < 2:
+        raise ValueError("reward_steps compare tries at the same picture: questions_per_image must be 2 or more")
 
 
 def texts_of(samples):
