@@ -20,7 +20,7 @@ class Recipe:
 
     # eyes
     encoder: str = "yolov9t.yaml"
-    "Official name, .pt path, or .yaml for random weights."
+    "Official name, .pt path, .yaml for random weights, or a checkpoint folder, whose encoder is taken."
     layer: str = "p3"
     "Map of the encoder that the words see: head, p3, p4, p5, an index, or several joined by +."
     image_size: int = 224

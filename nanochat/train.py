@@ -2,7 +2,6 @@
 
     data -> tokenizer -> model -> steps (accumulate, clip, Muon + AdamW) -> validate three ways -> checkpoint
 
-Muon (Keller Jordan, 2024) turns the decoder's matrices and the projector; AdamW the embeddings, the head and the encoder.
 A run validates aligned (the right picture), shuffled (another picture) and blind (none): where the three agree, nothing
 has been learnt from the pictures, and the run says so.
 """
@@ -27,6 +26,7 @@ from nanochat.data.sample import limit
 from nanochat.features import cached_features
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
+from nanochat.optimizers import learning_rate_factor, load_optimizers, make_optimizers, optimizer_tensors
 from nanochat.recipes import RECIPES, Recipe
 from nanochat.rewards import tries
 from nanochat.tokenizer import Tokenizer
@@ -34,7 +34,6 @@ from nanochat.vision import YOLOv9Plus
 from nanochat.words import WordHead, answer_words
 
 console = Console()
-BETAS = (0.9, 0.95)
 WORD_HEAD = "word_head."  # of the resume file
 PLACES = ("out", "cache", "resume")  # fields of a recipe that say where, not what
 HOW = ("device", "encoder_device", "save_every", "eval_every", "gradient_checkpointing", "threads")  # nor what
@@ -312,9 +311,20 @@ def three_ways(model: MultimodalGPT, rows: Rows, eyes, images_per_step: int) -> 
     return result | {f"{way}_accuracy": t[1] / n_rows for way, t in totals.items()}
 
 
+def open_encoder(recipe: Recipe) -> YOLOv9Plus:
+    """Cut behind the last layer that is looked at. Raises ValueError for a checkpoint without an encoder."""
+    if recipe.encoder and Path(recipe.encoder).expanduser().is_dir():
+        encoder = getattr(load_checkpoint(recipe.encoder)[0], "vision_encoder", None)
+        if encoder is None:
+            raise ValueError(f"the checkpoint {recipe.encoder} is a text model without an encoder: choose another one")
+        encoder.image_size = recipe.image_size
+    else:
+        encoder = YOLOv9Plus(recipe.encoder or None, image_size=recipe.image_size)
+    return encoder.truncate(recipe.layer)
+
+
 def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> MultimodalGPT:
-    encoder = YOLOv9Plus(recipe.encoder or None, image_size=recipe.image_size)
-    encoder.truncate(recipe.layer)
+    encoder = open_encoder(recipe)
     config = MultimodalGPTConfig(
         sequence_len=recipe.sequence_len,
         vocab_size=tokenizer.vocab_size,
@@ -370,69 +380,6 @@ def set_training(model: MultimodalGPT, recipe: Recipe) -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
     model.gradient_checkpointing = recipe.gradient_checkpointing
-
-
-def make_optimizers(
-    model: MultimodalGPT, recipe: Recipe, word_head: WordHead | None = None
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the decoder and the projector; AdamW for embeddings, head, positions and encoder."""
-    matrices, embeddings, tables, encoder = [], [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.startswith("vision_encoder."):
-            encoder.append(p)
-        elif name.startswith("transformer.wte"):
-            embeddings.append(p)
-        elif p.dim() == 2 and not name.startswith(("lm_head", "vision_projector.position")):
-            matrices.append(p)
-        else:
-            tables.append(p)
-    muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="original")
-    groups = [
-        {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
-        {"params": tables, "lr": recipe.head_lr, "weight_decay": 0.0},
-    ]
-    if encoder:
-        groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
-    if word_head is not None:
-        groups.append({"params": list(word_head.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
-    adamw = torch.optim.AdamW(groups, betas=BETAS)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return [muon, adamw]
-
-
-def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Warm up, stay, fall to zero along a line: a trapezoid. Then, for the reward, a far lower one that only falls."""
-    left = steps - step
-    if left <= recipe.reward_steps:
-        return recipe.reward_lr * left / recipe.reward_steps
-    steps -= recipe.reward_steps
-    rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-    fall = min(1.0, (steps - step) / max(1, recipe.cooldown * steps))
-    return rise * fall
-
-
-def optimizer_tensors(optimizers) -> dict[str, torch.Tensor]:
-    """All optimiser state as flat named tensors: "optimizer.parameter.name"."""
-    return {
-        f"{i}.{number}.{key}": value
-        for i, optimizer in enumerate(optimizers)
-        for number, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict] = {}
-        for name, value in tensors.items():
-            owner, number, key = name.split(".", 2)
-            if int(owner) == i:
-                state.setdefault(int(number), {})[key] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_same(recipe: Recipe, before: dict) -> None:

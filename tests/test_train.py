@@ -17,13 +17,12 @@ from PIL import Image
 from nanochat.batches import Rows, augment, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import DataError, vqa_sample
+from nanochat.optimizers import learning_rate_factor, make_optimizers
 from nanochat.recipes import Folder
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import (
     Run,
     build_model,
-    learning_rate_factor,
-    make_optimizers,
     open_eyes,
     texts_of,
     three_ways,
@@ -134,6 +133,52 @@ def test_gradient_checkpointing_trains_alike(pictures, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.fixture
+def described(pictures, tmp_path):
+    """The same pictures with two captions each."""
+    lines = (pictures / "captions.csv").read_text().splitlines()[1::2]
+    rows = [line.split(",")[::2] for line in lines]  # file, colour
+    captions = [f"{name},{text}" for name, c in rows for text in (f"a {c} square .", f"this is {c} on white")]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *captions]))
+    for picture in pictures.glob("*.png"):
+        (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    return tmp_path
+
+
+def test_reward_steps_raise_the_reward_and_leave_the_encoder_alone(described, tmp_path):
+    recipe = recipe_for(
+        described, tmp_path, steps=30, reward_steps=60, reward_lr=0.3, questions_per_image=4, train_encoder=True
+    )
+    out = train(recipe)
+    history = load_checkpoint(out)[2]["history"]
+    rewards = [line["reward"] for line in history if "reward" in line]
+    assert len(rewards) == 6 and rewards[-1] > rewards[0] + 0.05, rewards
+    imitated = load_checkpoint(train(replace(recipe, reward_steps=0, out=str(tmp_path / "imitated"))))[0]
+    for a, b in zip(
+        imitated.vision_encoder.parameters(), load_checkpoint(out)[0].vision_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    resumed = train(replace(recipe, resume=True, reward_steps=70))  # more of the same is the same run
+    assert load_checkpoint(resumed)[2]["step"] == 100
+
+
+def test_rewards_are_for_captions(pictures, described, tmp_path):
+    with pytest.raises(ValueError, match="need captions"):
+        train(recipe_for(pictures, tmp_path, steps=1, reward_steps=1))
+    with pytest.raises(ValueError, match="2 or more"):
+        train(recipe_for(described, tmp_path, steps=1, reward_steps=1, questions_per_image=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_encoder_of_a_checkpoint_can_be_taken_on(pictures, tmp_path):
+    first = train(recipe_for(pictures, tmp_path, steps=2, train_encoder=True, encoder_lr=0.1))
+    second = train(recipe_for(pictures, tmp_path, steps=2, encoder=str(first), layer="1", out=str(tmp_path / "second")))
+    taken, given = (load_checkpoint(folder)[0].vision_encoder for folder in (second, first))
+    assert len(taken.net.model) == 2
+    for a, b in zip(taken.parameters(), given.parameters(), strict=False):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_every_epoch_shows_every_picture_once_in_another_order(pictures, tmp_path):
     rows = new_run(recipe_for(pictures, tmp_path)).data
     n = len(rows.groups)
@@ -195,6 +240,9 @@ def test_learning_rates_rise_stay_and_fall():
     recipe = Folder(warmup_steps=10, cooldown=0.5)
     factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:50] == [1.0] * 41 and factors[-1] == pytest.approx(0.02)
+    recipe = replace(recipe, reward_steps=20, reward_lr=0.1)
+    assert [learning_rate_factor(step, 120, recipe) for step in range(100)] == factors
+    assert [learning_rate_factor(step, 120, recipe) for step in (100, 110, 119)] == pytest.approx([0.1, 0.05, 0.005])
 
 
 def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
