@@ -48,6 +48,9 @@ class Rows:
                 )
             row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys))
             groups.setdefault(keys or ("text", len(groups)), []).append(row)
+        self.multi_turn = any(
+            len(sample.messages) > 3 for sample in samples
+        )  # a chat may go on: it was trained on turns
         self.groups = list(groups.values())  # rows about the same pictures, in the order of the data
 
     def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:

@@ -52,7 +52,7 @@ def save_checkpoint(
     training: JSON-able, how the model was made. resume: tensors to go on training with. dtype: store floating-point weights
     in it (torch.float16 halves the file), except tensors with values beyond its range. extra: further
     files, name -> contents; files in the folder that are no part of a checkpoint stay.
-    Raises OSError, as for a full disk: what was in `folder` is then still there.
+    Raises OSError, as for a full disk, with one line that says so: what was in `folder` is then still there.
     """
     folder = Path(folder).resolve()  # a link to a folder stays one: what it points to is replaced
     recover(folder)
@@ -61,17 +61,20 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = beside(folder, "new"), beside(folder, "old")
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed while it wrote
-    new.mkdir()
     try:
+        new.mkdir()
         write_files(new, model, tokenizer, training, resume, dtype, extra or {})
         if folder.exists():
             keep_foreign_files(folder, new)
             os.rename(folder, old)
         os.rename(new, folder)
         sync(folder.parent)  # the renames are on the disk before the old one is deleted
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         recover(folder)
+        if isinstance(error, (OSError, SafetensorError)):  # a full disk is the latter, which is no OSError
+            state = "the checkpoint that was there is intact" if folder.exists() else "nothing was written"
+            raise OSError(f"{folder} cannot be written, {state}: {' '.join(str(error).split())}") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -92,6 +95,9 @@ def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: 
     for name, content in ({name: text.encode() for name, text in texts.items()} | extra).items():
         (folder / name).write_bytes(content)
     names = [*REQUIRED, *([RESUME] if resume is not None else [])]
+    mode = (folder / "config.json").stat().st_mode  # as the umask has it; safetensors hides its files from others
+    for name in names:
+        (folder / name).chmod(mode)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -186,6 +192,14 @@ def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, d
         if identity(place) == before:
             return loaded
     return load_checkpoint(folder, device)  # a training run has just put a newer one in its place
+
+
+def load_encoder(folder: str | Path, device="cpu"):
+    """The encoder that a checkpoint carries. Raises CheckpointError where there is none, as in a text model."""
+    encoder = getattr(load_checkpoint(folder, device)[0], "vision_encoder", None)
+    if encoder is None:
+        raise CheckpointError(f"the checkpoint {folder} carries no encoder: choose another one")
+    return encoder
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
@@ -315,11 +329,15 @@ def locate(name: str | Path) -> Path:
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
-    """Verify a checkpoint and upload it; returns its address. Raises CheckpointError if it is damaged."""
+    """Verify a checkpoint and upload it; returns its address. Raises CheckpointError if it is damaged, OSError where the hub
+    does not take it."""
     from huggingface_hub import HfApi
 
     folder = locate(folder)
     verify(folder)
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[*REQUIRED, "manifest.json"]))
+    api, files = HfApi(), [*REQUIRED, "manifest.json"]
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files))
+    except Exception as error:  # those of the HTTP library, as without a network, are no OSErrors
+        raise OSError(f"the hub does not take {repo_id}: {' '.join(str(error).split())}") from error

@@ -281,10 +281,20 @@ def import_upstream(
     print(read(source, out, step=step, tokenizer_path=tokenizer_path, trust_pickle=trust_pickle))
 
 
-def run_recipe(recipe: Recipe) -> None:
-    from nanochat.train import train
+def train(words: list[str]) -> None:
+    """Run a recipe, every field of which is a flag. With --resume, what is not said anew is as the run was started with."""
+    recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
+    from nanochat.train import recipe_name, started_recipe
+    from nanochat.train import train as run
 
-    train(recipe)
+    if recipe.resume:
+        recipe = parse_recipe(words, {recipe_name(recipe): started_recipe(recipe)})
+    run(recipe)
+
+
+def parse_recipe(words: list[str], defaults: dict[str, Recipe]) -> Recipe:
+    described = {name: (type(recipe).__doc__, recipe) for name, recipe in defaults.items()}
+    return tyro.extras.overridable_config_cli(described, prog="nanochat train", args=words)
 
 
 COMMANDS = {
@@ -305,12 +315,7 @@ def main() -> None:
     description = "A small vision-language model: ask pictures, train on your own."
     try:
         if sys.argv[1:2] == ["train"]:
-            run_recipe(
-                tyro.extras.overridable_config_cli(
-                    {name: (recipe.__doc__, recipe()) for name, recipe in RECIPES.items()},
-                    prog="nanochat train", args=sys.argv[2:],
-                )
-            )  # fmt: skip
+            train(sys.argv[2:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=description)
     except KeyboardInterrupt as stop:

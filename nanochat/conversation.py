@@ -42,7 +42,9 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
         for kind, text in parts:
             if kind == "image":
                 if tokens_per_image < 1:
-                    raise ValueError(f"a picture is shown, but tokens_per_image is {tokens_per_image}")
+                    raise ValueError(
+                        f"a picture is shown to a model without eyes: tokens_per_image is {tokens_per_image}"
+                    )
                 out.n_images += 1
                 add([image] * tokens_per_image, 0)
             else:

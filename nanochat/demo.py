@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from nanochat.assistant import SHIPPED, Assistant, user_message
 from nanochat.data.sample import written_whole
@@ -21,6 +22,7 @@ PICTURES = Path(__file__).parent / "assets" / "demo"  # easy-VQA test pictures (
 
 def run(out: Path) -> None:
     """Answer every bundled question aloud, then write the contact sheet to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.perf_counter()
     training = json.loads((SHIPPED / "training.json").read_text())
@@ -35,18 +37,19 @@ def run(out: Path) -> None:
         image = open_image(PICTURES / item["image"])
         vectors = assistant.look(image)  # once for all questions about it
         for question, truth in item["questions"]:
-            console.print(f"[dim]{item['image']}[/dim]  {question}  ", end="")
+            console.print(f"[dim]{item['image']}[/dim]  {escape(question)}  ", end="")
             said = ""
             for piece in assistant.ask(question, vectors):
                 said += piece
-                console.print(piece, end="", style="bold")
+                console.print(piece, end="", style="bold", markup=False)
             right = exact_match(said, [truth])
-            console.print("  [green]right[/green]" if right else f"  [red]wrong: {truth}[/red]")
+            console.print("  [green]right[/green]" if right else f"  [red]wrong: {escape(truth)}[/red]")
             cards.append((image, question, said, truth, right, looked_at(assistant, question, vectors)))
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(cards, out)
     n_right = sum(card[4] for card in cards)
-    console.print(f"{n_right} of {len(cards)} right, {time.perf_counter() - started:.1f} s; contact sheet: {out}")
+    console.print(
+        f"{n_right} of {len(cards)} right, {time.perf_counter() - started:.1f} s; contact sheet: {escape(str(out))}"
+    )
 
 
 def looked_at(assistant: Assistant, question: str, vectors: torch.Tensor) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""How good answers and captions are, with 95 % intervals, and what is reached without looking at the picture, which
-every score is to be read beside.
+"""How good answers and captions are, with 95 % intervals, and the commonest answer, which needs no look at the picture:
+every score is to be read beside it.
 
 Intervals come from the bootstrap over images: several questions about one image are right or wrong together, so images
 are drawn with replacement, each with all that was asked about it (cluster bootstrap; Efron & Tibshirani 1993). The
@@ -28,14 +28,6 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Answers of a model that sees no image, and where it knows them from: "train" or "evaluated split"."""
-
-    predictions: list[str]
-    source: str
-
-
 # ---- answers ----
 
 
@@ -49,34 +41,11 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
 
 
-def majority_baseline(references: Sequence[Sequence[str]], train_answers: Sequence[str] | None = None) -> Baseline:
-    """The commonest training answer for every question.
-
-    references: acceptable answers of each evaluated question, the usual one first. Without training answers the
-        commonest of these is taken, which flatters the baseline: `source` says so.
-    """
-    answers = [r[0] for r in references] if train_answers is None else train_answers
-    source = "evaluated split" if train_answers is None else "train"
-    return Baseline([_commonest(answers)] * len(references), source)
-
-
-def question_baseline(
-    questions: Sequence[str], train_questions: Sequence[str], train_answers: Sequence[str]
-) -> Baseline:
-    """The commonest training answer to the same question text, or of all where the text was never asked: the
-    question-only prior (Malinowski & Fritz 2014 report it for DAQUAR)."""
-    by_question: dict[str, list[str]] = {}
-    for question, answer in zip(train_questions, train_answers, strict=True):
-        by_question.setdefault(normalize_answer(question), []).append(answer)
-    known = {question: _commonest(answers) for question, answers in by_question.items()}
-    fallback = _commonest(train_answers)
-    return Baseline([known.get(normalize_answer(question), fallback) for question in questions], "train")
-
-
-def _commonest(answers: Sequence[str]) -> str:
+def commonest_answer(answers: Sequence[str]) -> str:
+    """What to say without looking. Raises ValueError where there are no answers to choose from."""
     counts = Counter(map(normalize_answer, answers))
     if not counts:
-        raise ValueError("a baseline needs at least one answer to know the commonest of")
+        raise ValueError("the commonest answer of none: at least one is needed")
     return min(counts, key=lambda answer: (-counts[answer], answer))  # ties by the alphabet, not by the order of rows
 
 
@@ -90,7 +59,7 @@ def accuracy(correct: Sequence[bool] | np.ndarray, images: Sequence[Hashable], s
     """
     correct = np.asarray(correct, dtype=np.float64)
     statistics = np.stack([correct, np.ones_like(correct)], axis=1)  # (n, 2): sum and count
-    return bootstrap(statistics, images, lambda sums: sums[..., 0] / sums[..., 1], seed)
+    return bootstrap(statistics, images, lambda sums: sums[..., :1] / sums[..., 1:], seed)[0]
 
 
 def bootstrap(
@@ -99,10 +68,10 @@ def bootstrap(
     score: Callable[[np.ndarray], np.ndarray],
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Estimate:
-    """A score of summed statistics, and its 95 % percentile interval over resampled images.
+) -> list[Estimate]:
+    """m scores of summed statistics, and their 95 % percentile intervals over resampled images.
 
-    statistics: (n, k), one row a question or caption; score: (..., k) sums -> (...).
+    statistics: (n, k), one row a question or caption; score: (..., k) sums -> (..., m).
 
     Raises:
         ValueError: nothing to score, or another number of images than of rows.
@@ -125,8 +94,8 @@ def bootstrap(
         drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)  # how often each image was drawn
         resampled[start : start + rows] = counts @ sums
-    low, high = np.percentile(score(resampled), [2.5, 97.5])
-    return Estimate(float(score(sums.sum(axis=0))), float(low), float(high))
+    low, high = np.percentile(score(resampled), [2.5, 97.5], axis=0)
+    return [Estimate(*map(float, row)) for row in zip(score(sums.sum(axis=0)), low, high, strict=True)]
 
 
 # ---- captions ----
@@ -158,10 +127,10 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
 def bleu_interval(
     predictions: Sequence[str], references: Sequence[Sequence[str]], images: Sequence[Hashable], seed: int = 0
-) -> Estimate:
-    """BLEU-4, 0..1, with its interval over images: corpus BLEU is computed anew from the counts of each resample."""
+) -> list[Estimate]:
+    """BLEU-1 to BLEU-4, 0..1, with intervals over images: corpus BLEU is computed anew from the counts of each resample."""
     statistics = np.array([bleu_statistics(p, r) for p, r in zip(predictions, references, strict=True)])
-    return bootstrap(statistics, images, lambda sums: bleu_score(sums)[..., MAX_N - 1], seed)
+    return bootstrap(statistics, images, bleu_score, seed)
 
 
 def bleu_statistics(prediction: str, references: Sequence[str]) -> list[int]:
@@ -229,4 +198,4 @@ def _ngrams(words: list[str], n: int) -> Counter:
 
 
 def _eval_missing() -> ImportError:
-    return ImportError("caption scores need pycocoevalcap: pip install nanochat-vision[eval]")
+    return ImportError('caption scores need pycocoevalcap: pip install -e ".[eval]"')

@@ -1,7 +1,19 @@
 """What to train, on what, and how: one dataclass a recipe. Every field is a flag: nanochat train easy_vqa --steps 100."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+# What the numbers of a recipe may be; None where a field has it as its default.
+AT_LEAST = {
+    1: (
+        "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "images_per_step",
+        "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every",
+    ),
+    0: ("seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "matrix_lr", "embedding_lr", "head_lr",
+        "encoder_lr", "reward_lr"),
+}  # fmt: skip
+SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Recipe:
     # words
     vocab_size: int = 4096
     "At most; a small text has fewer merges."
+    tokenizer: str = ""
+    "A tokenizer.json (`nanochat tokenizer`, or of a checkpoint) instead of one that is learnt from the data."
     sequence_len: int = 128
     "Context in tokens, vision tokens included."
     n_layer: int = 4
@@ -101,6 +115,19 @@ class Recipe:
     "Steps between checkpoints: what a kill can lose."
     cache: str = ""
     "Folder of the feature cache; default OUT/../features."
+
+    def check(self) -> None:
+        """Raises ValueError for a number out of range."""
+        for least, names in AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and value >= least):
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"epochs must be more than 0, got {self.epochs}")
 
 
 @dataclass
@@ -167,10 +194,17 @@ class Daquar(Recipe):
 
 @dataclass
 class Folder(Recipe):
-    """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH."""
+    """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH.
 
-    train_split: str = "fit"
-    val_split: str = "val"
+    The whole model learns from nothing, so that no download is needed. With weights at hand, --encoder WEIGHTS.pt
+    --batchnorm frozen --layer p5+p4+p3 starts from what they know."""
+
+    layer: str = "6"
+    train_encoder: bool = True
+    batchnorm: Literal["frozen", "train"] = "train"
+    encoder_lr: float = 3e-3
+    word_loss: float = 1.0
+    decoder_gradient: float = 0.05
 
 
 RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder}

@@ -6,11 +6,14 @@ A run validates aligned (the right picture), shuffled (another picture) and blin
 has been learnt from the pictures, and the run says so.
 """
 
-import io
-import json
 import math
+import re
+import signal
+import threading
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +23,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
-from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
+from nanochat.checkpoint import load_checkpoint, load_resume, read_json, read_manifest, readable, save_checkpoint
 from nanochat.data import load_dataset, one_per_reference
 from nanochat.data.sample import limit
 from nanochat.features import cached_features
-from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
 from nanochat.optimizers import learning_rate_factor, load_optimizers, make_optimizers, optimizer_tensors
 from nanochat.recipes import RECIPES, Recipe
 from nanochat.rewards import tries
 from nanochat.tokenizer import Tokenizer
+from nanochat.validation import describe, history_files, three_ways
 from nanochat.vision import YOLOv9Plus
+from nanochat.vision.weights import one_line
 from nanochat.words import WordHead, answer_words
 
 console = Console()
 WORD_HEAD = "word_head."  # of the resume file
-PLACES = ("out", "cache", "resume")  # fields of a recipe that say where, not what
-HOW = ("device", "encoder_device", "save_every", "eval_every", "gradient_checkpointing", "threads")  # nor what
+# Fields of a recipe that may change when a run goes on: they say where and how, not what is learnt.
+PLACES = ("out", "cache", "resume")
+HOW = (
+    "data", "encoder", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads", "save_every",
+    "eval_every",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPANDABLE = (
     "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "
@@ -44,13 +52,23 @@ EXPANDABLE = (
 )
 
 
+@contextmanager
+def full_gpu_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"the GPU is full: {EXPANDABLE} ({one_line(error)})") from None
+
+
+@full_gpu_explained()
 def train(recipe: Recipe) -> Path:
     """Run a recipe to its end (or go on with it) and return the checkpoint folder.
 
     Raises ValueError or OSError for data, settings or folders that cannot be used, before anything is written; MemoryError
     with the options that help when the GPU is full. Ctrl-C saves and raises KeyboardInterrupt with how to go on.
     """
-    out = Path(recipe.out or f"runs/{recipe_name(recipe)}")
+    recipe.check()
+    out = out_folder(recipe)
     if (out.exists() or out.is_symlink()) and not recipe.resume:
         raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
     if not recipe.data:
@@ -64,28 +82,31 @@ def train(recipe: Recipe) -> Path:
     val_set = load_dataset(recipe.data, recipe.val_split, recipe.strict)
     samples = one_per_reference(train_set.samples)
     if recipe.resume:
-        model, tokenizer, training = load_checkpoint(out, device)
+        model, tokenizer, before = load_checkpoint(out, device)
         model.transformer.wte.to(DTYPES[recipe.dtype])
-        check_same(recipe, training["recipe"])
     else:
-        tokenizer = Tokenizer.train(texts_of(samples), recipe.vocab_size)
-        model, training = build_model(recipe, tokenizer, device), {"step": 0, "seconds": 0.0, "history": []}
+        tokenizer = open_tokenizer(recipe, samples)
+        model, before = build_model(recipe, tokenizer, device), {"step": 0, "seconds": 0.0, "history": []}
 
     data = Rows(samples, tokenizer, model.config)
     val = Rows(limit(one_per_reference(val_set.samples), 5 * recipe.val_images), tokenizer, model.config)
-    eyes, val_eyes = open_eyes(recipe, model, data, val, out)
     steps = recipe.steps or math.ceil(recipe.epochs * len(data.groups) / recipe.images_per_step)
     if recipe.reward_steps:
         check_rewarded(recipe, train_set.task)
         steps += recipe.reward_steps
-    skipped = train_set.skipped + val_set.skipped
+    if recipe.resume:
+        check_same(recipe, started_recipe(recipe), before["step"], steps, before["steps"])
+    eyes, val_eyes = open_eyes(recipe, model, data, val, out)
+    # splits that are cut from one file leave out the same rows
+    skipped = (
+        max(train_set.skipped, val_set.skipped) if recipe.train_split == "fit" else train_set.skipped + val_set.skipped
+    )
     console.print(
         f"{len(samples)} conversations about {len(data.images)} pictures, {len(val.images)} to validate"
         + (f" ({skipped} rows left out: their picture is missing)" if skipped else "")
         + f"; {trained_parameters(model):,} trained parameters, vocabulary {tokenizer.vocab_size}, {steps} steps on {device}"
     )
-    run = Run(recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, training)
-    return run.go()
+    return Run(recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, before).go()
 
 
 class Run:
@@ -95,6 +116,7 @@ class Run:
         self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
         self.data, self.val, self.eyes, self.val_eyes = data, val, eyes, val_eyes
         self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
+        self.stopping = False
         self.word_head = None
         if recipe.train_encoder and recipe.word_loss:
             words = answer_words(data)
@@ -112,19 +134,24 @@ class Run:
                 )
 
     def go(self) -> Path:
+        """Run to the end. A first Ctrl-C (or SIGTERM, as a scheduler sends it) ends the step, saves and raises
+        KeyboardInterrupt with how to go on."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self.stop)
         try:
             self.loop()
-        except KeyboardInterrupt:
-            self.save()
-            raise KeyboardInterrupt(
-                f"stopped at step {self.step} of {self.steps} and saved; go on with: "
-                f"nanochat train {recipe_name(self.recipe)} --out {self.out} --resume"
-            ) from None
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"the GPU is full at step {self.step}: {EXPANDABLE} ({str(error).splitlines()[0]})"
-            ) from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return self.out
+
+    def stop(self, number: int, frame) -> None:
+        """A step that is broken off in the middle would leave half of it in the weights; a second Ctrl-C does not wait."""
+        if self.stopping:
+            raise KeyboardInterrupt("stopped at once: what was learnt since the last checkpoint is lost")
+        self.stopping = True
 
     def loop(self) -> None:
         recipe = self.recipe
@@ -152,8 +179,13 @@ class Run:
                     self.log(**check)
                     progress.console.print(describe(self.step, self.elapsed(), check))
                     since, tokens, images, values = time.monotonic(), 0, 0, []
-                if self.step % recipe.save_every == 0 or self.step == self.steps:
+                if self.step % recipe.save_every == 0 or self.step == self.steps or self.stopping:
                     self.save()
+                if self.stopping and self.step < self.steps:
+                    raise KeyboardInterrupt(
+                        f"stopped at step {self.step} of {self.steps} and saved; go on with: "
+                        f"nanochat train {recipe_name(self.recipe)} --out {self.out} --resume"
+                    )
         self.report()
 
     @property
@@ -242,7 +274,6 @@ class Run:
     def save(self) -> None:
         training = {
             "recipe_name": recipe_name(self.recipe),
-            # without the places of this machine: the folder may be shared
             "recipe": {k: v for k, v in asdict(self.recipe).items() if k not in PLACES},
             "step": self.step,
             "steps": self.steps,
@@ -250,6 +281,7 @@ class Run:
             "history": self.history,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "multi_turn": self.data.multi_turn,
         }
         resume, extra = optimizer_tensors(self.optimizers), history_files(self.history)
         if self.word_head is not None:
@@ -270,45 +302,6 @@ class Run:
         if last["shuffled"] - last["aligned"] < 0.02:
             console.print("[yellow]The picture makes no difference: the model has learnt nothing from it yet.[/yellow]")
         console.print(f"checkpoint and loss curve in {self.out}")
-
-
-def describe(step: int, seconds: float, check: dict) -> str:
-    """A validation in one line."""
-    ways = "  ".join(
-        f"{way} {check[way]:.3f} ({check[f'{way}_accuracy']:.1%})" for way in ("aligned", "shuffled", "blind")
-    )
-    return f"step {step:5d}  {seconds / 60:5.1f} min  loss (exactly right): {ways}"
-
-
-@torch.inference_mode()
-def three_ways(model: MultimodalGPT, rows: Rows, eyes, images_per_step: int) -> dict:
-    """{"aligned", "shuffled", "blind"} mean losses in nats a token, and "..._accuracy": the share of rows in which every
-    learnt token is the likeliest one, which is what greedy generation would say exactly."""
-    model.eval()
-    totals = {way: np.zeros(3) for way in ("aligned", "shuffled", "blind")}  # loss, exactly right rows, learnt tokens
-    n_rows = 0
-    for start in range(0, len(rows.groups), images_per_step):
-        groups = rows.groups[start : start + images_per_step]
-        batch = collate([row for group in groups for row in group])
-        n_rows += len(batch.idx)
-        idx, targets = batch.idx.to(model.device), batch.targets.to(model.device)
-        mask = idx == rows.vision_token_id
-        vectors = eyes(batch.numbers).to(model.device) if batch.numbers else None
-        if vectors is None:
-            ways = dict.fromkeys(totals)
-        else:
-            # another picture of the batch for each: neighbours swap places, and a lone picture gets none
-            other = vectors.roll(1, 0) if len(vectors) > 1 else torch.zeros_like(vectors)
-            ways = {"aligned": vectors, "shuffled": other, "blind": torch.zeros_like(vectors)}
-        for way, seen in ways.items():
-            spread = None if seen is None else batch.spread(seen)
-            learnt = model.without_images(targets, mask) != IGNORE_INDEX
-            logits = model.logits(model.trunk(model.embed(idx, spread, mask))[learnt])
-            losses = torch.nn.functional.cross_entropy(logits, targets[learnt], reduction="sum")
-            wrong = torch.zeros_like(targets).masked_scatter(learnt, (logits.argmax(-1) != targets[learnt]).long())
-            totals[way] += (losses.item(), (wrong.sum(1) == 0).sum().item(), learnt.sum().item())
-    result = {way: t[0] / max(1, t[2]) for way, t in totals.items()}
-    return result | {f"{way}_accuracy": t[1] / n_rows for way, t in totals.items()}
 
 
 def open_encoder(recipe: Recipe) -> YOLOv9Plus:
@@ -354,7 +347,21 @@ def open_eyes(recipe: Recipe, model: MultimodalGPT, data: Rows, val: Rows, out: 
         encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16
         how = (recipe.layer, recipe.vision_tokens, DTYPES[recipe.dtype])
         eyes = TrainedEyes(encoder, data.images, *how, recipe.flip, recipe.jitter)
-        return eyes, TrainedEyes(encoder, val.images, *how)
+        val_eyes = TrainedEyes(encoder, val.images, *how)
+        with Progress(
+            console=console
+        ) as progress:  # all at once: a damaged picture is to be found now and not in an hour
+            bar = progress.add_task("opening every picture", total=len(data.images) + len(val.images))
+            for both in (eyes, val_eyes):
+                for number in range(len(both.images)):
+                    both.pixels(number)
+                    progress.advance(bar)
+        return eyes, val_eyes
+    if recipe.encoder.endswith((".yaml", ".yml")):
+        console.print(
+            "[yellow]This encoder has random weights and is not trained: it shows the words next to nothing. "
+            "Use --train-encoder --batchnorm train, or --encoder with weights.[/yellow]"
+        )
     encoder.eval()
     folder = recipe.cache or out.parent / "features"
     with Progress(console=console) as progress:
@@ -382,16 +389,33 @@ def set_training(model: MultimodalGPT, recipe: Recipe) -> None:
     model.gradient_checkpointing = recipe.gradient_checkpointing
 
 
-def check_same(recipe: Recipe, before: dict) -> None:
-    """A resumed run must be the run it goes on with. Raises ValueError naming what changed."""
+def started_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that the run in `recipe.out` was started with. Raises CheckpointError where there is none, ValueError where it
+    is of another kind."""
+    folder = readable(out_folder(recipe))
+    read_manifest(folder)  # says so if there is no checkpoint
+    training = read_json(folder / "training.json")
+    if training["recipe_name"] != recipe_name(recipe):
+        raise ValueError(
+            f"the run in {out_folder(recipe)} is of the recipe {training['recipe_name']}: go on with it by "
+            f"nanochat train {training['recipe_name']} --out {out_folder(recipe)} --resume"
+        )
+    known = {field.name for field in fields(recipe)}
+    saved = {name: value for name, value in training["recipe"].items() if name in known}
+    return type(recipe)(**saved, out=recipe.out, resume=True)
+
+
+def check_same(recipe: Recipe, before: Recipe, step: int, steps: int, steps_before: int) -> None:
+    """A resumed run must be the run it goes on with. Until the rates begin to fall it may still become longer or shorter: up
+    to there both are the same. Raises ValueError naming what changed."""
     free = {*PLACES, *HOW, "reward_steps"}
-    changed = [
-        f"{k}={before.get(k)!r} then, {v!r} now"
-        for k, v in asdict(recipe).items()
-        if k not in free and before.get(k) != v
-    ]
+    lengths = (steps - recipe.reward_steps, steps_before - before.reward_steps)
+    if step <= (1 - recipe.cooldown) * min(lengths):
+        free |= {"epochs", "steps"}
+    old, new = asdict(before), asdict(recipe)
+    changed = [f"{k}={old[k]!r} then, {new[k]!r} now" for k in new if k not in free and old[k] != new[k]]
     if changed:
-        raise ValueError(f"this is another run than the one in {recipe.out}: {'; '.join(changed)}")
+        raise ValueError(f"this is another run than the one in {out_folder(recipe)}: {'; '.join(changed)}")
 
 
 def check_rewarded(recipe: Recipe, task: str) -> None:
@@ -399,6 +423,16 @@ def check_rewarded(recipe: Recipe, task: str) -> None:
         raise ValueError(f"reward_steps need captions, and {recipe.data} is of questions: leave them out")
     if recipe.questions_per_image < 2:
         raise ValueError("reward_steps compare tries at the same picture: questions_per_image must be 2 or more")
+
+
+def out_folder(recipe: Recipe) -> Path:
+    return Path(recipe.out or f"runs/{recipe_name(recipe)}").expanduser()
+
+
+def open_tokenizer(recipe: Recipe, samples) -> Tokenizer:
+    if recipe.tokenizer:
+        return Tokenizer.load(Path(recipe.tokenizer).expanduser())
+    return Tokenizer.train(texts_of(samples), recipe.vocab_size)
 
 
 def texts_of(samples):
@@ -414,36 +448,17 @@ def trained_parameters(model) -> int:
 
 
 def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises ValueError for anything else, and for a GPU that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: use --device cpu")
-    return torch.device(name)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+    return device
 
 
 def recipe_name(recipe: Recipe) -> str:
     """As the command line calls it."""
     return next(name for name, kind in RECIPES.items() if kind is type(recipe))
-
-
-def history_files(history: list[dict]) -> dict[str, bytes]:
-    """What people look at beside a checkpoint: metrics.jsonl, a line each, and loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps = [line for line in history if "loss" in line]
-    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="0.7")
-    checks = [line for line in history if "aligned" in line]
-    for way in ("aligned", "shuffled", "blind"):
-        axes.plot(
-            [line["step"] for line in checks], [line[way] for line in checks], marker=".", label=f"validation, {way}"
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
-    axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    plt.close(figure)
-    return {"metrics.jsonl": "".join(json.dumps(line) + "\n" for line in history).encode(), "loss.png": png.getvalue()}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nanochat.batches import Rows, augment, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint, load_resume
-from nanochat.data.sample import DataError, vqa_sample
+from nanochat.data.sample import vqa_sample
 from nanochat.optimizers import learning_rate_factor, make_optimizers
 from nanochat.recipes import Folder
 from nanochat.tokenizer import Tokenizer
@@ -25,15 +25,16 @@ from nanochat.train import (
     build_model,
     open_eyes,
     texts_of,
-    three_ways,
     train,
 )
+from nanochat.validation import three_ways
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 SMALL = dict(
     encoder="yolov9t.yaml", layer="2", image_size=32, vision_tokens=1, vocab_size=280, n_layer=1, n_head=2, n_embd=32,
     sequence_len=48, images_per_step=8, warmup_steps=5, eval_every=1000, save_every=1000, device="cpu", val_images=8,
+    train_encoder=False, batchnorm="frozen", encoder_lr=1e-3, word_loss=0.0, decoder_gradient=1.0,
 )  # fmt: skip
 
 
@@ -295,6 +296,11 @@ def command(recipe, *more):
     return [sys.executable, "-m", "nanochat.cli", "train", "folder", *flags, *more]
 
 
+def heed_ctrl_c():
+    """A shell's background processes ignore it, and hand that on to theirs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -321,19 +327,58 @@ def test_a_killed_run_goes_on_to_the_same_weights(pictures, tmp_path):
         assert torch.equal(load_resume(recipe.out)[name], tensor), name
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
-    recipe = recipe_for(pictures, tmp_path, steps=100_000, train_encoder=True, save_every=5)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_line_it_prints_goes_on(pictures, tmp_path, number):
+    recipe = recipe_for(pictures, tmp_path, steps=100, save_every=5, train_encoder=True, word_loss=1.0)
+    words = command(recipe, "--batchnorm", "train")
     process = subprocess.Popen(
-        command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
     )
     deadline = time.monotonic() + 120
     while not (Path(recipe.out) / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "saved" in error and "--resume" in error and "Traceback" not in error
-    assert load_checkpoint(recipe.out)[2]["step"] > 0
+    assert process.returncode == 130 and "Traceback" not in error
+    stopped = load_checkpoint(recipe.out)[2]["step"]
+    assert 0 < stopped < 100 and f"stopped at step {stopped} of 100 and saved" in error
+    printed = error.split("go on with: nanochat ")[1].split()
+    done = subprocess.run([*words[:3], *printed], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = replace(recipe, out=str(tmp_path / "whole"))
+    done = subprocess.run(command(whole, "--batchnorm", "train"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    resumed, unbroken = (load_checkpoint(folder)[0].state_dict() for folder in (recipe.out, whole.out))
+    for name, tensor in unbroken.items():
+        assert torch.equal(resumed[name], tensor), name  # no half step, in BatchNorm's statistics neither
+
+
+def stop_behind(monkeypatch, step):
+    """Have every run stop behind that step, as after Ctrl-C."""
+    take_step = Run.train_step
+
+    def stepping(self):
+        result = take_step(self)
+        self.stopping = self.step == step
+        return result
+
+    monkeypatch.setattr(Run, "train_step", stepping)
+
+
+@pytest.mark.parametrize(("stopped", "allowed"), [(5, True), (8, False)])
+def test_a_run_may_become_longer_until_its_rates_fall(pictures, tmp_path, stopped, allowed):
+    recipe = recipe_for(pictures, tmp_path, steps=12, cooldown=0.5, warmup_steps=2, train_encoder=True)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        stop_behind(monkeypatch, stopped)
+        train(recipe)
+    if not allowed:
+        with pytest.raises(ValueError, match="steps=12 then, 16 now"):
+            train(replace(recipe, resume=True, steps=16))
+        return
+    longer = train(replace(recipe, resume=True, steps=16))
+    unbroken = train(replace(recipe, out=str(tmp_path / "unbroken"), steps=16))
+    a, b = (load_checkpoint(folder)[0].state_dict() for folder in (longer, unbroken))
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_another_recipe_is_no_resume(pictures, tmp_path):
@@ -353,10 +398,16 @@ def test_bad_recipes_are_refused_before_anything_is_written(pictures, tmp_path):
         ({"sequence_len": 8}, "does not fit"),
         ({"vocab_size": 100}, "vocab_size"),
         ({"resume": True}, "no checkpoint"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"jitter": -1.0}, "jitter is a share"),
+        ({"epochs": float("nan")}, "epochs"),
+        ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"encoder": str(pictures)}, "no checkpoint"),
+        ({"tokenizer": "none.json"}, "none.json"),
         ({"device": "cuda"}, "CUDA") if not torch.cuda.is_available() else ({"image_size": 33}, "multiple of 32"),
     ):
-        with pytest.raises((ValueError, DataError), match=message):
-            train(recipe_for(pictures, tmp_path, steps=1, **changes))
+        with pytest.raises((ValueError, OSError), match=message):
+            train(recipe_for(pictures, tmp_path, **{"steps": 1} | changes))
         assert not (tmp_path / "run").exists()
 
 
@@ -368,15 +419,17 @@ def test_a_broken_loss_is_an_error(pictures, tmp_path):
         run.train_step()
 
 
-def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch):
-    run = new_run(recipe_for(pictures, tmp_path))
-
+@pytest.mark.parametrize("where", ["train_step", "build_model"])
+def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, where):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(run, "train_step", full)
+    if where == "train_step":
+        monkeypatch.setattr(Run, "train_step", full)
+    else:
+        monkeypatch.setattr("nanochat.train.build_model", full)
     with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):
-        run.go()
+        train(recipe_for(pictures, tmp_path, steps=1))
 
 
 def test_rows_of_several_pictures_and_of_none():

@@ -8,9 +8,10 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ PAD = 114  # grey of the letterbox's borders, as in YOLO training
 # Formats of pictures. Pillow knows others, and opens some by running a program: Ghostscript, for EPS
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI"}
 
-ImageSource = Image.Image | np.ndarray | torch.Tensor | str | Path | bytes | dict
+ImageSource = Image.Image | np.ndarray | torch.Tensor | str | Path | bytes | bytearray | memoryview | BinaryIO | dict
 
 
 class ImageError(ValueError):
@@ -33,10 +34,10 @@ class ImageError(ValueError):
 def open_image(source: ImageSource) -> Image.Image:
     """Any picture as a loaded RGB image, turned upright by its EXIF orientation.
 
-    source: a path, encoded bytes, a PIL image, a Hugging Face {"bytes", "path"} dict, an RGB array (H, W, 3) or grey
-    array (H, W), or a tensor (3, H, W) or (1, 3, H, W); arrays and tensors are uint8, or floats in 0..1. Transparent
-    parts become white, 16-bit greys are scaled to 8 bit. Raises ImageError for all else: missing, empty, broken,
-    animated, smaller than 2 pixels or larger than 100 million.
+    source: a path, encoded bytes or an open file of them, a PIL image, a Hugging Face {"bytes", "path"} dict, an RGB
+    array (H, W, 3) or grey array (H, W), or a tensor (3, H, W) or (1, 3, H, W); arrays and tensors are uint8, or floats
+    in 0..1. Transparent parts become white, 16-bit greys are scaled to 8 bit. Raises ImageError for all else: missing,
+    empty, broken, animated, smaller than 2 pixels or larger than 100 million.
     """
     if isinstance(source, dict):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
@@ -45,10 +46,12 @@ def open_image(source: ImageSource) -> Image.Image:
             return finished(source, "the image")
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return finished(Image.fromarray(as_uint8(source)), "the array")
-    if isinstance(source, bytes):
-        return decoded(source, "the image bytes")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decoded(bytes(source), "the image bytes")
     if isinstance(source, (str, os.PathLike)):
         return decoded(file_bytes(source), str(source))
+    if hasattr(source, "read"):
+        return decoded(stream_bytes(source), "the open file")
     raise ImageError(
         f"cannot open {type(source).__name__} as a picture: give a path, bytes, a PIL image, an array or a tensor"
     )
@@ -72,6 +75,17 @@ def file_bytes(path: str | Path) -> bytes:
         raise ImageError(f"{shown!r} is no path: {error}") from error
     if len(data) > MAX_BYTES:
         raise ImageError(f"{shown} is larger than {MAX_BYTES:,} bytes: scale the picture down first")
+    return data
+
+
+def stream_bytes(file: BinaryIO) -> bytes:
+    """All that an open file holds, whatever has been read of it. Raises ImageError for one that gives no bytes."""
+    with refusing("the open file"):
+        with suppress(AttributeError, OSError):  # a pipe has no beginning to go back to
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise ImageError(f"the open file gives {type(data).__name__}, expected bytes: open it with mode 'rb'")
     return data
 
 

@@ -64,7 +64,7 @@ class YOLOv9Plus(nn.Module):
         more is refused; with it, the file may run any code.
 
     Raises FileNotFoundError where there are no such weights, WeightsError for files that are no detector, ImportError
-    where ultralytics is missing, ValueError for other bad arguments.
+    where ultralytics is missing, ValueError for other bad arguments, as a device that is not there.
 
     layer: "head" is the decoded prediction map of the coarsest level: 4 box values (centre x, y, width, height, as
     shares of the input) and a score for each class, per cell. "p3", "p4", "p5" are the maps that the head sees, at
@@ -81,6 +81,7 @@ class YOLOv9Plus(nn.Module):
         trust_pickle: bool = False,
     ):
         super().__init__()
+        device = usable_device(device)
         weights = str(weights or os.environ.get("NANOCHAT_YOLO_WEIGHTS") or DEFAULT_WEIGHTS)
         if weights.endswith((".yaml", ".yml")):
             self.set_up(read_yaml(weights), None, image_size)
@@ -143,7 +144,10 @@ class YOLOv9Plus(nn.Module):
         n = len(self.net.model)
         if part == "head":
             if not self.has_head:
-                raise ValueError(f"this encoder was cut after layer {n - 1} and has no detection head")
+                raise ValueError(
+                    f"this encoder was cut after layer {n - 1} and has no detection head: it gives maps of the layers "
+                    f"0..{n - 1}, and no detections"
+                )
             return n - 1
         if part in self.levels:
             index = self.levels[part]
@@ -308,6 +312,13 @@ def checked_size(size: int) -> int:
     return size
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without this kind
+        raise ValueError(f"the device {name} cannot be used ({one_line(error)}): use cpu, or another one") from error
+
+
 def is_batch(images) -> bool:
     return isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 and len(images) != 1
 
@@ -409,9 +420,8 @@ def import_ultralytics():
             f"the encoder needs ultralytics ({error}): pip install ultralytics. Everything else works without it"
         ) from error
     finally:
-        Image.open = (
-            pillow_open  # it puts its own there, which wants to install a package for any file that is no image
-        )
+        # it puts its own there, which wants to install a package for any file that is no image
+        Image.open = pillow_open
     return ultralytics
 
 
