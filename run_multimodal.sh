@@ -10,7 +10,10 @@ venv=.venv
 what=${1:-demo}
 extras="" # the demo needs none
 [ "$what" = test ] && extras="[dev]"
-case "$what" in train | eval) extras="[train,eval]" ;; esac
+case "$what" in
+  train | eval) extras="[train,eval]" ;;
+  import-upstream) extras="[upstream]" ;;
+esac
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "Python 3.11 or newer is needed; found $("$python" --version). Set PYTHON to another interpreter." >&2; exit 2; }
@@ -20,7 +23,8 @@ stamp="$venv/installed-${extras:-[]}"
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   echo "Installing nanochat-vision$extras into $venv (PyTorch is large: a few minutes the first time)"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  # without pip: left behind by a Python that lacks ensurepip (Debian's is in python3-venv)
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
   echo "$wanted" >"$stamp"
 fi

@@ -178,7 +178,7 @@ class GPT(nn.Module):
         -1 where nothing is to be learnt. Returns (B, T, vocab_size) float32 logits without targets; with them the mean or
         sum of the cross-entropy in nats as a scalar, or with "none" a (B * T,) tensor with 0 where the target is -1.
         kv_cache: an `engine.KVCache`; idx then continues what it holds.
-        Raises ValueError for ids outside the vocabulary and for rows longer than `sequence_len`.
+        Raises ValueError for ids and targets outside the vocabulary and for rows longer than `sequence_len`.
         """
         return self.head(self.trunk(self.embed(idx), kv_cache), targets, loss_reduction)
 
@@ -222,6 +222,7 @@ class GPT(nn.Module):
             return self.logits(x)
         if loss_reduction not in ("mean", "sum", "none"):
             raise ValueError(f'loss_reduction must be "mean", "sum" or "none", got {loss_reduction!r}')
+        self.check_targets(targets, x.shape[:2])
         # Most positions of a question-and-answer row are not learnt: the vocabulary-wide product is done for the rest alone.
         targets = targets.reshape(-1)
         learnt = targets != IGNORE_INDEX
@@ -230,6 +231,16 @@ class GPT(nn.Module):
             return losses.new_zeros(targets.shape).masked_scatter(learnt, losses)
         total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean
         return total if loss_reduction == "sum" else total / max(1, losses.numel())
+
+    def check_targets(self, targets: torch.Tensor, shape: tuple[int, int]) -> None:
+        if targets.shape != shape:
+            raise ValueError(f"targets must have the shape of the tokens {tuple(shape)}, got {tuple(targets.shape)}")
+        low, high = (int(v) for v in targets.aminmax())
+        if low < IGNORE_INDEX or high >= self.config.vocab_size:
+            raise ValueError(
+                f"targets must lie in 0..{self.config.vocab_size - 1}, or be {IGNORE_INDEX} where nothing is to be learnt; "
+                f"got {low}..{high}"
+            )
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., vocab_size) float32 in (-15, 15)."""

@@ -42,6 +42,8 @@ class MultimodalGPTConfig(GPTConfig):
                 f"({self.n_embd}): set use_vision_projection=True"
             )
         grid_side(self.vision_tokens_per_image)
+        if not isinstance(self.vision_image_size, int) or self.vision_image_size < 32 or self.vision_image_size % 32:
+            raise ValueError(f"vision_image_size must be a positive multiple of 32, got {self.vision_image_size!r}")
 
 
 def grid_side(n_tokens: int) -> int:
@@ -131,6 +133,7 @@ class MultimodalGPT(GPT):
         """
         x = self.embed(idx, vision_embeddings, vision_mask)
         if targets is not None:
+            self.check_targets(targets, idx.shape)
             targets = self.without_images(targets, self.image_places(idx, vision_mask))
         return self.head(self.trunk(x, kv_cache), targets, loss_reduction)
 
@@ -219,7 +222,9 @@ class MultimodalGPT(GPT):
         if self.config.vision_token_id not in prompt:
             n_images = vision_embeddings.size(0)
             prompt = [self.config.vision_token_id] * (n_images * self.config.vision_tokens_per_image) + prompt
-        steps = Engine(self).stream(
+        engine = Engine(self)
+        engine.check([prompt], max_new_tokens, [0])  # here, since a stream would complain only when it is read
+        steps = engine.stream(
             [prompt],
             max_new_tokens,
             sampling=Sampling(temperature=temperature, **sampling),

@@ -146,6 +146,13 @@ def test_loss_reductions_agree_with_cross_entropy():
         torch.testing.assert_close(model(idx, targets, loss_reduction=reduction), expected)
     with pytest.raises(ValueError, match="loss_reduction"):
         model(idx, targets, loss_reduction="median")
+    for bad, message in (
+        (targets + 50, "must lie in 0..49"),
+        (targets - 99, "-1 where nothing"),
+        (targets[:, 1:], "shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(idx, bad)
 
 
 def test_nothing_to_learn_is_zero_with_a_graph():

@@ -101,6 +101,8 @@ def test_image_positions_are_never_targets(model):
 def test_gradients_reach_the_projector_and_the_vectors():
     model = make_model()
     idx, v = torch.randint(0, 90, (2, 6)), torch.randn(2, 12, requires_grad=True)
+    with pytest.raises(ValueError, match="shape of the tokens"):
+        model(idx, v, mask_of(idx, (0, 0), (1, 0)), targets=idx[:, 1:])
     model(idx, v, mask_of(idx, (0, 0), (1, 0)), targets=idx).backward()
     assert v.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in model.vision_projector.parameters())
@@ -145,6 +147,8 @@ def test_generate_with_image_is_the_uncached_forward(model):
     assert model.generate_with_image([IMAGE, 1, 2, 3], **options) == ids[4:]
     stream = model.generate_with_image([1, 2, 3], stream=True, **options)
     assert not isinstance(stream, list) and list(stream) == ids[4:]
+    with pytest.raises(ValueError, match="do not fit"):
+        model.generate_with_image([1] * 90, stream=True, **options)  # at once, not when it is read
     with pytest.raises(ValueError, match="needs an image"):
         model.generate_with_image([1, 2, 3])
 
