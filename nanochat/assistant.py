@@ -6,6 +6,7 @@ seen = assistant.look("robot.jpg")              # encode once,
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,16 +32,19 @@ def user_message(question: str, n_images: int = 0) -> dict:
 
 
 class Assistant:
-    def __init__(self, model, tokenizer):
+    """multi_turn: whether the model was trained on conversations of several turns, and so may be shown earlier ones."""
+
+    def __init__(self, model, tokenizer, multi_turn: bool = False):
         self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
+        self.multi_turn = multi_turn
         self.stop_ids = (tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>"))
         self.tokens_per_image = getattr(model.config, "vision_tokens_per_image", 0)
 
     @classmethod
     def load(cls, name: str = "default", device: str | torch.device = "cpu") -> "Assistant":
         """A checkpoint folder, "default" or a hub name. Raises CheckpointError if it is damaged, missing or too new."""
-        model, tokenizer, _ = load_checkpoint(resolve_checkpoint(name), device)
-        return cls(model, tokenizer)
+        model, tokenizer, training = load_checkpoint(resolve_checkpoint(name), device)
+        return cls(model, tokenizer, training.get("multi_turn", False))
 
     def look(self, images) -> torch.Tensor:
         """One picture or a list of n -> (n, N, D) vision vectors."""
@@ -54,7 +58,7 @@ class Assistant:
     def room(self, prompt: Sequence[int], wanted: int | None) -> int:
         """How many tokens may follow the prompt. The engine refuses a prompt that leaves none, and says why."""
         left = self.model.config.sequence_len - len(prompt)
-        return wanted or max(1, min(DEFAULT_NEW_TOKENS, left))
+        return max(1, min(DEFAULT_NEW_TOKENS, left)) if wanted is None else wanted
 
     def ask(
         self,
@@ -78,35 +82,62 @@ class Assistant:
 
 
 class Chat:
-    """A conversation of many turns about the same pictures. The key/value cache is kept: a turn costs its own tokens."""
+    """A conversation of many turns about the same pictures, as long as one likes.
+
+    A model that knows conversations (`Assistant.multi_turn`) reads the earlier turns with each question; where they leave too
+    little of the context, the older half of them is forgotten. One that was trained on single questions is asked each as if
+    it were the first: earlier turns would only mislead it.
+
+    Either way the key/value cache is kept and taken back to where the new row differs from what it holds: a turn costs its
+    own tokens, and the pictures are read once.
+    """
 
     def __init__(self, assistant: Assistant, vectors: torch.Tensor | None = None):
-        self.assistant, self.vectors = assistant, vectors
-        self.cache = assistant.engine.new_cache()
-        self.ids: list[int] = []  # the whole conversation so far; the cache holds a prefix of it
+        self.assistant, self.cache = assistant, assistant.engine.new_cache()
+        self.vectors = vectors if vectors is not None and len(vectors) else None
+        n_images = 0 if self.vectors is None else len(self.vectors)
+        self.start = assistant.prompt([user_message("", n_images)])[:-2]  # <|bos|> <|user_start|>, pictures
+        self.turns: list[list[int]] = []  # what is remembered: each from the question to the next <|user_start|>
+        self.read: list[int] = []  # begins with the tokens that the cache holds
 
     def say(self, question: str, max_new_tokens: int | None = None, sampling: Sampling | None = None) -> Iterator[str]:
-        """Stream the answer to the next turn. A turn that does not fit the context is refused and leaves no trace."""
-        assistant, first = self.assistant, not self.ids
-        n_images = len(self.vectors) if first and self.vectors is not None else 0
-        turn = assistant.prompt([user_message(question, n_images)])
-        # later turns go on after the last answer: no second <|bos|>
-        ids = turn if first else [*self.ids, *turn[1:]]
-        # an answer that was broken off (Ctrl-C) left tokens that are no part of the conversation
-        self.cache.rewind([min(self.cache.lengths[0], len(self.ids))])
-        new_tokens = assistant.room(ids, max_new_tokens)
-        decoder = StreamDecoder(assistant.tokenizer)
+        """Stream the answer to the next turn. One that is broken off (Ctrl-C) is not remembered; one that does not fit the
+        context even alone is refused (ValueError)."""
+        assistant, tokenizer = self.assistant, self.assistant.tokenizer
+        asked = assistant.prompt([user_message(question)])[2:]  # behind <|bos|> <|user_start|>
+        turns = self.turns_beside(len(asked), max_new_tokens)
+        ids = [*self.start, *chain(*turns), *asked]
+        # the last token is always read, since the answer follows from its logits
+        kept = n_common(self.read[: self.cache.lengths[0]], ids[:-1])
+        self.cache.rewind([kept])
+        self.read, n_prompt, decoder = ids, len(ids), StreamDecoder(tokenizer)
         steps = assistant.engine.stream(
-            [ids[self.cache.lengths[0] :]],
-            new_tokens,
+            [ids[kept:]],
+            assistant.room(ids, max_new_tokens),
             sampling=sampling,
             stop_ids=assistant.stop_ids,
-            vision_embeddings=[self.vectors.flatten(0, 1)] if n_images else None,
+            # every row starts alike, so the pictures are in the cache as soon as anything is
+            vision_embeddings=None if kept or self.vectors is None else [self.vectors.flatten(0, 1)],
             cache=self.cache,
         )
         for step in steps:
             ids.append(step[0])
             yield decoder.feed(step[0])
+        if assistant.multi_turn:
+            end = [tokenizer.special("<|assistant_end|>"), tokenizer.special("<|user_start|>")]
+            self.turns = [*turns, [*asked, *ids[n_prompt:], *end]]
         yield decoder.flush()
-        ids.append(assistant.tokenizer.special("<|assistant_end|>"))
-        self.ids = ids
+
+    def turns_beside(self, n_asked: int, max_new_tokens: int | None) -> list[list[int]]:
+        """The latest turns that leave room for a question of so many tokens and its answer."""
+        context, turns = self.assistant.model.config.sequence_len, self.turns
+        # an answer of unknown length gets at least a quarter of the context
+        n_answer = min(DEFAULT_NEW_TOKENS, context // 4) if max_new_tokens is None else max_new_tokens
+        while turns and len(self.start) + sum(map(len, turns)) + n_asked + n_answer > context:
+            turns = turns[(len(turns) + 1) // 2 :]  # half, so that the next turns need not be read anew
+        return turns
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two rows have in common before they part."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -330,7 +330,7 @@ def locate(name: str | Path) -> Path:
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Verify a checkpoint and upload it; returns its address. Raises CheckpointError if it is damaged, OSError where the hub
-    does not take it."""
+    is out of reach or refuses it."""
     from huggingface_hub import HfApi
 
     folder = locate(folder)
@@ -340,4 +340,4 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files))
     except Exception as error:  # those of the HTTP library, as without a network, are no OSErrors
-        raise OSError(f"the hub does not take {repo_id}: {' '.join(str(error).split())}") from error
+        raise OSError(f"{repo_id} could not be uploaded: {' '.join(str(error).split())}") from error

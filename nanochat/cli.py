@@ -1,4 +1,4 @@
-"""The command line: every function is a command, its arguments are the flags, its docstring the help. No logic lives here.
+"""The command line: a function a command, its arguments are the flags, its docstring the help. The work is done elsewhere.
 
 Heavy imports wait until a command runs, so that --help answers at once.
 """
@@ -8,14 +8,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from nanochat.recipes import RECIPES, Recipe
 
-Out = Annotated[Path, arg(aliases=["-o"])]
+Out = Annotated[Path, arg(aliases=["-o"], help="Where to write.")]
+Pictures = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...", help="Picture files.", help_behavior_hint="")]
+Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+DEVICE = "cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
+PICTURES_AT_ONCE = 16  # of embed: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,21 @@ class Speech:
 
     checkpoint: str = "default"
     "A checkpoint folder, a hub name, or `default`: the model that ships."
-    device: str = "auto"
+    device: Annotated[str, arg(help=DEVICE)] = "auto"
     max_new_tokens: int | None = None
+    "Length of an answer at most; default as many as fit the context, up to 64."
     temperature: float = 0.0
     "0 is greedy: always the likeliest token."
     top_k: int | None = None
+    "Choose among the k likeliest tokens."
     top_p: float | None = None
+    "Choose among the likeliest tokens that have this probability together."
     min_p: float | None = None
+    "Choose among tokens that are at least so many times as likely as the likeliest, as 0.1."
     repetition_penalty: float = 1.0
+    "Above 1, what was said is less likely to be said again."
     seed: int = 0
+    "The same seed, the same answer."
 
     def sampling(self):
         from nanochat.sampling import Sampling
@@ -49,24 +59,46 @@ class Speech:
         return Assistant.load(self.checkpoint, pick_device(self.device))
 
 
+def check_out(out: Path, *suffixes: str) -> None:
+    """Raises ValueError or OSError, before any work, where the result could not be written in the end."""
+    if suffixes and out.suffix not in suffixes:
+        raise ValueError(f"{out} should end in {' or '.join(suffixes)}")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder, expected the name of a file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {out}: there is no folder {out.parent}, make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"cannot write {out}: you may not write to the folder {out.parent}")
+
+
 def demo(out: Out = Path("out/demo.png")) -> None:
     """Answer questions about pictures that the shipped model never trained on, and draw a contact sheet."""
     from nanochat.demo import run
 
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_out(out, ".png")
     run(out)
 
 
-def ask(args: Positional[tuple[str, ...]], speech: OmitArgPrefixes[Speech] = Speech()) -> None:
+def ask(
+    args: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar='IMAGE... "QUESTION"', help="Picture files and, last, the question.", help_behavior_hint=""),
+    ],
+    speech: OmitArgPrefixes[Speech] = Speech(),
+) -> None:
     """Ask one question about one or more pictures: nanochat ask IMAGE... "QUESTION"."""
     if len(args) < 2:
         raise ValueError(
             f'ask takes pictures and, last, a question: nanochat ask IMAGE... "QUESTION"; got {len(args)} words'
         )
     *images, question = args
+    if not question.strip():
+        raise ValueError('the question is empty: nanochat ask IMAGE... "QUESTION"')
     answer_each(images, question, speech)
 
 
-def caption(images: Positional[tuple[str, ...]], speech: OmitArgPrefixes[Speech] = Speech()) -> None:
+def caption(images: Pictures, speech: OmitArgPrefixes[Speech] = Speech()) -> None:
     """Describe each picture in a line (with a checkpoint that was trained on captions)."""
     from nanochat.data import CAPTION_PROMPT
 
@@ -93,7 +125,11 @@ def show(pieces) -> None:
 
 
 def chat(image: str | None = None, speech: OmitArgPrefixes[Speech] = Speech()) -> None:
-    """Talk about a picture, turn by turn; the cache is kept between turns. An empty line or Ctrl-D ends it."""
+    """Talk about a picture, turn by turn; the cache is kept between turns. An empty line or Ctrl-D ends it.
+
+    Args:
+        image: The picture; without one, the model speaks blind.
+    """
     from nanochat.assistant import Chat
 
     sampling, assistant = speech.sampling(), speech.assistant()
@@ -114,60 +150,80 @@ class Eyes:
     """Which encoder, and how it looks."""
 
     weights: str | None = None
-    "Official name (yolov9t.pt ... yolov9e.pt), .pt path, or .yaml for random weights; default $NANOCHAT_YOLO_WEIGHTS."
-    image_size: int = 640
-    device: str = "auto"
+    "Official name (yolov9t.pt, ...), .pt, .yaml (random weights), checkpoint or `default`; else $NANOCHAT_YOLO_WEIGHTS."
+    image_size: int | None = None
+    "Side of the square input in pixels, a multiple of 32; default 640, or the checkpoint's."
+    device: Annotated[str, arg(help=DEVICE)] = "auto"
     trust_pickle: bool = False
     "Load a .pt file that holds more than a plain detector. It can run any code: only for files you made."
 
     def encoder(self):
+        from nanochat.assistant import resolve_checkpoint
+        from nanochat.checkpoint import load_encoder
         from nanochat.train import pick_device
-        from nanochat.vision import YOLOv9Plus
+        from nanochat.vision.yolov9 import YOLOv9Plus, checked_size
 
-        return YOLOv9Plus(
-            self.weights, device=pick_device(self.device), image_size=self.image_size, trust_pickle=self.trust_pickle
-        )
+        device = pick_device(self.device)
+        if self.weights and (self.weights == "default" or Path(self.weights).expanduser().is_dir()):
+            encoder = load_encoder(resolve_checkpoint(self.weights), device)
+        else:
+            encoder = YOLOv9Plus(self.weights, device=device, trust_pickle=self.trust_pickle)
+        if self.image_size is not None:
+            encoder.image_size = checked_size(self.image_size)
+        return encoder
 
 
 def embed(
-    images: Positional[tuple[str, ...]],
+    images: Pictures,
     out: Out,
     layer: str = "head",
-    pool: str = "avg",
+    pool: Literal["avg", "max", "flatten"] = "avg",
     eyes: OmitArgPrefixes[Eyes] = Eyes(),
 ) -> None:
-    """Write the pictures' vision embeddings to a .npz file: `embeddings` (n, C) float32 and `files` (n,)."""
+    """Write the pictures' vision embeddings to a .npz file: `embeddings` (n, C) float32 and `files` (n,).
+
+    Args:
+        layer: Map of the encoder: head (the predictions), p3, p4, p5, the number of a module, or several joined by +.
+        pool: How the map becomes a vector: its mean, its maximum, or all of it.
+    """
     import numpy as np
+    from rich.progress import Progress
 
     from nanochat.data.sample import written_whole
-    from nanochat.vision.images import open_image
 
     if not images:
         raise ValueError("embed takes at least one picture: nanochat embed IMAGE... -o FILE.npz")
-    if out.suffix != ".npz":
-        raise ValueError(f"embeddings are written as .npz, got {out}")
-    opened = [open_image(image) for image in images]
-    vectors = eyes.encoder().get_image_embeddings(opened, pool=pool, layer=layer).cpu().numpy()
+    check_out(out, ".npz")
+    encoder, n = eyes.encoder(), PICTURES_AT_ONCE
+    with Progress(disable=len(images) <= n) as progress:
+        starts = progress.track(range(0, len(images), n), description="looking")
+        parts = [encoder.get_image_embeddings(images[i : i + n], pool, layer).cpu().numpy() for i in starts]
+    vectors = np.concatenate(parts)
     with written_whole(out) as new, open(new, "wb") as file:
         np.savez(file, embeddings=vectors, files=np.array(images))
     print(f"{vectors.shape[0]} x {vectors.shape[1]} embeddings in {out}")
 
 
 def detect(
-    image: Positional[str],
+    image: Annotated[Positional[str], arg(metavar="IMAGE")],
     out: Out,
     conf: float = 0.25,
     iou: float = 0.7,
     eyes: OmitArgPrefixes[Eyes] = Eyes(),
 ) -> None:
-    """Find objects: boxes drawn into a picture (.png, .jpg), or written as .json."""
+    """Find objects: boxes drawn into a picture (.png, .jpg), or written as .json.
+
+    Args:
+        image: A picture file.
+        conf: Least score of what counts, 0..1.
+        iou: Boxes of a class that overlap more than this share are taken for one object.
+    """
     from dataclasses import asdict
 
     from nanochat.data.sample import written_whole
     from nanochat.vision.images import open_image
 
-    if out.suffix not in (".json", ".png", ".jpg", ".jpeg"):
-        raise ValueError(f"detections are written as .png, .jpg or .json, got {out}")
+    check_out(out, ".png", ".jpg", ".jpeg", ".json")
     picture, encoder = open_image(image), eyes.encoder()
     found = encoder.detect(picture, conf=conf, iou=iou)
     with written_whole(out) as new:
@@ -182,53 +238,35 @@ def detect(
 
 
 def evaluate(
-    checkpoint: Positional[str],
-    dataset: Positional[str],
+    checkpoint: Checkpoint,
+    dataset: Annotated[Positional[str], arg(metavar="DATASET")],
     split: str = "test",
     limit: int | None = None,
     json_out: Annotated[Path | None, arg(name="json")] = None,
     batch_size: int = 64,
     strict: bool = False,
-    device: str = "auto",
+    device: Annotated[str, arg(help=DEVICE)] = "auto",
 ) -> None:
     """Score a checkpoint on a dataset, beside the same questions with another picture, with none, and the commonest answer.
 
     Args:
         checkpoint: A checkpoint folder, a hub name, or `default`.
         dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name.
+        split: Part of the dataset; of a single file fit, val, or any other name for all of it.
         limit: Score a random subset of that many samples.
         json_out: Write the figures to this file.
+        batch_size: Samples that are answered together.
         strict: Refuse data with missing pictures instead of leaving their rows out.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from nanochat import data
-    from nanochat.assistant import Assistant
-    from nanochat.data.sample import written_whole
-    from nanochat.evaluate import answer_dataset, score, table
+    from nanochat.evaluate import run
     from nanochat.train import pick_device
 
-    found = data.load_dataset(dataset, split, strict)
-    if limit is not None:
-        found.samples = data.limit(found.samples, limit)
-    assistant = Assistant.load(checkpoint, pick_device(device))
-    console = Console()
-    with Progress(console=console) as progress:
-        bar = progress.add_task("answering", total=None)
-        answers = answer_dataset(
-            assistant, found, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
-    result = score(answers)
-    console.print(table(result))
-    if found.skipped:
-        console.print(f"{found.skipped} rows left out: their picture is missing")
     if json_out is not None:
-        with written_whole(json_out) as new:
-            new.write_text(json.dumps(result, indent=1))
+        check_out(json_out)
+    run(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
 
 
-def export(checkpoint: Positional[str], out: Out, half: bool = True) -> None:
+def export(checkpoint: Checkpoint, out: Out, half: bool = True) -> None:
     """Copy a checkpoint without its optimiser state, in half precision: what to ship to a robot.
 
     Args:
@@ -248,12 +286,37 @@ def export(checkpoint: Positional[str], out: Out, half: bool = True) -> None:
     print(f"{model.num_parameters():,} parameters, {size / 1e6:.1f} MB in {out}")
 
 
-def tokenizer(texts: Positional[tuple[Path, ...]], out: Out, vocab_size: int = 4096) -> None:
-    """Train a byte-level BPE tokenizer on text files and write it as JSON."""
+def push(
+    checkpoint: Checkpoint, repo: Annotated[Positional[str], arg(metavar="OWNER/NAME")], public: bool = False
+) -> None:
+    """Upload a checkpoint, without its optimiser state, to the Hugging Face hub.
+
+    Args:
+        checkpoint: A checkpoint folder, or `default`.
+        repo: Where to; it is made if it is not there.
+        public: A new one can be seen by everybody; else by you alone.
+    """
+    from nanochat.assistant import resolve_checkpoint
+    from nanochat.checkpoint import push_to_hub
+
+    print(push_to_hub(resolve_checkpoint(checkpoint), repo, private=not public))
+
+
+def tokenizer(
+    texts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE...", help="UTF-8 text.", help_behavior_hint="")],
+    out: Out,
+    vocab_size: int = 4096,
+) -> None:
+    """Train a byte-level BPE tokenizer on text files and write it as JSON.
+
+    Args:
+        vocab_size: Bytes, merges and special tokens together, at most.
+    """
     from nanochat.tokenizer import Tokenizer
 
     if not texts:
         raise ValueError("tokenizer takes at least one text file: nanochat tokenizer FILE... -o tokenizer.json")
+    check_out(out)
     trained = Tokenizer.train(
         (line for path in texts for line in path.read_text(encoding="utf-8").splitlines()), vocab_size
     )
@@ -262,7 +325,7 @@ def tokenizer(texts: Positional[tuple[Path, ...]], out: Out, vocab_size: int = 4
 
 
 def import_upstream(
-    source: Positional[Path],
+    source: Annotated[Positional[Path], arg(metavar="FOLDER")],
     out: Out,
     step: int | None = None,
     tokenizer_path: Path | None = None,
@@ -298,6 +361,7 @@ def parse_recipe(words: list[str], defaults: dict[str, Recipe]) -> Recipe:
 
 
 COMMANDS = {
+    "train": train,  # listed here for --help; `main` runs it, since its flags depend on the recipe
     "demo": demo,
     "ask": ask,
     "caption": caption,
@@ -306,20 +370,32 @@ COMMANDS = {
     "detect": detect,
     "eval": evaluate,
     "export": export,
+    "push": push,
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }
 
 
 def main() -> None:
-    description = "A small vision-language model: ask pictures, train on your own."
+    description = (
+        "A small vision-language model: ask pictures, train on your own.\n\n"
+        f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help shows what it takes."
+    )
     try:
         if sys.argv[1:2] == ["train"]:
             train(sys.argv[2:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=description)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `| head`: nobody is left to be told, now or at Python's exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         fail(str(stop) or "stopped", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
+            raise
+        fail("error: the GPU is full: look at fewer pictures at once, lower --batch-size, or use --device cpu", 2)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise

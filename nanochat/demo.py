@@ -22,7 +22,6 @@ PICTURES = Path(__file__).parent / "assets" / "demo"  # easy-VQA test pictures (
 
 def run(out: Path) -> None:
     """Answer every bundled question aloud, then write the contact sheet to `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.perf_counter()
     training = json.loads((SHIPPED / "training.json").read_text())

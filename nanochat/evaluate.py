@@ -183,7 +183,7 @@ def table(result: dict) -> Table:
     columns = [c for c in (*WAYS, "majority") if any(c in row for row in measures.values())]
     out = Table(title=f"{escape(result['dataset'])}: {result['n']:,} samples, {result['n_images']:,} pictures")
     if "majority" in columns:
-        out.caption = "majority: the commonest answer of these very samples, which flatters it"
+        out.caption = "majority: the commonest answer of these samples, so flattered"
     out.add_column("")
     for column in ("aligned", "95 % interval", *columns[1:]):
         out.add_column(column, justify="right")

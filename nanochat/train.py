@@ -23,7 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
-from nanochat.checkpoint import load_checkpoint, load_resume, read_json, read_manifest, readable, save_checkpoint
+from nanochat.checkpoint import (
+    load_checkpoint,
+    load_encoder,
+    load_resume,
+    read_json,
+    read_manifest,
+    readable,
+    save_checkpoint,
+)
 from nanochat.data import load_dataset, one_per_reference
 from nanochat.data.sample import limit
 from nanochat.features import cached_features
@@ -305,11 +313,9 @@ class Run:
 
 
 def open_encoder(recipe: Recipe) -> YOLOv9Plus:
-    """Cut behind the last layer that is looked at. Raises ValueError for a checkpoint without an encoder."""
+    """Cut behind the last layer that is looked at."""
     if recipe.encoder and Path(recipe.encoder).expanduser().is_dir():
-        encoder = getattr(load_checkpoint(recipe.encoder)[0], "vision_encoder", None)
-        if encoder is None:
-            raise ValueError(f"the checkpoint {recipe.encoder} is a text model without an encoder: choose another one")
+        encoder = load_encoder(recipe.encoder)
         encoder.image_size = recipe.image_size
     else:
         encoder = YOLOv9Plus(recipe.encoder or None, image_size=recipe.image_size)

@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.checkpoint import CheckpointError, load_checkpoint, load_resume, save_checkpoint
+from nanochat.checkpoint import CheckpointError, load_checkpoint, load_encoder, load_resume, save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.vision import YOLOv9Plus
 from tests.conftest import make_model
@@ -57,6 +60,22 @@ def test_the_encoder_travels_with_the_model(tmp_path):
     same(model, loaded)
     picture = torch.rand(3, 40, 40)
     torch.testing.assert_close(loaded.encode_images(picture), model.encode_images(picture))
+    maps = model.vision_encoder.extract_features(picture, 2)
+    torch.testing.assert_close(load_encoder(tmp_path / "m").extract_features(picture, 2), maps)
+    saved(tmp_path / "blind")
+    with pytest.raises(CheckpointError, match="blind carries no encoder"):
+        load_encoder(tmp_path / "blind")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_are_as_readable_as_the_umask_has_it(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        saved(tmp_path / "m", resume={"x": torch.zeros(1)}, extra={"metrics.jsonl": b"{}\n"})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask} and len(modes) == 7
 
 
 def test_text_models_load_as_plain_gpt(tmp_path):
@@ -255,6 +274,25 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypat
     assert seed_of(tmp_path / "m") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
+def test_a_limit_of_the_system_is_one_line_that_names_the_folder(tmp_path):
+    """The error of safetensors for a full disk is no OSError. A limit on the size of a file stands in for the full disk."""
+    saved(tmp_path / "m", seed=1)
+    code = (
+        "import resource, sys\n"
+        "from tests.test_checkpoint import saved\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "for name in ('m', 'new'):\n"
+        "    try: saved(sys.argv[1] + '/' + name, seed=2)\n"
+        "    except OSError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    old, new = done.stdout.splitlines()
+    assert old.startswith(f"{tmp_path}/m cannot be written, the checkpoint that was there is intact: ")
+    assert new.startswith(f"{tmp_path}/new cannot be written, nothing was written: ") and "File too large" in new
+    assert seed_of(tmp_path / "m") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
 def test_a_failure_of_the_second_rename_brings_the_old_one_back(tmp_path, monkeypatch):
     saved(tmp_path / "m", seed=1)
     rename, calls = os.rename, []
@@ -367,4 +405,17 @@ def test_what_is_pushed_can_be_loaded_by_its_hub_name(tmp_path, monkeypatch):
     assert seed_of("me/eyes") == 4
     (tmp_path / "m" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="bytes"):
+        checkpoint.push_to_hub(tmp_path / "m", "me/eyes")
+
+
+def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            raise RuntimeError("no\nnetwork")  # as the HTTP library's errors, no OSError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    saved(tmp_path / "m")
+    with pytest.raises(OSError, match="^me/eyes could not be uploaded: no network$"):
         checkpoint.push_to_hub(tmp_path / "m", "me/eyes")

@@ -2,15 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nanochat import cli
+from nanochat.assistant import SHIPPED, Assistant
+from nanochat.recipes import RECIPES
+from nanochat.vision import YOLOv9Plus
+from tests.test_images import animated, claims, encoded
+from tests.test_yolov9 import NAMES, detector
+from tests.test_yolov9 import PICTURE as SCENE
 
 ROOT = Path(__file__).parents[1]
 PICTURE = str(ROOT / "nanochat/assets/demo/0.png")
@@ -63,16 +71,64 @@ def test_sampling_is_reproducible_by_seed(nanochat):
     assert said[0] == said[1] and len(set(said)) > 1
 
 
-def test_embed_and_detect(nanochat, tmp_path):
-    weights = ("--weights", "yolov9t.yaml", "--image-size", "64")
-    nanochat("embed", PICTURE, PICTURE, "-o", tmp_path / "e.npz", "--layer", "p4", *weights)
-    with np.load(tmp_path / "e.npz") as saved:
-        assert saved["embeddings"].shape == (2, 96) and saved["files"].tolist() == [PICTURE] * 2
-    nanochat("detect", PICTURE, "-o", tmp_path / "d.png", *weights)
-    assert Image.open(tmp_path / "d.png").size == Image.open(PICTURE).size
-    nanochat("detect", PICTURE, "-o", tmp_path / "d.json", *weights)
-    assert isinstance(json.loads((tmp_path / "d.json").read_text()), list)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "d.png", "e.npz"]
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a detector with random weights that is sure of what it sees."""
+    torch.manual_seed(4)
+    path = tmp_path_factory.mktemp("weights") / "random.pt"
+    torch.save({"model": detector(NAMES), "ema": None}, path)
+    return path
+
+
+def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(cli, "PICTURES_AT_ONCE", 2)
+    names = [str(ROOT / f"nanochat/assets/demo/{i}.png") for i in (0, 1, 2, 0, 1)]
+    out, options = tmp_path / "e.npz", ("--layer", "p4", "--weights", weights, "--image-size", "64")
+    assert "5 x 96 embeddings" in nanochat("embed", *names, "-o", out, *options).out
+    expected = YOLOv9Plus(weights, image_size=64).get_image_embeddings(names, layer="p4")
+    assert expected[:3].std(0).max() > 0.01  # three different pictures
+    with np.load(out) as saved:
+        torch.testing.assert_close(torch.from_numpy(saved["embeddings"]), expected, rtol=1e-3, atol=1e-4)
+        assert saved["files"].tolist() == names
+    out.unlink()
+    assert "no file gone.png" in nanochat("embed", *names, "gone.png", "-o", out, *options, code=2).err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_detect(nanochat, tmp_path, weights):
+    SCENE.save(tmp_path / "scene.png")
+    words, options = ("detect", tmp_path / "scene.png", "-o"), ("--weights", weights, "--image-size", "96")
+    expected = YOLOv9Plus(weights, image_size=96).detect(SCENE)
+    lines = nanochat(*words, tmp_path / "d.json", *options).out.splitlines()
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert len(found) == len(expected) == len(lines) - 1 > 0
+    for row, line, detection in zip(found, lines, expected, strict=False):
+        assert row["box"] == pytest.approx(detection.box, abs=1e-3) and row["class_name"] in NAMES.values()
+        assert line.split("  ")[0].strip() == row["class_name"]
+    nanochat(*words, tmp_path / "d.png", *options)
+    drawn = np.asarray(Image.open(tmp_path / "d.png"))
+    assert drawn.shape == (60, 90, 3) and (drawn != np.asarray(SCENE)).any()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "d.png", "scene.png"]
+
+
+def test_the_encoder_of_a_checkpoint_can_look(nanochat, tmp_path):
+    words = ("-o", tmp_path / "e.npz", "--weights")
+    nanochat("embed", PICTURE, *words, "default", "--layer", "4")
+    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED, "--layer", "4")
+    vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
+    seen = Assistant.load().model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
+    assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
+    for command, out in (("embed", "g.npz"), ("detect", "g.png")):
+        error = nanochat(command, PICTURE, "-o", tmp_path / out, "--weights", "default", code=2).err
+        assert "no detection head" in error and "0..4" in error and error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npz", "f.npz"]
+
+
+def test_a_device_that_is_not_there_is_named():
+    for device in ("cuda:99", "tpu"):
+        with pytest.raises(ValueError, match=f"the device {device} cannot be used .*: use cpu") as caught:
+            YOLOv9Plus("yolov9t.yaml", device=device)
+        assert "\n" not in str(caught.value)
 
 
 def test_tokenizer(nanochat, tmp_path):
@@ -126,6 +182,49 @@ def test_demo(nanochat, tmp_path):
     assert f"{n} of {n} right" in " ".join(out.split())
 
 
+def odd_pictures():
+    """Section 6 of the plan: what works, though it is no plain RGB."""
+    picture = Image.open(PICTURE).convert("RGB")
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    return {
+        "cmyk": (picture.convert("CMYK"), "JPEG", {"quality": 95}),
+        "16-bit": (Image.fromarray(deep), "PNG", {}),
+        "palette": (picture.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", {}),
+        "grey": (picture.convert("L"), "PNG", {}),
+        "alpha": (picture.convert("RGBA"), "PNG", {}),
+        "exif": (picture, "PNG", {"exif": exif}),
+    }
+
+
+@pytest.mark.parametrize(("name", "picture"), odd_pictures().items())
+def test_odd_pictures_work(nanochat, tmp_path, name, picture):
+    image, format, options = picture
+    (tmp_path / name).write_bytes(encoded(image, format, **options))
+    said = nanochat("ask", tmp_path / name, QUESTION).out.strip()
+    plain = nanochat("ask", PICTURE, QUESTION).out.strip()
+    assert said == plain if name not in ("16-bit", "grey") else said  # there is no colour in these
+
+
+BROKEN = {
+    "empty": (b"", "is empty"),
+    "truncated": (Path(PICTURE).read_bytes()[:-40], "damaged or cut off"),
+    "animated": (animated("GIF"), "animated"),
+    "1x1": (encoded(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
+    "bomb": (claims(20_000, 20_000), "larger than the limit"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN.items())
+def test_broken_pictures_are_one_line(nanochat, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content[0])
+    printed = nanochat("ask", PICTURE, tmp_path / name, QUESTION, code=2)
+    assert printed.err.startswith(f"error: {tmp_path / name} ") and content[1] in printed.err
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @pytest.fixture
 def text_file(tmp_path):
     (tmp_path / "words.txt").write_text("no picture")
@@ -139,27 +238,38 @@ def text_file(tmp_path):
         (["ask", "TEXT", QUESTION], "no picture"),
         (["ask", "FOLDER", QUESTION], "is a folder"),
         (["ask", PICTURE], "ask takes pictures and, last, a question"),
+        (["ask", PICTURE, " "], "the question is empty"),
         (["ask", PICTURE, QUESTION, "--checkpoint", "FOLDER"], "no manifest.json"),
         (["ask", PICTURE, QUESTION, "--temperature", "-1"], "temperature"),
         (["ask", PICTURE, QUESTION, "--max-new-tokens", "5000"], "do not fit the context"),
+        (["ask", PICTURE, QUESTION, "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["ask", PICTURE, "why " * 300], "do not fit the context"),
         (["embed", PICTURE, "-o", "FOLDER/e.txt", "--weights", "yolov9t.yaml"], ".npz"),
+        (["embed", PICTURE, "-o", "FOLDER/none/e.npz"], "write FOLDER/none/e.npz: there is no folder FOLDER/none"),
+        (["detect", PICTURE, "-o", "FOLDER/none/d.png"], "write FOLDER/none/d.png: there is no folder FOLDER/none"),
+        (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "FOLDER"], "no manifest.json"),
+        (["demo", "-o", "FOLDER"], "should end in .png"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "no.pt"], "there is no file no.pt"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml", "--conf", "3"], "conf"),
         (["detect", "TEXT", "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml"], "no picture"),
         (["eval", "default", "no_such_data"], "cannot read the dataset"),
         (["eval", "nowhere", "easy_vqa"], "no such folder"),
+        (["eval", "default", "TEXT", "--json", "FOLDER/none/r.json"], "write FOLDER/none/r.json: there is no folder"),
+        (["eval", "default", "TEXT", "--json", "FOLDER"], "FOLDER is a folder, expected the name of a file"),
+        (["eval", "default", "TEXT", "--batch-size", "0"], "batch size must be at least 1, got 0"),
+        (["push", "nowhere", "me/eyes"], "no such folder"),
         (["eval", "default", "easy_vqa", "--limit", "0"], "at least 1"),
         (["train", "folder", "--data", "FOLDER", "--out", "FOLDER/run"], "cannot read the dataset"),
         (["train", "folder", "--out", "FOLDER/run"], "--data"),
         (["import-upstream", "FOLDER", "-o", "FOLDER/up"], "no model_NNNNNN.pt"),
         (["tokenizer", "TEXT", "-o", "FOLDER/t.json", "--vocab-size", "3"], "at least 266"),
+        (["tokenizer", "TEXT", "-o", "FOLDER/none/t.json"], "write FOLDER/none/t.json: there is no folder"),
     ],
 )
 def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(nanochat, text_file, words, message):
     folder = text_file.parent / "empty"
     folder.mkdir()
-    words = [str(w).replace("TEXT", str(text_file)).replace("FOLDER", str(folder)) for w in words]
+    *words, message = [str(w).replace("TEXT", str(text_file)).replace("FOLDER", str(folder)) for w in (*words, message)]
     error = nanochat(*words, code=2).err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert list(folder.iterdir()) == []
@@ -174,6 +284,37 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert "1 rows left out" in nanochat("eval", "default", tmp_path).out
     assert "gone.png" in nanochat("eval", "default", tmp_path, "--strict", code=2).err
+
+
+def test_push(nanochat, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "nanochat.checkpoint.push_to_hub", lambda *words, private: pushed.append((*words, private)) or "URL"
+    )
+    assert nanochat("push", "default", "me/eyes").out == "URL\n"
+    nanochat("push", "runs/mine", "me/eyes", "--public")
+    assert pushed == [(str(SHIPPED), "me/eyes", True), ("runs/mine", "me/eyes", False)]
+
+
+def test_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanochat", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    words = re.findall(r"[\w-]+", capsys.readouterr().out)
+    assert {"train", *RECIPES, *cli.COMMANDS} <= set(words)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As in `nanochat ask ... | true`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for words in (["ask", PICTURE, QUESTION], ["push", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanochat.cli", *words],
+            stdout=writer, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.stderr == ""
+    os.close(writer)
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["train", "easy_vqa"], *([c] for c in cli.COMMANDS)])

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from nanochat.assistant import Assistant
 from nanochat.data.sample import Dataset, Sample, caption_sample, vqa_sample
-from nanochat.evaluate import Answers, another_image, score, table
+from nanochat.evaluate import Answers, another_image, answer_dataset, batches, score, table
+from nanochat.tokenizer import Tokenizer
+from tests.conftest import make_model
 
 
 def samples():
@@ -38,6 +42,49 @@ def test_caption_scores():
     assert result["bleu4"]["aligned"] == pytest.approx(100, abs=0.1)
     assert result["bleu4"]["shuffled"] < 20 and result["bleu1"]["blind"] < 1
     assert result["cider"]["aligned"] > 500 > 100 > result["cider"]["shuffled"]
+    assert result["bleu2"].keys() == result["cider"].keys() == {"aligned", "shuffled", "blind", "ci95"}
+    for name in ("bleu1", "bleu2", "bleu3", "bleu4", "cider"):
+        assert result[name]["ci95"][0] <= result[name]["aligned"] + 1e-6 and result[name]["ci95"][1] > 90
+
+
+@pytest.fixture
+def assistant():
+    """Eyes that see numbers: a picture "7.png" is a vector of sevens. It never stops to speak."""
+    tokenizer = Tokenizer.train(["is it red?"], 270)
+    special = tokenizer.special("<|image|>")
+    assistant = Assistant(make_model(vocab_size=tokenizer.vocab_size, vision_token_id=special), tokenizer)
+    assistant.stop_ids = ()
+    assistant.look = lambda names: torch.stack([torch.full((1, 12), float(name[:-4])) for name in names])
+    return assistant
+
+
+def test_questions_that_fill_the_context_are_wrong_and_counted(assistant):
+    """Long ones get what room there is. What the others are told does not depend on them."""
+    shapes = {"5.png": "a" * 10, "6.png": "b" * 50, "7.png": "c" * 100, "8.png": "d"}
+    data = Dataset("toy", "vqa", [vqa_sample(name, question, "no") for name, question in shapes.items()])
+    room = 64 - len(assistant.prompt(data.samples[1].messages[:-1]))
+    assert 0 < room < 24
+    answers = answer_dataset(assistant, data, batch_size=2)
+    assert answers.too_long == 1 and [said[2] for said in answers.said.values()] == ["", "", ""]
+    for i, wanted in ((0, 24), (1, room), (3, 24)):
+        seen = assistant.look(data.samples[i].images)
+        assert answers.said["aligned"][i] == assistant.answer_all([data.samples[i].messages[:-1]], [seen], wanted)[0]
+    result = score(answers)
+    assert result["too_long"] == 1 and result["n"] == 4 and result["accuracy"]["aligned"] == 0
+
+
+def test_batches_hold_rows_of_equal_room():
+    assert list(batches([24, 3, 24, 0, 24, -2, 3], 2)) == [(24, [0, 2]), (24, [4]), (3, [1, 6])]
+
+
+def test_there_is_no_other_picture_than_a_single_one(assistant):
+    data = Dataset("toy", "vqa", [vqa_sample("5.png", "a", "x"), vqa_sample("5.png", "b", "y")])
+    answers = answer_dataset(assistant, data)
+    assert answers.said.keys() == {"aligned", "blind"}
+    result = score(answers)
+    assert result["accuracy"]["shuffled"] is None and "too_long" not in result
+    cells = {column.header: list(column.cells) for column in table(result).columns}
+    assert cells["shuffled"] == [""] and cells["blind"] == ["0.0%"]
 
 
 def test_the_table_shows_every_row_beside_the_answer(capsys):
@@ -45,14 +92,13 @@ def test_the_table_shows_every_row_beside_the_answer(capsys):
 
     said = {"aligned": ["red"] * 4, "shuffled": ["no"] * 4, "blind": ["no"] * 4}
     console = Console(width=120)
-    console.print(table(score(Answers(Dataset("toy", "vqa", samples()), said))))
+    console.print(table(score(Answers(Dataset("data/p[a]", "vqa", samples()), said))))
     text = capsys.readouterr().out
+    assert "data/p[a]: 4 samples" in text and "so flattered" in text
     assert all(word in text for word in ("aligned", "shuffled", "blind", "majority", "95 % interval", "25.0%"))
 
 
 def test_samples_of_no_picture_are_refused():
-    from nanochat.evaluate import answer_dataset
-
     sample = Sample((), ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}))
     with pytest.raises(ValueError, match="one picture a sample"):
         answer_dataset(None, Dataset("toy", "vqa", [sample]))

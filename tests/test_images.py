@@ -52,6 +52,10 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
         PNG,
         {"bytes": PNG, "path": None},
         {"bytes": None, "path": str(path)},
+        bytearray(PNG),
+        memoryview(PNG),
+        {"bytes": bytearray(PNG)},
+        io.BytesIO(PNG),
         Image.open(path),
         Image.fromarray(COLOURS),
         COLOURS,
@@ -66,6 +70,30 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     for source in sources:
         np.testing.assert_array_equal(values(source), COLOURS)
     assert len({image_digest(source) for source in sources}) == 1
+
+
+def test_open_files_are_read_from_their_start(tmp_path):
+    written = io.BytesIO()
+    Image.fromarray(COLOURS).save(written, "PNG")  # now stands at its end
+    for _ in range(2):
+        np.testing.assert_array_equal(values(written), COLOURS)
+    (tmp_path / "a.png").write_bytes(PNG)
+    with open(tmp_path / "a.png", "rb") as file:
+        np.testing.assert_array_equal(values(file), COLOURS)
+    reader, writer = os.pipe()  # which has no start to go back to
+    with open(reader, "rb") as pipe:
+        os.write(writer, PNG)
+        os.close(writer)
+        np.testing.assert_array_equal(values(pipe), COLOURS)
+    closed = io.BytesIO(PNG)
+    closed.close()
+    for file, message in (
+        (io.BytesIO(), "open file is empty"),
+        (io.StringIO("x"), "mode 'rb'"),
+        (closed, "closed file"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            open_image(file)
 
 
 def test_arrays_need_not_be_contiguous():

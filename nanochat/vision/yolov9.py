@@ -479,7 +479,7 @@ def find_weights(name: str) -> Path:
             reason = f"{name} is not here and could not be downloaded ({one_line(error)})"
     raise FileNotFoundError(
         f"{reason}. Ways out: a path to a YOLOv9 .pt file; NANOCHAT_YOLO_WEIGHTS set to one; a .yaml such as "
-        "yolov9t.yaml for random weights; or a nanochat checkpoint, which carries its own encoder"
+        "yolov9t.yaml for random weights; or the encoder of a nanochat checkpoint (its folder; load_encoder in Python)"
     )
 
 
