@@ -131,7 +131,7 @@ def read_tokenizer(path: Path, trust_pickle: bool) -> Tokenizer:
     try:
         import tiktoken
     except ImportError as error:
-        raise ImportError("upstream's tokenizer is a tiktoken one: pip install -e '.[upstream]'\") from error
+        raise ImportError("upstream's tokenizer is a tiktoken one: pip install -e '.[upstream]'") from error
     try:
         with open(path, "rb") as file:
             encoding = pickle.load(file)

@@ -19,7 +19,7 @@ def load(split: str = "train", strict: bool = False) -> Dataset:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError("easy-VQA is in the package easy-vqa: pip install -e '.[train]'\") from error
+        raise ImportError("easy-VQA is in the package easy-vqa: pip install -e '.[train]'") from error
 
     read_questions = easy_vqa.get_test_questions if split == "test" else easy_vqa.get_train_questions
     folder = Path(easy_vqa.__file__).parent / "data" / ("test" if split == "test" else "train")

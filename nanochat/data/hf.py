@@ -65,7 +65,7 @@ def _libraries():
         import datasets
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Hugging Face data needs the library datasets: pip install -e '.[train]'\") from error
+        raise ImportError("Hugging Face data needs the library datasets: pip install -e '.[train]'") from error
     return datasets, pyarrow
 
 
