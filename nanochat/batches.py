@@ -175,11 +175,13 @@ def hide(vectors, rng: np.random.Generator, share: float):
     return [torch.zeros_like(v) if h else v for v, h in zip(vectors, hidden, strict=True)]
 
 
-def forget_words(batch: Batch, rng: np.random.Generator, share: float, unknown_id: int) -> torch.Tensor:
-    """The inputs (R, T) with a random share of the answers' tokens replaced by `unknown_id`: what comes next must then be read
-    off the picture, not off the words before (word dropout; Bowman et al. 2016, arXiv 1511.06349)."""
+def forget_words(
+    idx: torch.Tensor, rng: np.random.Generator, share: float, special_ids, unknown_id: int
+) -> torch.Tensor:
+    """idx (R, T) with a random share of its words replaced by `unknown_id`; special tokens stay. What comes next must then be
+    read off the picture, and not off a text that is known by heart (word dropout; Bowman et al. 2016, arXiv 1511.06349)."""
     if share == 0:
-        return batch.idx
-    answer = F.pad(batch.targets[:, :-1] != IGNORE_INDEX, (1, 0))  # the token at t is the target of t - 1
-    forgotten = torch.from_numpy(rng.random(batch.idx.shape) < share)
-    return batch.idx.masked_fill(answer & forgotten, unknown_id)
+        return idx
+    special = torch.isin(idx, torch.tensor(sorted(special_ids)))
+    forgotten = torch.from_numpy(rng.random(idx.shape) < share)
+    return idx.masked_fill(forgotten & ~special, unknown_id)

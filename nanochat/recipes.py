@@ -75,7 +75,7 @@ class Recipe:
     blind_share: float = 0.05
     "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
     word_dropout: float = 0.0
-    "Share of the answers' input tokens that are hidden in training: against learning small texts by heart."
+    "Share of the words, of questions and answers, that are hidden in training: against learning small texts by heart."
 
     word_loss: float = 0.0
     "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."
@@ -185,9 +185,11 @@ class Daquar(Recipe):
     layer: str = "p5+p4+p3+8"
     vocab_size: int = 2048
     n_layer: int = 2
-    n_embd: int = 192
-    images_per_step: int = 32
+    n_embd: int = 128
+    epochs: float = 8
     questions_per_image: int = 4
+    word_dropout: float = 0.2
+    embedding_lr: float = 0.05
     weight_decay: float = 0.1
     matrix_lr: float = 0.01
 

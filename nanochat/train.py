@@ -124,6 +124,7 @@ class Run:
         self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
         self.data, self.val, self.eyes, self.val_eyes = data, val, eyes, val_eyes
         self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
+        self.unknown_id = tokenizer.special("<|bos|>")  # which stands nowhere but at the start of a row
         self.stopping = False
         self.word_head = None
         if recipe.train_encoder and recipe.word_loss:
@@ -267,7 +268,8 @@ class Run:
             share = self.recipe.decoder_gradient
             vectors = share * vectors + (1 - share) * vectors.detach()  # the same values, less gradient
         seen = hide(batch.spread(vectors), rng, self.recipe.blind_share)
-        idx = forget_words(batch, rng, self.recipe.word_dropout, self.tokenizer.special("<|bos|>")).to(device)
+        special = self.tokenizer.special_ids
+        idx = forget_words(batch.idx, rng, self.recipe.word_dropout, special, self.unknown_id).to(device)
         mask = idx == self.data.vision_token_id
         answers = self.model(idx, seen, mask, batch.targets.to(device), loss_reduction="sum")
         return answers, words

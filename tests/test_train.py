@@ -223,18 +223,18 @@ def test_hidden_rows_are_zero_and_as_many_as_asked():
     assert 150 < zero.sum() < 250 and (hidden[~zero] == 1).all()
 
 
-def test_word_dropout_hides_answers_and_nothing_else(pictures, tmp_path):
+def test_word_dropout_hides_words_and_no_special_tokens(pictures, tmp_path):
     run = new_run(recipe_for(pictures, tmp_path))
-    rows = [row for group in run.data.groups for row in group]
-    batch, unknown = collate(rows), run.tokenizer.special("<|bos|>")
-    everything = forget_words(batch, np.random.default_rng(0), 1.0, unknown)
-    for line, row in enumerate(rows):
-        for t, token in enumerate(row.ids[:-1]):
-            assert everything[line, t] == (unknown if row.mask[t] else token)
-    some = forget_words(batch, np.random.default_rng(0), 0.3, unknown)
-    answers = sum(sum(row.mask[:-1]) for row in rows)
-    assert 0.1 < (some != batch.idx).sum() / answers < 0.5
-    assert torch.equal(forget_words(batch, np.random.default_rng(0), 0.0, unknown), batch.idx)
+    idx = collate([row for group in run.data.groups for row in group], pad_id=run.unknown_id).idx
+    special = torch.isin(idx, torch.tensor(sorted(run.tokenizer.special_ids)))
+
+    def hide_share(share):
+        return forget_words(idx, np.random.default_rng(0), share, run.tokenizer.special_ids, run.unknown_id)
+
+    everything = hide_share(1.0)
+    assert torch.equal(everything[special], idx[special]) and (everything[~special] == run.unknown_id).all()
+    hidden = (hide_share(0.3) != idx)[~special].float().mean()
+    assert 0.2 < hidden < 0.4 and torch.equal(hide_share(0.0), idx)
 
 
 def test_learning_rates_rise_stay_and_fall():
