@@ -30,6 +30,9 @@ class Recipe:
     strict: bool = False
     "Refuse data with missing pictures instead of leaving their rows out."
 
+    start_from: str = ""
+    "A checkpoint to go on from with other data: its weights, words and shape (the fields of eyes and words then come from it)."
+
     # eyes
     encoder: str = "yolov9t.yaml"
     "Official name, .pt path, .yaml for random weights, or a checkpoint folder, whose encoder is taken."

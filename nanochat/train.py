@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +50,8 @@ WORD_HEAD = "word_head."  # of the resume file
 # Fields of a recipe that may change when a run goes on: they say where and how, not what is learnt.
 PLACES = ("out", "cache", "resume")
 HOW = (
-    "data", "encoder", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads", "save_every",
-    "eval_every",
+    "data", "encoder", "start_from", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads",
+    "save_every", "eval_every",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPANDABLE = (
@@ -91,10 +91,15 @@ def train(recipe: Recipe) -> Path:
     samples = one_per_reference(train_set.samples)
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
-        model.transformer.wte.to(DTYPES[recipe.dtype])
+    elif recipe.start_from:
+        model, tokenizer, _ = load_checkpoint(recipe.start_from, device)
+        recipe = shaped_like(recipe, model)
     else:
         tokenizer = open_tokenizer(recipe, samples)
-        model, before = build_model(recipe, tokenizer, device), {"step": 0, "seconds": 0.0, "history": []}
+        model = build_model(recipe, tokenizer, device)
+    if not recipe.resume:
+        before = {"step": 0, "seconds": 0.0, "history": []}
+    model.transformer.wte.to(DTYPES[recipe.dtype])
 
     data = Rows(samples, tokenizer, model.config)
     val = Rows(limit(one_per_reference(val_set.samples), 5 * recipe.val_images), tokenizer, model.config)
@@ -341,9 +346,20 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> M
     )
     model = create_multimodal_gpt(config, device)
     model.init_weights()
-    model.transformer.wte.to(DTYPES[recipe.dtype])
     model.attach_encoder(encoder.to(device))
     return model
+
+
+def shaped_like(recipe: Recipe, model) -> Recipe:
+    """The recipe with the shape of a model that is there already. Raises ValueError for one without eyes."""
+    config = model.config
+    if getattr(model, "vision_encoder", None) is None:
+        raise ValueError(f"the checkpoint {recipe.start_from} is a text model without an encoder: choose another one")
+    return replace(
+        recipe, layer=config.vision_layer, image_size=config.vision_image_size, vision_tokens=config.vision_tokens_per_image,
+        vocab_size=config.vocab_size, sequence_len=config.sequence_len, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd,
+    )  # fmt: skip
 
 
 def open_eyes(recipe: Recipe, model: MultimodalGPT, data: Rows, val: Rows, out: Path):

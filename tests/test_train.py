@@ -24,6 +24,7 @@ from nanochat.train import (
     Run,
     build_model,
     open_eyes,
+    started_recipe,
     texts_of,
     train,
 )
@@ -178,6 +179,23 @@ def test_the_encoder_of_a_checkpoint_can_be_taken_on(pictures, tmp_path):
     assert len(taken.net.model) == 2
     for a, b in zip(taken.parameters(), given.parameters(), strict=False):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_checkpoint_goes_on_with_other_data(pictures, described, tmp_path):
+    first = train(recipe_for(described, tmp_path, steps=4, train_encoder=True, vocab_size=300, image_size=64))
+    given, words, _ = load_checkpoint(first)
+    recipe = recipe_for(pictures, tmp_path, steps=1, start_from=str(first), out=str(tmp_path / "second"))
+    rates = dict(matrix_lr=0.0, embedding_lr=0.0, head_lr=0.0)
+    model, tokenizer, training = load_checkpoint(train(replace(recipe, **rates)))
+    assert tokenizer.to_json() == words.to_json() and training["recipe"]["image_size"] == 64
+    for name, tensor in given.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    recipe = replace(recipe, out=str(tmp_path / "third"), steps=2)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        stop_behind(monkeypatch, 1)
+        train(recipe)
+    moved, _, training = load_checkpoint(train(started_recipe(recipe)))  # as the command line goes on
+    assert training["step"] == 2 and not torch.equal(moved.lm_head.weight, given.lm_head.weight)
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order(pictures, tmp_path):
