@@ -166,18 +166,20 @@ class Flickr8k(Recipe):
     layer: str = "p5+p4+p3+8"
     train_encoder: bool = True
     flip: Literal["none", "horizontal", "both"] = "horizontal"
-    jitter: float = 0.1
+    jitter: float = 0.15
     sequence_len: int = 96
     n_layer: int = 3
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    epochs: float = 16
+    epochs: float = 6
     images_per_step: int = 24
     questions_per_image: int = 3
     word_loss: float = 1.0
     decoder_gradient: float = 0.1
-    reward_steps: int = 600
+    word_dropout: float = 0.2
+    reward_steps: int = 500
     embedding_lr: float = 0.1
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
+    cooldown: float = 0.6
 
 
 @dataclass

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +10,12 @@ from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
 settings.register_profile("shared-machine", deadline=None)  # a busy machine is no bug
 settings.load_profile("shared-machine")
 torch.set_num_threads(1)  # small tensors: a second thread only waits
+
+# Real weights and photographs, which are not ours to ship: tests that want them are skipped where they are not named.
+REAL_WEIGHTS = Path(os.environ.get("NANOCHAT_TEST_WEIGHTS", "no-weights.pt")).absolute()
+REAL_DATA = Path(os.environ.get("NANOCHAT_TEST_DATA", "no-data")).absolute()  # with daquar/ and flickr8k/ in it
+needs_weights = pytest.mark.skipif(not REAL_WEIGHTS.is_file(), reason="NANOCHAT_TEST_WEIGHTS names no YOLOv9 .pt file")
+needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="NANOCHAT_TEST_DATA names no folder")
 
 TINY = dict(sequence_len=64, vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vision_embedding_dim=12)
 

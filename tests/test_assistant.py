@@ -90,6 +90,18 @@ def test_a_full_context_loses_its_oldest_turns_and_the_talk_goes_on(assistant, v
         assert remembered == [0] * 20
 
 
+def test_an_answer_has_room_after_any_number_of_turns(assistant, vectors, monkeypatch):
+    rooms = []
+    stream = assistant.engine.stream
+    monkeypatch.setattr(assistant.engine, "stream", lambda ids, n, **more: rooms.append(n) or stream(ids, n, **more))
+    for n_turns in range(8):
+        chat = Chat(assistant, vectors)
+        for _ in range(n_turns):
+            list(chat.say("red?", 3))
+        list(chat.say("red?"))
+        assert rooms[-1] >= assistant.model.config.sequence_len // 4
+
+
 def test_a_turn_costs_its_own_tokens_and_the_picture_is_read_once(assistant, vectors, monkeypatch):
     read = []
     embed = assistant.model.embed

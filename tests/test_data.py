@@ -27,8 +27,7 @@ from nanochat.data import (
 from nanochat.data import easy_vqa as easy_vqa_source
 from nanochat.data.sample import caption_sample, check_text, cut, find_image, vqa_sample
 from nanochat.vision.images import ImageError
-
-SHARED = Path(__file__).parents[2] / "shared/data"
+from tests.conftest import REAL_DATA, needs_data
 
 
 def png(colour=(255, 0, 0)) -> bytes:
@@ -272,7 +271,7 @@ def test_easy_vqa_splits():
 
 def test_easy_vqa_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match=r"pip install nanochat-vision\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         easy_vqa_source.load("train")
 
 
@@ -624,16 +623,16 @@ def test_unknown_datasets_say_what_can_be_read(tmp_path):
 # ---- the real thing, where it is ----
 
 
-@pytest.mark.skipif(not (SHARED / "daquar").is_dir(), reason="DAQUAR is not here")
+@needs_data
 def test_daquar():
-    train, fit, val = (load_dataset(SHARED / "daquar", split, strict=True) for split in ("train", "fit", "val"))
+    train, fit, val = (load_dataset(REAL_DATA / "daquar", split, strict=True) for split in ("train", "fit", "val"))
     assert (train.task, len(train.samples), train.skipped) == ("vqa", 6795, 0)
     assert len({image_key(sample.images[0]) for sample in val.samples}) == 79
     assert len(fit.samples) + len(val.samples) == 6795
 
 
-@pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="Flickr8k is not here")
+@needs_data
 def test_flickr8k():
-    dev = load_dataset(SHARED / "flickr8k", "dev", strict=True)
+    dev = load_dataset(REAL_DATA / "flickr8k", "dev", strict=True)
     assert (dev.task, len(dev.samples)) == ("caption", 1000)
     assert all(len(sample.references) == 5 for sample in dev.samples)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REAL_WEIGHTS, needs_weights
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "test_multimodal_gpu.py")
-REAL = ROOT.parent / "shared/weights/yolov9t_person_vehicle_animal_relu.pt"
 # the script, with an encoder that sees every picture as black
 BLIND = f"""
 import runpy
@@ -32,10 +33,9 @@ def start(*words, weights: str | None, folder: Path):
     )
 
 
-needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the optional real weights")
-
-
-@pytest.mark.parametrize("weights", [None, "", pytest.param(str(REAL), marks=needs_real)], ids=["unset", "", "real"])
+@pytest.mark.parametrize(
+    "weights", [None, "", pytest.param(str(REAL_WEIGHTS), marks=needs_weights)], ids=["unset", "", "real"]
+)
 def test_all_tests_pass(weights, tmp_path):
     done = start(SCRIPT, weights=weights, folder=tmp_path)
     assert done.returncode == 0, done.stderr
