@@ -142,7 +142,12 @@ def chat(image: str | None = None, speech: OmitArgPrefixes[Speech] = Speech()) -
             return
         if not question:
             return
-        show(conversation.say(question, speech.max_new_tokens, sampling))
+        try:
+            show(conversation.say(question, speech.max_new_tokens, sampling))
+        except ValueError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # a question that does not fit is no reason to lose the talk
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def import_upstream(
     if tokenizer.vocab_size > config.vocab_size + 1:  # + 1: <|image|>, which upstream does not have
         raise UpstreamError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     training = {"recipe_name": "upstream", "step": step, "seconds": 0.0, "upstream_meta": meta, "history": []}
+    training["multi_turn"] = True  # upstream's chat models are trained on conversations
     save_checkpoint(target_dir, model, tokenizer, training)
     return Path(target_dir)
 
