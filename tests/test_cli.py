@@ -139,9 +139,21 @@ def test_tokenizer(nanochat, tmp_path):
     assert Tokenizer.load(tmp_path / "t.json").decode([*Tokenizer.load(tmp_path / "t.json").encode("fox é")]) == "fox é"
 
 
+def test_export_tells_no_folders(nanochat, tmp_path):
+    from nanochat.checkpoint import load_checkpoint, save_checkpoint
+
+    model, vocabulary, training = load_checkpoint(ROOT / "nanochat/assets/easy_vqa")
+    training["recipe"] |= {"data": str(tmp_path / "secret" / "photos"), "encoder": str(tmp_path / "secret" / "a.pt")}
+    save_checkpoint(tmp_path / "mine", model, vocabulary, training)
+    nanochat("export", tmp_path / "mine", "-o", tmp_path / "out")
+    told = (tmp_path / "out/training.json").read_text()
+    assert "secret" not in told and json.loads(told)["recipe"]["data"] == "photos"
+
+
 def test_export_is_half_the_size_and_says_the_same(nanochat, tmp_path):
     nanochat("export", "default", "-o", tmp_path / "full", "--no-half")
     nanochat("export", tmp_path / "full", "-o", tmp_path / "half")
+    assert json.loads((tmp_path / "half/training.json").read_text())["recipe"]["data"] == "easy_vqa"
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
     assert half < 0.6 * full
     answers = [nanochat("ask", PICTURE, QUESTION, "--checkpoint", tmp_path / name).out for name in ("full", "half")]
