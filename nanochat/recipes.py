@@ -166,34 +166,35 @@ class Flickr8k(Recipe):
     layer: str = "p5+p4+p3+8"
     train_encoder: bool = True
     flip: Literal["none", "horizontal", "both"] = "horizontal"
-    jitter: float = 0.15
+    jitter: float = 0.1
     sequence_len: int = 96
     n_layer: int = 3
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    epochs: float = 6
+    epochs: float = 10
     images_per_step: int = 24
     questions_per_image: int = 3
     word_loss: float = 1.0
     decoder_gradient: float = 0.1
-    word_dropout: float = 0.2
-    reward_steps: int = 500
+    reward_steps: int = 600
     embedding_lr: float = 0.1
-    weight_decay: float = 0.1
-    cooldown: float = 0.6
+    weight_decay: float = 0.05
 
 
 @dataclass
 class Daquar(Recipe):
-    """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR."""
+    """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR.
+
+    Few pictures: best from a model that has seen others, --start-from runs/flickr8k."""
 
     encoder: str = ""
     layer: str = "p5+p4+p3+8"
     vocab_size: int = 2048
     n_layer: int = 2
     n_embd: int = 128
-    epochs: float = 8
+    epochs: float = 10
+    images_per_step: int = 8
     questions_per_image: int = 4
-    word_dropout: float = 0.2
+    word_dropout: float = 0.1
     embedding_lr: float = 0.05
     weight_decay: float = 0.1
     matrix_lr: float = 0.01
