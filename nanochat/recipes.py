@@ -184,7 +184,7 @@ class Flickr8k(Recipe):
 class Daquar(Recipe):
     """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR.
 
-    Few pictures: best from a model that has seen others, --start-from runs/flickr8k."""
+    Few pictures: best with the encoder of a model that has seen others, --encoder runs/flickr8k."""
 
     encoder: str = ""
     layer: str = "p5+p4+p3+8"
