@@ -22,12 +22,17 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
+from nanochat.robot.model import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 RESUME = "resume.safetensors"
 REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
-MODELS = {"gpt": (GPTConfig, GPT), "multimodal_gpt": (MultimodalGPTConfig, MultimodalGPT)}
+MODELS = {
+    "gpt": (GPTConfig, GPT),
+    "multimodal_gpt": (MultimodalGPTConfig, MultimodalGPT),
+    "robot_gpt": (RobotGPTConfig, RobotGPT),
+}
 
 
 class CheckpointError(ValueError):
@@ -80,7 +85,7 @@ def save_checkpoint(
 
 
 def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: dict[str, bytes]) -> None:
-    kind = "multimodal_gpt" if isinstance(model, MultimodalGPT) else "gpt"
+    kind = next(name for name, (_, kind) in MODELS.items() if kind is type(model))
     encoder = getattr(model, "vision_encoder", None)
     config = {"model": kind, "config": asdict(model.config), "encoder": encoder.architecture if encoder else None}
     weights = {name: stored(tensor, dtype) for name, tensor in model.state_dict().items()}

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from nanochat.recipes import RECIPES, Recipe
+from nanochat.recipes import RECIPES, Recipe, Robot
 
 Out = Annotated[Path, arg(aliases=["-o"], help="Where to write.")]
 Pictures = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...", help="Picture files.", help_behavior_hint="")]
@@ -353,14 +353,79 @@ def import_upstream(
     print(read(source, out, step=step, tokenizer_path=tokenizer_path, trust_pickle=trust_pickle))
 
 
+def demos(
+    out: Out,
+    tasks: tuple[str, ...] = ("mt10",),
+    episodes: int = 50,
+    seed: int = 1_000_000,
+    noise: float = 0.25,
+    image_size: int = 128,
+    processes: int | None = None,
+) -> None:
+    """Record demonstrations of Meta-World's scripted experts, as a LeRobot v3.0 dataset. Said again, it goes on where it stopped.
+
+    Args:
+        tasks: mt10, mt50, or names such as door-open.
+        episodes: Of each task; only those that succeed are kept.
+        seed: Of the first episode; rollouts use small ones, so that they test on layouts that were not seen.
+        noise: Standard deviation of the pushes that the expert has to answer, actions being within -1..1.
+        image_size: Side of the pictures in pixels.
+        processes: At work side by side; default as many as there are cores.
+    """
+    from nanochat.robot.demos import default_processes, record
+    from nanochat.robot.instructions import task_list
+
+    record(task_list(tasks), episodes, out, seed, noise, image_size, processes or default_processes())
+
+
+def rollout(
+    checkpoint: Checkpoint,
+    tasks: tuple[str, ...] = ("mt10",),
+    episodes: int = 10,
+    seed: int = 0,
+    drivers: tuple[Literal["policy", "shuffled", "blind", "random", "expert"], ...] = ("policy",),
+    execute: int = 5,
+    processes: int | None = None,
+    record: Path | None = None,
+    json_out: Annotated[Path | None, arg(name="json")] = None,
+    device: Annotated[str, arg(help=DEVICE)] = "cpu",
+) -> None:
+    """Let a checkpoint drive the simulated arm, and count the episodes in which the task gets done.
+
+    Args:
+        checkpoint: A checkpoint folder, a hub name, or `robot`: the policy that ships.
+        tasks: mt10, mt50, or names such as door-open.
+        episodes: Of each task.
+        seed: Of the first episode.
+        drivers: Who drives: the policy; the policy told another task (shuffled); the policy without a picture (blind); chance
+            (random); Meta-World's script, which sees everything (expert).
+        execute: Steps of a chunk that are carried out before the policy looks again.
+        processes: At work side by side; default as many as there are cores.
+        record: Folder for a GIF of every episode.
+        json_out: Write the figures to this file.
+    """
+    from nanochat.robot.demos import default_processes
+    from nanochat.robot.instructions import task_list
+    from nanochat.robot.rollout import run
+    from nanochat.train import pick_device
+
+    if json_out is not None:
+        check_out(json_out)
+    names, workers = task_list(tasks), processes or default_processes()
+    run(checkpoint, names, episodes, seed, list(drivers), execute, workers, record, json_out, pick_device(device))
+
+
 def train(words: list[str]) -> None:
     """Run a recipe, every field of which is a flag. With --resume, what is not said anew is as the run was started with."""
     recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
     from nanochat.train import recipe_name, started_recipe
-    from nanochat.train import train as run
 
     if recipe.resume:
         recipe = parse_recipe(words, {recipe_name(recipe): started_recipe(recipe)})
+    if isinstance(recipe, Robot):
+        from nanochat.robot.train import train_robot as run
+    else:
+        from nanochat.train import train as run
     run(recipe)
 
 
@@ -380,6 +445,8 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "push": push,
+    "demos": demos,
+    "rollout": rollout,
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }

@@ -101,6 +101,14 @@ def bootstrap(
 # ---- captions ----
 
 
+def wilson(successes: int, n: int) -> list[float]:
+    """[low, high]: the 95 % interval of a rate (Wilson 1927), which holds for small n and for rates of 0 and 1."""
+    z, rate = 1.96, successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
 def caption_tokens(text: str) -> list[str]:
     """Lower-case words without punctuation, "A dog's toy." -> a, dog, s, toy.
 

@@ -97,10 +97,19 @@ class MultimodalGPT(GPT):
         )
         self.vision_encoder: YOLOv9Plus | None = None
 
+    @property
+    def map_channels(self) -> int:
+        """Of the encoder's map, before it is pooled."""
+        return self.config.vision_embedding_dim
+
+    def pool(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) maps -> (B, vision_tokens_per_image, vision_embedding_dim)."""
+        return pool_to_tokens(maps, self.config.vision_tokens_per_image)
+
     def attach_encoder(self, encoder: YOLOv9Plus) -> None:
         """Make `encoder` part of the model (state dict, `.to()`, training). Raises ValueError where its map does not have
         the channels that the projector was built for."""
-        layer, expected = self.config.vision_layer, self.config.vision_embedding_dim
+        layer, expected = self.config.vision_layer, self.map_channels
         found = encoder.embedding_dim(layer)
         if found != expected:
             raise ValueError(
@@ -109,6 +118,7 @@ class MultimodalGPT(GPT):
             )
         self.vision_encoder = encoder
 
+    @torch.no_grad()
     def encode_images(self, images) -> torch.Tensor:
         """One image or a list of B -> (B, vision_tokens_per_image, vision_embedding_dim), on the encoder's device.
 
@@ -118,7 +128,7 @@ class MultimodalGPT(GPT):
         if self.vision_encoder is None:
             self.attach_encoder(YOLOv9Plus(device=self.device, image_size=self.config.vision_image_size))
         maps = self.vision_encoder.extract_features(images, layer=self.config.vision_layer)
-        return pool_to_tokens(maps, self.config.vision_tokens_per_image)
+        return self.pool(maps)
 
     def forward(
         self, idx, vision_embeddings=None, vision_mask=None, targets=None, kv_cache=None, loss_reduction="mean"

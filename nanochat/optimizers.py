@@ -7,13 +7,13 @@ import torch
 
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.recipes import Recipe
-from nanochat.words import WordHead
 
 BETAS = (0.9, 0.95)
+OUTPUTS = ("lm_head", "action_head", "vision_projector.position")  # two axes, but no matrices between hidden states
 
 
 def make_optimizers(
-    model: MultimodalGPT, recipe: Recipe, word_head: WordHead | None = None
+    model: MultimodalGPT, recipe: Recipe, helper: torch.nn.Module | None = None
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder and the projector; AdamW for embeddings, head, positions and encoder."""
     matrices, embeddings, tables, encoder = [], [], [], []
@@ -24,7 +24,7 @@ def make_optimizers(
             encoder.append(p)
         elif name.startswith("transformer.wte"):
             embeddings.append(p)
-        elif p.dim() == 2 and not name.startswith(("lm_head", "vision_projector.position")):
+        elif p.dim() == 2 and not name.startswith(OUTPUTS):
             matrices.append(p)
         else:
             tables.append(p)
@@ -35,8 +35,8 @@ def make_optimizers(
     ]
     if encoder:
         groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
-    if word_head is not None:
-        groups.append({"params": list(word_head.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
+    if helper is not None:
+        groups.append({"params": list(helper.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
     adamw = torch.optim.AdamW(groups, betas=BETAS)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:

@@ -215,4 +215,43 @@ class Folder(Recipe):
     decoder_gradient: float = 0.05
 
 
-RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder}
+@dataclass
+class Robot(Recipe):
+    """A robot policy that also answers questions, from demonstrations in the LeRobot layout: --data DIR.
+
+    `nanochat demos` makes some; see nanochat/robot/train.py."""
+
+    encoder: str = "yolov9t.yaml"
+    layer: str = "4"
+    image_size: int = 128
+    vision_tokens: int = 16
+    train_encoder: bool = True
+    batchnorm: Literal["frozen", "train"] = "train"
+    vocab_size: int = 1024
+    n_layer: int = 3
+    n_head: int = 4
+    n_embd: int = 128
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    images_per_step: int = 64
+    encoder_lr: float = 3e-3
+    blind_share: float = 0.03
+    steps: int | None = 10_000
+    eval_every: int = 500
+    save_every: int = 500
+    threads: int | None = 1
+
+    action_head: Literal["continuous", "bins"] = "continuous"
+    "A chunk of numbers at once, or a token for each number."
+    chunk: int = 10
+    "Actions that are given at once."
+    questions_per_step: int = 16
+    "Frames that are asked about in a step, beside the images_per_step that are acted on."
+    question_loss: float = 0.3
+    "Weight of the answers beside the actions."
+    shift: int = 4
+    "Random shift of training pictures, in pixels."
+    scene_loss: float = 1.0
+    "Weight of the loss that teaches the encoder where things are, where the data tells it (a simulator's)."
+
+
+RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder, "robot": Robot}

@@ -46,7 +46,7 @@ from nanochat.vision.weights import one_line
 from nanochat.words import WordHead, answer_words
 
 console = Console()
-WORD_HEAD = "word_head."  # of the resume file
+HELPER = "helper."  # of the resume file
 # Fields of a recipe that may change when a run goes on: they say where and how, not what is learnt.
 PLACES = ("out", "cache", "resume")
 HOW = (
@@ -75,17 +75,7 @@ def train(recipe: Recipe) -> Path:
     Raises ValueError or OSError for data, settings or folders that cannot be used, before anything is written; MemoryError
     with the options that help when the GPU is full. Ctrl-C saves and raises KeyboardInterrupt with how to go on.
     """
-    recipe.check()
-    out = out_folder(recipe)
-    if (out.exists() or out.is_symlink()) and not recipe.resume:
-        raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
-    if not recipe.data:
-        raise ValueError(f"{recipe_name(recipe)} needs the place of your data: --data PATH")
-    torch.manual_seed(recipe.seed)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    device = pick_device(recipe.device)
-
+    out, device = begin(recipe)
     train_set = load_dataset(recipe.data, recipe.train_split, recipe.strict)
     val_set = load_dataset(recipe.data, recipe.val_split, recipe.strict)
     samples = one_per_reference(train_set.samples)
@@ -122,8 +112,24 @@ def train(recipe: Recipe) -> Path:
     return Run(recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, before).go()
 
 
+def begin(recipe: Recipe) -> tuple[Path, torch.device]:
+    """Check what can be checked before data is read; set seed and threads. Returns the checkpoint folder and the device."""
+    recipe.check()
+    out = out_folder(recipe)
+    if (out.exists() or out.is_symlink()) and not recipe.resume:
+        raise FileExistsError(f"{out} exists: go on with it by --resume, or choose another --out")
+    if not recipe.data:
+        raise ValueError(f"{recipe_name(recipe)} needs the place of your data: --data PATH")
+    torch.manual_seed(recipe.seed)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    return out, pick_device(recipe.device)
+
+
 class Run:
-    """The state of a training run between two steps."""
+    """The state of a training run between two steps. helper: a module that only training uses (see words.py)."""
+
+    unit = "loss (nats per token)"
 
     def __init__(self, recipe, out, model, tokenizer, data, val, eyes, val_eyes, steps, before):
         self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
@@ -131,21 +137,28 @@ class Run:
         self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
         self.unknown_id = tokenizer.special("<|bos|>")  # which stands nowhere but at the start of a row
         self.stopping = False
-        self.word_head = None
-        if recipe.train_encoder and recipe.word_loss:
-            words = answer_words(data)
-            self.word_head = WordHead(model.config.vision_embedding_dim, model.config.vocab_size, words).to(
-                model.device
-            )
-        self.optimizers = make_optimizers(model, recipe, self.word_head)
+        self.helper = self.make_helper()
+        self.optimizers = make_optimizers(model, recipe, self.helper)
         self.started = time.monotonic()
         if recipe.resume:
             tensors = load_resume(out)
-            load_optimizers(self.optimizers, {k: v for k, v in tensors.items() if not k.startswith(WORD_HEAD)})
-            if self.word_head is not None:
-                self.word_head.load_state_dict(
-                    {k.removeprefix(WORD_HEAD): v for k, v in tensors.items() if k.startswith(WORD_HEAD)}
+            load_optimizers(self.optimizers, {k: v for k, v in tensors.items() if not k.startswith(HELPER)})
+            if self.helper is not None:
+                self.helper.load_state_dict(
+                    {k.removeprefix(HELPER): v for k, v in tensors.items() if k.startswith(HELPER)}
                 )
+
+    @property
+    def multi_turn(self) -> bool:
+        """Whether the model learns conversations of several turns, and so may be shown earlier ones."""
+        return self.data.multi_turn
+
+    def make_helper(self) -> torch.nn.Module | None:
+        if not (self.recipe.train_encoder and self.recipe.word_loss):
+            return None
+        config = self.model.config
+        words = answer_words(self.data)
+        return WordHead(config.vision_embedding_dim, config.vocab_size, words).to(self.model.device)
 
     def go(self) -> Path:
         """Run to the end. A first Ctrl-C (or SIGTERM, as a scheduler sends it) ends the step, saves and raises
@@ -189,7 +202,7 @@ class Run:
                     progress.update(bar, completed=self.step, status=status)
                     since, tokens, images, values = time.monotonic(), 0, 0, []
                 if self.step % recipe.eval_every == 0 or self.step == self.steps:
-                    check = three_ways(self.model, self.val, self.val_eyes, recipe.images_per_step)
+                    check = self.validate()
                     self.log(**check)
                     progress.console.print(describe(self.step, self.elapsed(), check))
                     since, tokens, images, values = time.monotonic(), 0, 0, []
@@ -217,19 +230,24 @@ class Run:
         chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
         rng = np.random.default_rng([recipe.seed, self.step, 2])
         result = self.follow_reward(chunks, rng) if self.rewarded else self.imitate(chunks, rng)
-        if not math.isfinite(result[0]):
-            raise ValueError(
-                f"the loss became {result[0]} at step {self.step}: lower the learning rates (matrix_lr first)"
-            )
+        self.update(result[0])
+        return result
+
+    def update(self, loss: float) -> None:
+        """Let the optimisers follow the gradients that have been gathered, and count the step."""
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss became {loss} at step {self.step}: lower the learning rates (matrix_lr first)")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        factor = learning_rate_factor(self.step, self.steps, recipe)
+        factor = learning_rate_factor(self.step, self.steps, self.recipe)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return result
+
+    def validate(self) -> dict:
+        return three_ways(self.model, self.val, self.val_eyes, self.recipe.images_per_step)
 
     def imitate(self, chunks, rng: np.random.Generator) -> tuple[float, int, int]:
         """Accumulate the gradients of the data's answers."""
@@ -268,8 +286,8 @@ class Run:
         device, words, vectors = self.model.device, 0.0, None
         if batch.numbers:
             vectors = self.eyes(batch.numbers, rng).to(device)
-            if self.word_head is not None:
-                words = self.word_head.loss(vectors, batch.numbers)
+            if self.helper is not None:
+                words = self.helper.loss(vectors, batch.numbers)
             share = self.recipe.decoder_gradient
             vectors = share * vectors + (1 - share) * vectors.detach()  # the same values, less gradient
         seen = hide(batch.spread(vectors), rng, self.recipe.blind_share)
@@ -296,11 +314,11 @@ class Run:
             "history": self.history,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "multi_turn": self.data.multi_turn,
+            "multi_turn": self.multi_turn,
         }
-        resume, extra = optimizer_tensors(self.optimizers), history_files(self.history)
-        if self.word_head is not None:
-            resume |= {WORD_HEAD + name: tensor for name, tensor in self.word_head.state_dict().items()}
+        resume, extra = optimizer_tensors(self.optimizers), history_files(self.history, self.unit)
+        if self.helper is not None:
+            resume |= {HELPER + name: tensor for name, tensor in self.helper.state_dict().items()}
         save_checkpoint(self.out, self.model, self.tokenizer, training, resume=resume, extra=extra)
 
     def report(self) -> None:
@@ -310,9 +328,10 @@ class Run:
         table = Table(title=f"validation after {self.step} steps, {self.elapsed() / 60:.1f} min")
         for column in ("", "aligned", "shuffled", "blind"):
             table.add_column(column, justify="right")
-        rows = (("loss (nats/token)", "{:.3f}", ""), ("answers exactly right", "{:.1%}", "_accuracy"))
+        rows = ((self.unit, "{:.3f}", ""), ("answers exactly right", "{:.1%}", "_accuracy"))
         for name, style, suffix in rows:
-            table.add_row(name, *(style.format(last[way + suffix]) for way in ("aligned", "shuffled", "blind")))
+            if "aligned" + suffix in last:
+                table.add_row(name, *(style.format(last[way + suffix]) for way in ("aligned", "shuffled", "blind")))
         console.print(table)
         if last["shuffled"] - last["aligned"] < 0.02:
             console.print("[yellow]The picture makes no difference: the model has learnt nothing from it yet.[/yellow]")

@@ -15,9 +15,10 @@ from nanochat.multimodal_gpt import MultimodalGPT
 def describe(step: int, seconds: float, check: dict) -> str:
     """A validation in one line."""
     ways = "  ".join(
-        f"{way} {check[way]:.3f} ({check[f'{way}_accuracy']:.1%})" for way in ("aligned", "shuffled", "blind")
+        f"{way} {check[way]:.3f}" + (f" ({check[f'{way}_accuracy']:.1%})" if f"{way}_accuracy" in check else "")
+        for way in ("aligned", "shuffled", "blind")
     )
-    return f"step {step:5d}  {seconds / 60:5.1f} min  loss (exactly right): {ways}"
+    return f"step {step:5d}  {seconds / 60:5.1f} min  loss (answers exactly right): {ways}"
 
 
 @torch.inference_mode()
@@ -51,8 +52,8 @@ def three_ways(model: MultimodalGPT, rows: Rows, eyes, images_per_step: int) -> 
     return result | {f"{way}_accuracy": t[1] / n_rows for way, t in totals.items()}
 
 
-def history_files(history: list[dict]) -> dict[str, bytes]:
-    """What people look at beside a checkpoint: metrics.jsonl, a line each, and loss.png."""
+def history_files(history: list[dict], unit: str) -> dict[str, bytes]:
+    """What people look at beside a checkpoint: metrics.jsonl, a line each, and loss.png. unit: of the losses."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,7 +67,7 @@ def history_files(history: list[dict]) -> dict[str, bytes]:
         axes.plot(
             [line["step"] for line in checks], [line[way] for line in checks], marker=".", label=f"validation, {way}"
         )
-    axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
     axes.legend()
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")

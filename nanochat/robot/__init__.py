@@ -1,0 +1,1 @@
+"""From the same model, motor commands: demonstrations, policies, rollouts and a server."""

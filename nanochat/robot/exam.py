@@ -1,0 +1,113 @@
+"""How well a policy answers questions about what it sees: for each kind of question the share of right answers, beside the same
+questions with another picture (shuffled), with none (blind), and the commonest answer (majority).
+
+"Is it done?" is answered no by almost every frame of an episode. Its balanced accuracy, the mean of the rates for yes and
+for no, is 50 % for any answer that does not look.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from nanochat.assistant import Assistant
+from nanochat.data.sample import written_whole
+from nanochat.metrics import exact_match, wilson
+from nanochat.robot.frames import Frames, question_messages
+from nanochat.robot.lerobot import RobotDataset
+from nanochat.robot.scene import Question
+
+NEW_TOKENS = 16
+BATCH = 64
+WAYS = ("aligned", "shuffled", "blind")
+console = Console()
+
+
+def run(
+    checkpoint: str, folder: str, n_frames: int, json_out: Path | None, device: torch.device, seed: int = 0
+) -> dict:
+    """Ask about n_frames random frames of the demonstrations in `folder`, half of them from the ends of episodes, where things
+    get done. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
+    assistant = Assistant.load(checkpoint, device)
+    dataset = RobotDataset(folder)
+    data = Frames(dataset.episode(info.index) for info in dataset.episodes)
+    if not data.has_scene:
+        raise ValueError(
+            f"{folder} holds no state of a simulator, so nobody knows the answers: record it with nanochat demos"
+        )
+    rng = np.random.default_rng(seed)
+    asked = [found for frame in data.draw_asked(n_frames, rng) for found in data.questions(frame, rng)]
+    said = {way: [] for way in WAYS}
+    with Progress(console=console) as progress:
+        for start in progress.track(range(0, len(asked), BATCH), description="answering"):
+            part = asked[start : start + BATCH]
+            for way, answers in answer(assistant, data, part).items():
+                said[way] += answers
+    result = score([question for _, question in asked], said)
+    console.print(table(result, n_frames, len(data.by_task)))
+    if json_out is not None:
+        with written_whole(json_out) as new:
+            new.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def answer(assistant: Assistant, data: Frames, part: list) -> dict[str, list[str]]:
+    """Greedy answers to a batch in each way; "shuffled" shows the pictures of the batch's next frame."""
+    size = assistant.model.config.vision_image_size
+    numbers = sorted({frame for frames, _ in part for frame in frames})
+    seen = dict(zip(numbers, assistant.look(list(data.images(numbers, size))), strict=True))
+    other = dict(zip(numbers, numbers[len(numbers) // 2 :] + numbers[: len(numbers) // 2], strict=True))
+    conversations = [question_messages(asked.question, "", len(frames))[:1] for frames, asked in part]
+    vectors = [torch.stack([seen[frame] for frame in frames]) for frames, _ in part]
+    shuffled = [torch.stack([seen[other[frame]] for frame in frames]) for frames, _ in part]
+    ways = {"aligned": vectors, "shuffled": shuffled, "blind": [torch.zeros_like(v) for v in vectors]}
+    return {way: assistant.answer_all(conversations, shown, NEW_TOKENS) for way, shown in ways.items()}
+
+
+def score(asked: list[Question], said: dict[str, list[str]]) -> dict:
+    """For each kind of question, see `run`."""
+    result = {}
+    for kind in dict.fromkeys(question.kind for question in asked):
+        rows = [i for i, question in enumerate(asked) if question.kind == kind]
+        truths = [asked[i].answer for i in rows]
+        right = {way: [exact_match(said[way][i], [asked[i].answer]) for i in rows] for way in said}
+        counts = Counter(truths)
+        result[kind] = {"n": len(rows)} | {way: float(np.mean(hits)) for way, hits in right.items()}
+        result[kind]["majority"] = counts.most_common(1)[0][1] / len(rows)
+        result[kind]["ci95"] = wilson(sum(right["aligned"]), len(rows))
+        result[kind]["balanced"] = {way: balanced(truths, hits) for way, hits in right.items()}
+    return result
+
+
+def balanced(truths: list[str], hits: list[bool]) -> float:
+    """The mean, over the different right answers, of the share that was hit."""
+    return float(
+        np.mean([np.mean([h for t, h in zip(truths, hits, strict=True) if t == truth]) for truth in set(truths)])
+    )
+
+
+def table(result: dict, n_frames: int, n_tasks: int) -> Table:
+    out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks")
+    for column in (
+        "kind",
+        "n",
+        "right",
+        "95 % interval",
+        "shuffled",
+        "blind",
+        "majority",
+        "balanced",
+        "balanced, shuffled",
+    ):
+        out.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, row in result.items():
+        shares = (row["aligned"], None, row["shuffled"], row["blind"], row["majority"], row["balanced"]["aligned"],
+                  row["balanced"]["shuffled"])  # fmt: skip
+        interval = " .. ".join(f"{v:.1%}" for v in row["ci95"])
+        out.add_row(kind, str(row["n"]), *(interval if share is None else f"{share:.1%}" for share in shares))
+    return out

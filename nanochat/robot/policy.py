@@ -1,0 +1,66 @@
+"""A checkpoint as something that drives: pictures, states and instructions in, chunks of motor commands out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nanochat.assistant import resolve_checkpoint
+from nanochat.checkpoint import load_checkpoint
+from nanochat.robot.model import RobotGPT, action_prompt
+from nanochat.vision.images import open_image
+
+
+class Policy:
+    """Build one with `load`. `metadata` is what a server tells its clients."""
+
+    def __init__(self, model: RobotGPT, tokenizer, training: dict):
+        if not isinstance(model, RobotGPT):
+            raise ValueError(
+                f"this checkpoint is a {type(model).__name__}, which cannot act: train one with nanochat train robot"
+            )
+        self.model, self.tokenizer, self.training = model, tokenizer, training
+        config = model.config
+        self.metadata = {
+            "action_head": config.action_head,
+            "chunk": config.chunk,
+            "action_dim": config.action_dim,
+            "state_dim": config.state_dim,
+            "image_size": config.vision_image_size,
+        }
+
+    @classmethod
+    def load(cls, name: str, device: str | torch.device = "cpu") -> "Policy":
+        """A checkpoint folder, "robot" (the one that ships) or a hub name."""
+        return cls(*load_checkpoint(resolve_checkpoint(name), device))
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray:
+        """B pictures, (B, state_dim) states in physical units, B instructions -> (B, chunk, action_dim) float32.
+
+        What comes out is the network's word, unchecked: send it through `safety.SafeActions` before anything moves.
+        Raises ValueError for numbers that do not match, and ImageError for pictures that are none.
+        """
+        states = np.asarray(states, np.float32)
+        if not len(images) == len(instructions) == len(states) or states.shape[1:] != (self.model.config.state_dim,):
+            raise ValueError(
+                f"{len(images)} pictures, {len(instructions)} instructions and states of shape {states.shape}: expected as "
+                f"many of each, and {self.model.config.state_dim} numbers a state"
+            )
+        vectors = self.model.encode_images(list(images))
+        n_tokens = self.model.config.vision_tokens_per_image
+        prompts = [action_prompt(self.tokenizer, text, n_tokens) for text in instructions]
+        return self.model.act(prompts, vectors, states)
+
+    def act(self, observation: dict) -> dict:
+        """One observation as openpi names it: {"observation/image": (H, W, 3) uint8, "observation/state": (state_dim,),
+        "prompt": str} -> {"actions": (chunk, action_dim) float32}. Raises ValueError naming what is missing or wrong."""
+        image, state, prompt = (observation.get(key) for key in ("observation/image", "observation/state", "prompt"))
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError('"observation/image" must be a (H, W, 3) uint8 array')
+        state = np.asarray(state if state is not None else [], np.float32)
+        if state.shape != (self.model.config.state_dim,) or not np.isfinite(state).all():
+            raise ValueError(f'"observation/state" must be {self.model.config.state_dim} finite numbers')
+        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > 500:
+            raise ValueError('"prompt" must be an instruction of 1 to 500 characters')
+        return {"actions": self([open_image(image)], state[None], [prompt])[0]}

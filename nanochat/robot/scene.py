@@ -1,0 +1,198 @@
+"""Questions about a camera picture of Meta-World, answered from the simulator's state: no labels by hand, no simulator.
+
+The camera is Meta-World's "corner2", moved nearer as in `simulator.py` and turned upright. What is asked is what a picture
+of 128 x 128 can show; where two answers would do, the question is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import radians, tan
+
+import numpy as np
+
+from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
+
+CAMERA_POSITION = np.array([0.75, 0.075, 0.7])  # metres, world axes
+# Rows: the directions of the upright picture's right, down and depth. From cam_quat of "corner2" (Meta-World 3.1.1),
+# (-0.395038, 0.262667, -0.434937, 0.765363), with right and down turned by 180 degrees.
+CAMERA_AXES = np.array(
+    [
+        [0.549901330, 0.833182757, -0.058438184],
+        [0.376207741, -0.309549142, -0.873296665],
+        [-0.745705212, 0.458242100, -0.483671287],
+    ]
+)
+FOCAL_LENGTH = 0.5 / tan(radians(60) / 2)  # in picture sides; 60 degrees is cam_fovy
+
+HAND, OPENING, OBJECT = slice(0, 3), 3, slice(4, 7)  # of the observation
+GRID = 4  # cells a side
+# Openings in episodes of all 50 experts: 0.26..0.30 with nothing between the fingers, up to 0.75 round objects, 0.9..1 where
+# the fingers are told to open, fewest frames at 0.75..0.85. Only the plug of peg-unplug-side is held at 0.9.
+SHUT, OPEN = 0.75, 0.85
+OPENING_KEPT, OPENING_CHANGED = 0.1, 0.2
+LEVEL = 0.03  # of the picture's side, 4 pixels of 128: less is neither left nor right
+STILL, MOVED = 0.015, 0.04  # of the picture's side: 2 pixels pass for none, 5 are seen
+DIAGONAL = 1.25  # a motion has a direction where one axis has this many times the other's
+
+# Tasks whose expert closes its fingers round the object. In the others shut fingers that press on it touch it too.
+GRIPPED = frozenset(
+    "assembly basketball bin-picking box-close coffee-pull coffee-push disassemble hammer hand-insert handle-pull-side "
+    "peg-insert-side peg-unplug-side pick-out-of-hole pick-place pick-place-wall push push-back push-wall shelf-place "
+    "stick-pull stick-push sweep sweep-into".split()
+)
+
+PHRASES: dict[str, tuple[str, ...]] = {
+    "task": ("what should the robot do?", "which task is set up here?", "what is the robot's job in this scene?"),
+    "object": (
+        "which object is before the robot?",
+        "what is there for the robot to handle?",
+        "name the object in front of the robot",
+    ),
+    "gripper": ("is the gripper open?", "are the fingers of the gripper apart?", "does the gripper stand open?"),
+    "held": ("is {object} held?", "does the gripper hold {object}?", "is {object} between the fingers?"),
+    "side": (
+        "is {object} left or right of the gripper?",
+        "on which side of the gripper is {object}?",
+        "seen from the camera, which side of the gripper is {object} on?",
+    ),
+    "cell": (
+        "in which cell of a {grid} by {grid} grid is {object}?",
+        "where is {object}, by row and column of {grid}?",
+        "name the row and the column of {object} in a {grid} by {grid} grid",
+    ),
+    "done": (
+        'is the task "{instruction}" done?',
+        'the robot was told "{instruction}", has it done so?',
+        'has the robot finished "{instruction}"?',
+    ),
+    "change": (
+        "what changed since the last picture?",
+        "what happened between the two pictures?",
+        "compare the pictures: what is different now?",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """images: 1, or 2 where it compares an earlier picture, which comes first, with this one."""
+
+    kind: str
+    question: str
+    answer: str
+    images: int = 1
+
+
+def scene_questions(
+    task: str,
+    environment_state: np.ndarray,
+    success: np.ndarray,
+    held: np.ndarray,
+    t: int,
+    previous_t: int,
+    rng: np.random.Generator,
+) -> list[Question]:
+    """All that can be asked about frame t of an episode, one question of a kind; "task", "object", "done" always.
+
+    environment_state: (T, 39), Meta-World's whole observation. success, held: (T,) bool, the task is done and the object is
+    between the fingers, in that frame. previous_t: the frame that "change" compares with. rng chooses the wording.
+
+    Raises:
+        ValueError: for a task without instructions, arrays of other shapes, or frames outside the episode.
+    """
+    check_episode(task, environment_state, success, held, (t, previous_t))
+    now, before = environment_state[t], environment_state[previous_t]
+    answers = {
+        "task": INSTRUCTIONS[task][0],
+        "object": OBJECTS[task],
+        "gripper": gripper_answer(now[OPENING]),
+        "held": yes_no(held[t]) if task in GRIPPED else None,
+        "side": side_answer(now),
+        "cell": cell_answer(now),
+        "done": yes_no(success[t]),
+        "change": change_answer(before, now),
+    }
+    instruction = INSTRUCTIONS[task][rng.integers(len(INSTRUCTIONS[task]))]
+    return [
+        Question(kind, ask(kind, OBJECTS[task], instruction, rng), answer, 2 if kind == "change" else 1)
+        for kind, answer in answers.items()
+        if answer is not None
+    ]
+
+
+def check_episode(task: str, state: np.ndarray, success: np.ndarray, held: np.ndarray, frames: Sequence[int]) -> None:
+    if task not in INSTRUCTIONS:
+        raise ValueError(f"there are no questions about {task!r}: it is no task of Meta-World")
+    if state.ndim != 2 or state.shape[1] != 39 or not state.shape[:1] == success.shape == held.shape:
+        raise ValueError(
+            f"expected (T, 39) states with (T,) success and held, got {state.shape}, {success.shape} and {held.shape}"
+        )
+    if not all(0 <= frame < len(state) for frame in frames):
+        raise ValueError(f"frames {', '.join(map(str, frames))} of an episode of {len(state)}")
+
+
+def ask(kind: str, thing: str, instruction: str, rng: np.random.Generator) -> str:
+    phrases = PHRASES[kind]
+    return phrases[rng.integers(len(phrases))].format(object=thing, instruction=instruction, grid=GRID)
+
+
+def yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def gripper_answer(opening: float) -> str | None:
+    """None where the fingers are half-way."""
+    return "no" if opening < SHUT else "yes" if opening > OPEN else None
+
+
+def side_answer(state: np.ndarray) -> str | None:
+    """The object's side of the hand in the picture; None where they are nearly level."""
+    hand, thing = project(np.stack([state[HAND], state[OBJECT]]))[:, 0]
+    return None if not abs(thing - hand) > LEVEL else "left" if thing < hand else "right"
+
+
+def cell_answer(state: np.ndarray) -> str | None:
+    """The object's cell, rows from the top and columns from the left, both from 1; None outside the picture."""
+    (place,) = project(state[None, OBJECT])
+    if not np.all((place >= 0) & (place < 1)):
+        return None
+    column, row = (place * GRID).astype(int) + 1
+    return f"row {row} column {column}"
+
+
+def change_answer(before: np.ndarray, now: np.ndarray) -> str | None:
+    """The one thing that changed between two observations (39,); None where it was several, or too little to be sure.
+
+    Directions are the picture's: a puck that is pushed away from the robot moves right.
+    """
+    opened = float(now[OPENING] - before[OPENING])
+    hand, thing = project(np.stack([now[HAND], now[OBJECT]])) - project(np.stack([before[HAND], before[OBJECT]]))
+    hand_way, way = float(np.hypot(*hand)), float(np.hypot(*thing))
+    if abs(opened) > OPENING_CHANGED and way < STILL:
+        return "the gripper opened" if opened > 0 else "the gripper closed"
+    if abs(opened) > OPENING_KEPT:
+        return None
+    if way > MOVED:
+        return motion_answer(*thing)
+    if way < STILL and hand_way > MOVED:
+        return "only the arm moved"
+    return "nothing" if way < STILL and hand_way < STILL else None
+
+
+def motion_answer(right: float, down: float) -> str | None:
+    """right, down: in picture sides. None for a motion that is nearly diagonal."""
+    if abs(right) > DIAGONAL * abs(down):
+        return f"the object moved {'right' if right > 0 else 'left'}"
+    if abs(down) > DIAGONAL * abs(right):
+        return f"the object moved {'down' if down > 0 else 'up'}"
+    return None
+
+
+def project(points: np.ndarray) -> np.ndarray:
+    """Where points (N, 3), in metres, are in the picture: (N, 2), x to the right and y down, 0..1 inside it.
+
+    NaN for what is behind the camera.
+    """
+    right, down, depth = CAMERA_AXES @ (np.asarray(points, np.float64) - CAMERA_POSITION).T
+    depth = np.where(depth > 0, depth, np.nan)
+    return 0.5 + FOCAL_LENGTH * np.stack([right, down], 1) / depth[:, None]

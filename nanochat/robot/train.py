@@ -1,0 +1,259 @@
+"""Training a policy from demonstrations: behaviour cloning of action chunks, and questions about the same pictures.
+
+    frames -> keypoints -> one trunk -> an action chunk for each frame (L1, or cross-entropy of bins)
+                                     -> an answer for each question (cross-entropy)
+
+Where the demonstrations come from a simulator, a linear layer also reads the places of hand, objects and goal off the
+keypoints. It teaches the encoder to look, as words.py does for photographs, and is no part of the model: what a policy
+gets is pictures, its own state, and words.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.batches import hide
+from nanochat.checkpoint import load_checkpoint
+from nanochat.gpt import IGNORE_INDEX
+from nanochat.recipes import Robot
+from nanochat.robot.actions import Scale
+from nanochat.robot.frames import ActionBatch, Frames, QuestionBatch, action_batch, question_batch, shift_pictures
+from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
+from nanochat.robot.lerobot import RobotDataset
+from nanochat.robot.model import ACT, BINS, STATE, Keypoints, RobotGPT, RobotGPTConfig
+from nanochat.robot.policy import Policy
+from nanochat.robot.scene import PHRASES
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import (
+    DTYPES,
+    Run,
+    begin,
+    check_same,
+    console,
+    full_gpu_explained,
+    open_encoder,
+    set_training,
+    shaped_like,
+    started_recipe,
+    trained_parameters,
+)
+
+VAL_SHARE = 0.04  # of each task's episodes, but one at least
+VAL_FRAMES = 256
+PLACES = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second object and goal in Meta-World's observation
+
+
+@full_gpu_explained()
+def train_robot(recipe: Robot) -> Path:
+    """Run the recipe to its end (or go on with it) and return the checkpoint folder. Raises as `train.train` does."""
+    out, device = begin(recipe)
+    data, val = open_frames(recipe.data)
+    if recipe.resume:
+        model, tokenizer, before = load_checkpoint(out, device)
+        check_same(recipe, started_recipe(recipe), before["step"], recipe.steps, before["steps"])
+    else:
+        if recipe.start_from:
+            model, tokenizer = go_on_from(recipe.start_from, data, device)
+            recipe = shaped_like(recipe, model)
+        else:
+            tokenizer = make_tokenizer(recipe, data)
+            model = build_robot(recipe, tokenizer, data).to(device)
+        before = {"step": 0, "seconds": 0.0, "history": []}
+    model.transformer.wte.to(DTYPES[recipe.dtype])
+    console.print(
+        f"{len(data):,} frames of {len(data.by_task)} tasks, {len(val):,} to validate; "
+        f"{trained_parameters(model):,} trained parameters, vocabulary {tokenizer.vocab_size}, "
+        f"{recipe.steps} steps on {device}"
+    )
+    return RobotRun(recipe, out, model, tokenizer, data, val, None, None, recipe.steps, before).go()
+
+
+def open_frames(folder: str) -> tuple[Frames, Frames]:
+    """(training, validation) frames: a few episodes of each task are kept back."""
+    dataset = RobotDataset(folder)
+    by_task: dict[str, list[int]] = {}
+    for info in dataset.episodes:
+        by_task.setdefault(str(info.extra.get("name") or info.task), []).append(info.index)
+    kept_back = {
+        number for numbers in by_task.values() if len(numbers) > 1
+        for number in numbers[-max(1, round(VAL_SHARE * len(numbers))) :]
+    }  # fmt: skip
+    numbers = [info.index for info in dataset.episodes]
+    training = Frames(dataset.episode(n) for n in numbers if n not in kept_back)
+    return training, Frames(dataset.episode(n) for n in numbers if n in kept_back or not kept_back)
+
+
+def make_tokenizer(recipe: Robot, data: Frames) -> Tokenizer:
+    if recipe.tokenizer:
+        tokenizer = Tokenizer.load(Path(recipe.tokenizer).expanduser())
+    else:
+        texts = list(data.by_task)
+        if data.has_scene:  # all of Meta-World's words, so that a model can go on with more tasks than it began with
+            rng = np.random.default_rng(0)
+            texts = [*OBJECTS.values(), *(text for known in INSTRUCTIONS.values() for text in known)]
+            texts += [phrase for phrases in PHRASES.values() for phrase in phrases]
+            for frame in data.draw_asked(2000, rng):
+                texts += data.question(frame, rng)[1:]
+        tokenizer = Tokenizer.train(texts, recipe.vocab_size)
+    tokenizer.add_special_tokens([STATE, ACT, *BINS])
+    return tokenizer
+
+
+def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
+    encoder = open_encoder(recipe)
+    config = RobotGPTConfig(
+        sequence_len=recipe.sequence_len,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        n_kv_head=recipe.n_head,
+        n_embd=recipe.n_embd,
+        vision_embedding_dim=Keypoints.width(encoder.embedding_dim(recipe.layer)),
+        vision_tokens_per_image=recipe.vision_tokens,
+        vision_token_id=tokenizer.special("<|image|>"),
+        vision_layer=recipe.layer,
+        vision_image_size=recipe.image_size,
+        action_head=recipe.action_head,
+        chunk=recipe.chunk,
+        state_scale=asdict(Scale.fit(data.state)),
+        action_scale=asdict(Scale.fit(data.action)),
+        state_token_id=tokenizer.special(STATE),
+        act_token_id=tokenizer.special(ACT),
+        bin_token_id=tokenizer.special(BINS[0]),
+    )
+    model = RobotGPT(config)
+    model.init_weights()
+    model.attach_encoder(encoder)
+    return model
+
+
+def go_on_from(checkpoint: str, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer]:
+    """A trained policy's weights and words, with the scales of other demonstrations."""
+    model, tokenizer, training = load_checkpoint(checkpoint, device)
+    model = Policy(model, tokenizer, training).model
+    for name, values in (("state_scale", data.state), ("action_scale", data.action)):
+        found, expected = values.shape[1], len(getattr(model.config, name)["low"])
+        if found != expected:
+            raise ValueError(f"{checkpoint} has a {name} of {expected} numbers, and the data has {found}: start anew")
+        scale = Scale.fit(values)
+        setattr(model, name, scale)
+        setattr(model.config, name, asdict(scale))
+    return model, tokenizer
+
+
+class SceneHead(nn.Module):
+    """A linear layer from all keypoints of a picture to places in metres, scaled."""
+
+    def __init__(self, data: Frames, width: int):
+        super().__init__()
+        self.scale = Scale.fit(data.environment_state[:, PLACES])
+        self.linear = nn.Linear(width, len(PLACES))
+
+    def loss(self, vectors: torch.Tensor, environment_state: np.ndarray) -> torch.Tensor:
+        """Mean L1 distance. vectors: (n, N, D) of the pictures, environment_state: (n, 39)."""
+        places = torch.from_numpy(self.scale.normalize(environment_state[:, PLACES])).to(vectors.device)
+        return F.l1_loss(self.linear(vectors.flatten(1)), places)
+
+
+class RobotRun(Run):
+    """Run with frames instead of conversations."""
+
+    @property
+    def unit(self) -> str:
+        bins = self.recipe.action_head == "bins"
+        return "actions: nats per number" if bins else "actions: L1, in half ranges"
+
+    def make_helper(self) -> nn.Module | None:
+        if not (self.recipe.scene_loss and self.data.has_scene):
+            return None
+        config = self.model.config
+        head = SceneHead(self.data, config.vision_tokens_per_image * config.vision_embedding_dim)
+        return head.to(self.model.device)
+
+    @property
+    def multi_turn(self) -> bool:
+        return False
+
+    def train_step(self) -> tuple[float, int, int]:
+        """One optimiser step. Returns the mean loss of the actions, the tokens and the pictures."""
+        recipe, model, data = self.recipe, self.model, self.data
+        set_training(model, recipe)
+        rng = np.random.default_rng([recipe.seed, self.step])
+        frames = data.draw(recipe.images_per_step, rng)
+        actions = action_batch(data, frames, model, self.tokenizer, rng)
+        tokens, shown = actions.idx.numel(), list(frames)
+        if data.has_scene and recipe.questions_per_step:
+            asked = data.draw_asked(recipe.questions_per_step, rng)
+            questions = question_batch(data, asked, model, self.tokenizer, rng)
+            shown += questions.frames
+        images = shift_pictures(data.images(shown, recipe.image_size), recipe.shift, rng)
+        vectors = self.look(images)  # one pass for all
+        loss = torch.zeros((), device=model.device)
+        if self.helper is not None:
+            loss = recipe.scene_loss * self.helper.loss(vectors, data.environment_state[shown])
+        seen = hide(vectors, rng, recipe.blind_share)
+        acting = self.acting_loss(actions, seen[: len(frames)])
+        if len(shown) > len(frames):
+            answering, _ = self.answering_loss(questions, seen[len(frames) :])
+            loss, tokens = loss + recipe.question_loss * answering, tokens + questions.idx.numel()
+        (loss + acting).backward()
+        self.update(acting.item())
+        return acting.item(), tokens, len(images)
+
+    def look(self, images: np.ndarray) -> torch.Tensor:
+        """(n, S, S, 3) uint8 -> (n, N, D) keypoints."""
+        model, dtype = self.model, DTYPES[self.recipe.dtype]
+        x = torch.from_numpy(images).to(model.device).permute(0, 3, 1, 2).float() / 255
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            maps = model.vision_encoder(x.contiguous(memory_format=torch.channels_last), model.config.vision_layer)
+        return model.pool(maps)
+
+    def acting_loss(self, batch: ActionBatch, vectors: torch.Tensor) -> torch.Tensor:
+        """Mean L1 distance of the normalised actions, or the mean cross-entropy of their bins. vectors: (A, N, D)."""
+        model = self.model
+        idx = batch.idx.to(model.device)
+        hidden = model.trunk(model.embed(idx, vectors, states=batch.states.to(model.device)))
+        if model.config.action_head == "bins":
+            return model.head(hidden, batch.targets.to(model.device))
+        distance = (model.read_actions(hidden, idx) - batch.chunks.to(model.device)).abs().mean(-1)
+        return distance[batch.inside.to(model.device)].mean()
+
+    def answering_loss(self, batch: QuestionBatch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cross-entropy in nats a token, (Q,) bool: every token is the likeliest). vectors: (pictures, N, D)."""
+        model = self.model
+        idx, targets = batch.idx.to(model.device), batch.targets.to(model.device)
+        rows = [part.flatten(0, 1) for part in vectors.split(batch.counts)]
+        hidden = model.trunk(model.embed(idx, rows))
+        learnt = targets != IGNORE_INDEX
+        logits = model.logits(hidden[learnt])
+        wrong = torch.zeros_like(targets).masked_scatter(learnt, (logits.argmax(-1) != targets[learnt]).long())
+        return F.cross_entropy(logits, targets[learnt]), wrong.sum(1) == 0
+
+    @torch.inference_mode()
+    def validate(self) -> dict:
+        """The loss of the actions with the right picture, another frame's and none, and the share of questions that are answered
+        rightly in the same ways."""
+        model, size = self.model, self.recipe.images_per_step
+        model.eval()
+        rng = np.random.default_rng(0)
+        acted, asked = self.val.draw(VAL_FRAMES, rng), self.val.draw_asked(VAL_FRAMES, rng)
+        sums: dict[str, list[float]] = {}
+        for start in range(0, VAL_FRAMES, size):
+            actions = action_batch(self.val, acted[start : start + size], model, self.tokenizer, None)
+            for way, vectors in self.three_looks(acted[start : start + size]).items():
+                sums.setdefault(way, []).append(self.acting_loss(actions, vectors).item())
+            if self.val.has_scene:
+                questions = question_batch(self.val, asked[start : start + size], model, self.tokenizer, rng)
+                for way, vectors in self.three_looks(questions.frames).items():
+                    right = self.answering_loss(questions, vectors)[1]
+                    sums.setdefault(f"{way}_accuracy", []).append(right.float().mean().item())
+        return {name: float(np.mean(values)) for name, values in sums.items()}
+
+    def three_looks(self, frames: list[int]) -> dict[str, torch.Tensor]:
+        """The frames' own keypoints, those of other frames, and none."""
+        vectors = self.look(self.val.images(frames, self.recipe.image_size))
+        return {"aligned": vectors, "shuffled": vectors.roll(len(vectors) // 2, 0), "blind": torch.zeros_like(vectors)}
