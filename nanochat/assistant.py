@@ -17,13 +17,14 @@ from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import StreamDecoder
 
-SHIPPED = Path(__file__).parent / "assets" / "easy_vqa"
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"default": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}
 DEFAULT_NEW_TOKENS = 64
 
 
 def resolve_checkpoint(name: str) -> str:
-    """ "default" is the model that ships in the package; all else is a folder or a hub name."""
-    return str(SHIPPED) if name == "default" else name
+    """ "default" and "robot" are the models that ship in the package; all else is a folder or a hub name."""
+    return str(SHIPPED.get(name, name))
 
 
 def user_message(question: str, n_images: int = 0) -> dict:
@@ -42,7 +43,7 @@ class Assistant:
 
     @classmethod
     def load(cls, name: str = "default", device: str | torch.device = "cpu") -> "Assistant":
-        """A checkpoint folder, "default" or a hub name. Raises CheckpointError if it is damaged, missing or too new."""
+        """A checkpoint folder, "default", "robot" or a hub name. Raises CheckpointError if it is damaged, missing or too new."""
         model, tokenizer, training = load_checkpoint(resolve_checkpoint(name), device)
         return cls(model, tokenizer, training.get("multi_turn", False))
 

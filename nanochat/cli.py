@@ -27,7 +27,7 @@ class Speech:
     """How the model is asked to speak."""
 
     checkpoint: str = "default"
-    "A checkpoint folder, a hub name, or `default`: the model that ships."
+    "A checkpoint folder, a hub name, or a model that ships: `default` or `robot`."
     device: Annotated[str, arg(help=DEVICE)] = "auto"
     max_new_tokens: int | None = None
     "Length of an answer at most; default as many as fit the context, up to 64."
@@ -71,13 +71,20 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise PermissionError(f"cannot write {out}: you may not write to the folder {out.parent}")
 
 
-def demo(out: Out = Path("out/demo.png")) -> None:
-    """Answer questions about pictures that the shipped model never trained on, and draw a contact sheet."""
+def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0) -> None:
+    """The shipped robot model describes a picture, answers questions, and drives a simulated arm: a film and a contact sheet.
+
+    Args:
+        task: One of Meta-World's, such as door-open: see nanochat demos --help.
+        seed: Of the layout; small ones were never trained on.
+    """
     from nanochat.demo import run
+    from nanochat.robot.instructions import task_list
 
     out.parent.mkdir(parents=True, exist_ok=True)
     check_out(out, ".png")
-    run(out)
+    (name,) = task_list([task])
+    run(out, name, seed)
 
 
 def ask(

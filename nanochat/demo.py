@@ -1,109 +1,167 @@
-"""The first thing that a stranger sees: the shipped model answers questions about pictures that it never trained on, and
-one sheet shows what it was asked, what it said, whether that is right, and where it looked."""
+"""The first thing that a stranger sees: the shipped robot model describes a picture, answers questions about it, and drives a
+simulated arm to do a task in a layout that it never saw. A film and a contact sheet are left behind.
+"""
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from nanochat.assistant import SHIPPED, Assistant, user_message
-from nanochat.data.sample import written_whole
+from nanochat.assistant import Assistant
+from nanochat.data.sample import CAPTION_PROMPT, written_whole
 from nanochat.metrics import exact_match
-from nanochat.multimodal_gpt import grid_side
+from nanochat.robot.instructions import INSTRUCTIONS
+from nanochat.robot.model import Keypoints
+from nanochat.robot.policy import Policy
+from nanochat.robot.safety import SafeActions
+from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm, SimulatorError
 from nanochat.vision.images import open_image
 
-PICTURES = Path(__file__).parent / "assets" / "demo"  # easy-VQA test pictures (MIT), never trained on
+ASSETS = Path(__file__).parent / "assets" / "demo"  # a frame with questions, and a recorded episode
+EXECUTE = 5  # steps of a chunk until the policy looks again
+SHOWN = 8  # pictures of the contact sheet
+console = Console()
 
 
-def run(out: Path) -> None:
-    """Answer every bundled question aloud, then write the contact sheet to `out`."""
-    console = Console()
+@dataclass
+class Look:
+    """A picture of the film: the step at which it was taken, whether the model says that the task is done, and whether it is."""
+
+    image: np.ndarray
+    step: int
+    said_done: str
+    done: bool
+
+
+def run(out: Path, task: str, seed: int) -> None:
+    """Talk, drive, and write the contact sheet to `out` and the film beside it, as .gif."""
     started = time.perf_counter()
-    training = json.loads((SHIPPED / "training.json").read_text())
-    assistant = Assistant.load("default")
+    policy = Policy.load("robot")
+    assistant = Assistant(policy.model, policy.tokenizer)
+    training = policy.training
     console.print(
-        f"{assistant.model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} minutes "
-        f"by `nanochat train {training['recipe_name']} --seed {training['recipe']['seed']}`; "
+        f"{policy.model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} minutes; "
         f"loaded in {time.perf_counter() - started:.1f} s"
     )
-    cards = []
-    for item in json.loads((PICTURES / "questions.json").read_text()):
-        image = open_image(PICTURES / item["image"])
-        vectors = assistant.look(image)  # once for all questions about it
-        for question, truth in item["questions"]:
-            console.print(f"[dim]{item['image']}[/dim]  {escape(question)}  ", end="")
-            said = ""
-            for piece in assistant.ask(question, vectors):
-                said += piece
-                console.print(piece, end="", style="bold", markup=False)
-            right = exact_match(said, [truth])
-            console.print("  [green]right[/green]" if right else f"  [red]wrong: {escape(truth)}[/red]")
-            cards.append((image, question, said, truth, right, looked_at(assistant, question, vectors)))
-    draw_sheet(cards, out)
-    n_right = sum(card[4] for card in cards)
+    card = talk(assistant)
+    instruction = INSTRUCTIONS[task][0]
+    try:
+        arm = Arm(task, policy.model.config.vision_image_size)
+        arm.reset(seed)
+        arm.image()
+    except SimulatorError as error:
+        film, instruction, source = recorded(assistant)
+        console.print(f"\n[yellow]{escape(str(error))}[/yellow]\nShowing the frames of {source} instead.")
+    else:
+        console.print(f'\ntold "{instruction}" ({task}, seed {seed}: a layout that training did not have)')
+        film = drive(policy, assistant, arm, instruction)
+    write_film(film, out.with_suffix(".gif"))
+    draw_sheet(card, film, instruction, policy, out)
     console.print(
-        f"{n_right} of {len(cards)} right, {time.perf_counter() - started:.1f} s; contact sheet: {escape(str(out))}"
+        f"film: {escape(str(out.with_suffix('.gif')))}, contact sheet: {escape(str(out))}; "
+        f"{time.perf_counter() - started:.1f} s in all"
     )
 
 
-def looked_at(assistant: Assistant, question: str, vectors: torch.Tensor) -> np.ndarray:
-    """(h, w) in 0..1: how much of the attention paid to the picture goes to each cell when the answer's first word is
-    chosen, averaged over the layers' heads."""
-    model, prompt = assistant.model, assistant.prompt([user_message(question, 1)])
-    heads = []
-
-    def keep(attn, inputs):
-        # the same queries and keys as in the attention itself, from its inputs
-        x, cos, sin = inputs[0], inputs[1], inputs[2]
-        q, k = attn.rotated(x, cos, sin)
-        k = k.repeat_interleave(attn.n_head // attn.n_kv_head, dim=2)
-        scores = torch.einsum("bhd,bthd->bht", q[:, -1], k) / attn.head_dim**0.5  # of the last position
-        heads.append(scores.softmax(-1)[0])  # (H, T)
-
-    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.transformer.h]
-    try:
-        with torch.inference_mode():
-            idx = torch.tensor([prompt], device=model.device)
-            model(idx, vectors.flatten(0, 1)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weight = torch.stack(heads).mean((0, 1)).cpu()[torch.tensor(prompt) == model.config.vision_token_id]
-    side = grid_side(model.config.vision_tokens_per_image)
-    return (weight / weight.max()).view(side, side).numpy()
+def talk(assistant: Assistant) -> tuple[Image.Image, list[tuple[str, str, str]]]:
+    """Describe the bundled frame and answer its questions aloud. Returns it with (question, answer, truth) of each."""
+    described = json.loads((ASSETS / "questions.json").read_text())
+    image = open_image(ASSETS / described["image"])
+    vectors, said = assistant.look(image), []  # looked at once for all questions
+    console.print(f"[dim]{described['source']}, never trained on[/dim]")
+    for question, truth in [(CAPTION_PROMPT, described["description"]), *described["questions"]]:
+        answer = "".join(assistant.ask(question, vectors))
+        right = exact_match(answer, [truth])
+        verdict = "[green]right[/green]" if right else f"[red]wrong: {escape(truth)}[/red]"
+        console.print(f"  {escape(question)}  [bold]{escape(answer)}[/bold]  {verdict}")
+        said.append((question, answer, truth))
+    return image, said
 
 
-def draw_sheet(cards, out: Path) -> None:
-    """One card a question: the picture beside the same with its unattended parts darkened."""
+def drive(policy: Policy, assistant: Assistant, arm: Arm, instruction: str) -> list[Look]:
+    """One episode in closed loop, until the task is done or time is up. The arm has been reset."""
+    scene, limits = arm.scene(success=False), SafeActions(-np.ones(ACTION_DIM), np.ones(ACTION_DIM))
+    film, network = [], 0.0
+    with console.status("driving") as status:
+        while True:
+            film.append(look(assistant, arm.image(), arm.steps, instruction, scene.success))
+            if scene.success or arm.steps >= MAX_STEPS:
+                break
+            since = time.perf_counter()
+            (chunk,) = policy([film[-1].image], scene.state[None], [instruction])
+            network += time.perf_counter() - since
+            status.update(f"driving: step {arm.steps} of at most {MAX_STEPS}")
+            for action in chunk[:EXECUTE]:
+                scene = arm.step(limits(action))
+                if scene.success or arm.steps == MAX_STEPS:
+                    break
+    arm.close()
+    verdict = "[green]done[/green]" if scene.success else "[red]not done[/red]"
+    console.print(
+        f"  {verdict} after {arm.steps} steps; {1e3 * network / max(1, len(film) - 1):.1f} ms a chunk of actions"
+    )
+    return film
+
+
+def look(assistant: Assistant, image: np.ndarray, step: int, instruction: str, done: bool) -> Look:
+    question = f'is the task "{instruction}" done?'
+    return Look(image, step, "".join(assistant.ask(question, assistant.look(image))), done)
+
+
+def recorded(assistant: Assistant) -> tuple[list[Look], str, str]:
+    """(film, instruction, what it is) of the bundled episode, for machines that cannot draw."""
+    about = json.loads((ASSETS / "recorded.json").read_text())
+    strip = np.asarray(open_image(ASSETS / "recorded.png"))  # frames side by side
+    images = np.split(strip, strip.shape[1] // strip.shape[0], axis=1)
+    film = [
+        look(assistant, image, step, about["instruction"], image is images[-1] and about["success"])
+        for image, step in zip(images, about["steps"], strict=True)
+    ]
+    return film, about["instruction"], about["source"]
+
+
+def write_film(film: list[Look], path: Path) -> None:
+    frames = [Image.fromarray(shot.image).resize((384, 384), Image.Resampling.BICUBIC) for shot in film]
+    with written_whole(path) as new:
+        frames[0].save(new, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0)
+
+
+def draw_sheet(card, film: list[Look], instruction: str, policy: Policy, out: Path) -> None:
+    """Left, what was asked; then pictures of the episode, with the points that the model looks at."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 4
-    rows = -(-len(cards) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.35 * rows), layout="constrained", squeeze=False
-    )
+    image, said = card
+    chosen = [film[i] for i in np.linspace(0, len(film) - 1, min(SHOWN, len(film))).round().astype(int)]
+    vectors = policy.model.encode_images([shot.image for shot in chosen])
+    places = Keypoints.places(vectors).numpy() * (chosen[0].image.shape[0] - 1)  # (n, N, 2)
+    figure = plt.figure(figsize=(15, 6.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(4, 11))
+    axis = left.subplots()
+    axis.imshow(image)
+    axis.axis("off")
+    lines = [f"{question}\n   {answer}" + ("" if exact_match(answer, [truth]) else f"   (wrong: {truth})")
+             for question, answer, truth in said]  # fmt: skip
+    axis.set_title("It says", fontsize=12)
+    axis.text(0, -0.03, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=8, wrap=True)
+    right.suptitle(f'It acts: "{instruction}". Rings: where it looks; "done?": its own answer.', fontsize=12)
+    axes = right.subplots(2, SHOWN // 2, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (image, question, said, truth, right, weight) in zip(axes.flat, cards, strict=False):
-        size = image.size
-        mask = Image.fromarray((255 * weight).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        shade = Image.composite(image, Image.new("RGB", size, (20, 20, 30)), mask)
-        gap = max(1, size[0] // 16)
-        pair = Image.new("RGB", (2 * size[0] + gap, size[1]), "white")
-        pair.paste(image, (0, 0))
-        pair.paste(shade, (size[0] + gap, 0))
-        axis.imshow(pair, interpolation="nearest")
-        verdict, colour = ("right", "#1a7f37") if right else (f"wrong: {truth}", "#cf222e")
-        axis.set_title(f"{question}\n{said}  ({verdict})", fontsize=9, color=colour, wrap=True)
-    figure.suptitle("Left: the picture. Right: where attention went when the answer was chosen.", fontsize=10)
+    for axis, shot, points in zip(axes.flat, chosen, places, strict=False):
+        axis.imshow(shot.image)
+        axis.scatter(*points.T, s=60, facecolors="none", edgecolors="#ffd400", linewidths=1)
+        right_answer = (shot.said_done == "yes") == shot.done
+        axis.set_title(
+            f"step {shot.step}, done? {shot.said_done}", fontsize=9, color="#1a7f37" if right_answer else "#cf222e"
+        )
     with written_whole(out) as new:
-        figure.savefig(new, dpi=110, format="png")
+        figure.savefig(new, dpi=90, format="png")
     plt.close(figure)

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.assistant import Assistant, Chat, user_message
 from nanochat.checkpoint import save_checkpoint
-from nanochat.demo import PICTURES
+from nanochat.assistant import ASSETS
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import make_model
@@ -160,8 +160,8 @@ def test_the_shipped_model_talks_for_thirty_turns(multi_turn):
     assistant = Assistant.load("default")
     assert not assistant.multi_turn  # it was trained on single questions
     assistant.multi_turn = multi_turn
-    item = json.loads((PICTURES / "questions.json").read_text())[0]
-    chat = Chat(assistant, assistant.look(PICTURES / item["image"]))
+    item = json.loads((ASSETS / "pictures" / "questions.json").read_text())[0]
+    chat = Chat(assistant, assistant.look(ASSETS / "pictures" / item["image"]))
     for turn in range(30):
         question, truth = item["questions"][turn % len(item["questions"])]
         said = "".join(chat.say(question))

@@ -21,7 +21,7 @@ from tests.test_yolov9 import NAMES, detector
 from tests.test_yolov9 import PICTURE as SCENE
 
 ROOT = Path(__file__).parents[1]
-PICTURE = str(ROOT / "nanochat/assets/demo/0.png")
+PICTURE = str(ROOT / "nanochat/assets/pictures/0.png")
 QUESTION = "what color is the shape?"
 
 
@@ -43,7 +43,7 @@ def nanochat(monkeypatch, capsys):
 
 
 def test_ask(nanochat):
-    questions = json.loads((ROOT / "nanochat/assets/demo/questions.json").read_text())[0]["questions"]
+    questions = json.loads((ROOT / "nanochat/assets/pictures/questions.json").read_text())[0]["questions"]
     for question, truth in questions:
         assert nanochat("ask", PICTURE, question).out.strip() == truth
 
@@ -82,7 +82,7 @@ def weights(tmp_path_factory):
 
 def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
     monkeypatch.setattr(cli, "PICTURES_AT_ONCE", 2)
-    names = [str(ROOT / f"nanochat/assets/demo/{i}.png") for i in (0, 1, 2, 0, 1)]
+    names = [str(ROOT / f"nanochat/assets/pictures/{i}.png") for i in (0, 1, 2, 0, 1)]
     out, options = tmp_path / "e.npz", ("--layer", "p4", "--weights", weights, "--image-size", "64")
     assert "5 x 96 embeddings" in nanochat("embed", *names, "-o", out, *options).out
     expected = YOLOv9Plus(weights, image_size=64).get_image_embeddings(names, layer="p4")
@@ -114,7 +114,7 @@ def test_detect(nanochat, tmp_path, weights):
 def test_the_encoder_of_a_checkpoint_can_look(nanochat, tmp_path):
     words = ("-o", tmp_path / "e.npz", "--weights")
     nanochat("embed", PICTURE, *words, "default", "--layer", "4")
-    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED, "--layer", "4")
+    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED["default"], "--layer", "4")
     vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
     seen = Assistant.load().model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
     assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
@@ -190,7 +190,9 @@ def test_demo(nanochat, tmp_path):
     out = nanochat("demo", "-o", tmp_path / "new" / "sheet.png").out
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 800 and len(np.unique(np.asarray(sheet.convert("L")))) > 100
-    n = sum(len(item["questions"]) for item in json.loads((ROOT / "nanochat/assets/demo/questions.json").read_text()))
+    n = sum(
+        len(item["questions"]) for item in json.loads((ROOT / "nanochat/assets/pictures/questions.json").read_text())
+    )
     assert f"{n} of {n} right" in " ".join(out.split())
 
 
@@ -305,7 +307,7 @@ def test_push(nanochat, monkeypatch):
     )
     assert nanochat("push", "default", "me/eyes").out == "URL\n"
     nanochat("push", "runs/mine", "me/eyes", "--public")
-    assert pushed == [(str(SHIPPED), "me/eyes", True), ("runs/mine", "me/eyes", False)]
+    assert pushed == [(str(SHIPPED["default"]), "me/eyes", True), ("runs/mine", "me/eyes", False)]
 
 
 def test_help_lists_every_command(monkeypatch, capsys):

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from nanochat.data.sample import DataError
-from nanochat.robot import lerobot
+from nanochat.robot import lerobot, tables
 from nanochat.robot.lerobot import Episode, RobotDataset, bridge_sample, write_dataset
 from tests.conftest import REAL_DATA
 
@@ -177,6 +177,9 @@ def test_layout(tmp_path):
     assert frames["frame_index"].to_pylist() == [*range(5), 0, *range(7)]
     np.testing.assert_array_equal(frames["timestamp"], np.float32([*range(5), 0, *range(7)]) / np.float32(10))
     assert frames.schema.field("action").type == pa.list_(pa.float32(), 3)
+    known = json.loads(frames.schema.metadata[b"huggingface"])["info"]["features"]
+    assert known[CAMERA] == {"_type": "Image"} and known["next.success"] == {"_type": "Value", "dtype": "bool"}
+    assert known["action"] == {"_type": "Sequence", "feature": {"_type": "Value", "dtype": "float32"}, "length": 3}
     assert frames[CAMERA].to_pylist()[5] == {"bytes": episodes[1].images[CAMERA][0], "path": None}
 
     rows = pq.read_table(tmp_path / "robot/meta/episodes/chunk-000/file-000.parquet").to_pylist()
@@ -240,7 +243,7 @@ def test_statistics(tmp_path):
         np.testing.assert_allclose(found["max"], values.max(0))
         np.testing.assert_allclose(found["mean"], values.mean(0))
         np.testing.assert_allclose(found["std"], values.std(0))
-        for name, share in lerobot.QUANTILES.items():
+        for name, share in tables.QUANTILES.items():
             method = "lower" if key == CAMERA else "linear"  # a value that a pixel has
             np.testing.assert_allclose(found[name], np.quantile(values, share, axis=0, method=method))
 

@@ -70,8 +70,8 @@ def test_nothing_behind_the_camera_is_in_the_picture():
 def test_cells_follow_the_picture(x, y, depth):
     offset = np.array([(x - 0.5) / FOCAL_LENGTH, (y - 0.5) / FOCAL_LENGTH, 1.0]) * depth
     point = CAMERA_POSITION + offset @ CAMERA_AXES
-    if min(abs(x * 4 - round(x * 4)), abs(y * 4 - round(y * 4))) > 1e-4:  # off the lines, for float32
-        assert answers(object=point)["cell"] == f"row {int(y * 4) + 1} column {int(x * 4) + 1}"
+    if min(abs(x * 8 - round(x * 8)), abs(y * 8 - round(y * 8))) > 1e-4:  # off the lines, for float32
+        assert answers(object=point)["cell"] == f"row {int(y * 8) + 1} column {int(x * 8) + 1}"
 
 
 def test_no_cell_outside_the_picture():
@@ -132,7 +132,7 @@ def test_changes_run_from_the_earlier_frame_to_this_one():
 def test_what_is_asked_of_every_frame(task):
     far = {"hand": (9.0, 9.0, 9.0), "object": (9.0, -9.0, 9.0), "opening": 0.8}
     found = answers(task, **far)
-    assert set(found) == {"task", "object", "done"} | ({"held"} if task in GRIPPED else set())
+    assert set(found) == {"describe", "task", "object", "done"} | ({"held"} if task in GRIPPED else set())
     assert (found["task"], found["object"]) == (INSTRUCTIONS[task][0], OBJECTS[task])
 
 

@@ -83,6 +83,12 @@ class Keypoints(nn.Module):
     def width(channels: int) -> int:
         return channels + 4 * FREQUENCIES
 
+    @staticmethod
+    def places(tokens: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) tokens -> (..., N, 2): where each looks, x to the right and y down, 0..1 inside the picture."""
+        sine, cosine = tokens[..., -4 * FREQUENCIES :].unflatten(-1, (2, 2, FREQUENCIES))[..., 0].unbind(-2)
+        return (torch.atan2(sine, cosine) / math.pi + 0.5).flip(-1)  # the slowest wave turns once in 4
+
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         _, _, height, width = maps.shape
         share = self.heat(maps).flatten(2).softmax(-1)  # (B, N, H * W)

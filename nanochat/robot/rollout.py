@@ -178,8 +178,8 @@ def write_gif(path: Path, film: list[np.ndarray]) -> None:
 
 
 def summary(outcomes: list[Outcome], tasks: list[str]) -> dict:
-    """{"drivers": {driver: {"tasks": {task: rate}, "pooled", "pooled_ci95", "ms_per_chunk", and for all 50 tasks "tiers", "macro",
-    "macro_ci95"}}}; rates are shares."""
+    """{"drivers": {driver: {"tasks": {task: rate}, "pooled", "pooled_ci95", "ms_per_chunk", "warnings", and for all 50 tasks
+    "tiers", "macro", "macro_ci95"}}}; rates are shares."""
     result = {}
     for driver in dict.fromkeys(outcome.driver for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.driver == driver]

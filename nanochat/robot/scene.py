@@ -10,6 +10,7 @@ from math import radians, tan
 
 import numpy as np
 
+from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
 
 CAMERA_POSITION = np.array([0.75, 0.075, 0.7])  # metres, world axes
@@ -25,7 +26,7 @@ CAMERA_AXES = np.array(
 FOCAL_LENGTH = 0.5 / tan(radians(60) / 2)  # in picture sides; 60 degrees is cam_fovy
 
 HAND, OPENING, OBJECT = slice(0, 3), 3, slice(4, 7)  # of the observation
-GRID = 4  # cells a side
+GRID = 8  # cells a side: the arm's work fills a quarter of the picture
 # Openings in episodes of all 50 experts: 0.26..0.30 with nothing between the fingers, up to 0.75 round objects, 0.9..1 where
 # the fingers are told to open, fewest frames at 0.75..0.85. Only the plug of peg-unplug-side is held at 0.9.
 SHUT, OPEN = 0.75, 0.85
@@ -42,6 +43,7 @@ GRIPPED = frozenset(
 )
 
 PHRASES: dict[str, tuple[str, ...]] = {
+    "describe": (CAPTION_PROMPT,),
     "task": ("what should the robot do?", "which task is set up here?", "what is the robot's job in this scene?"),
     "object": (
         "which object is before the robot?",
@@ -103,6 +105,7 @@ def scene_questions(
     check_episode(task, environment_state, success, held, (t, previous_t))
     now, before = environment_state[t], environment_state[previous_t]
     answers = {
+        "describe": description(task, now),
         "task": INSTRUCTIONS[task][0],
         "object": OBJECTS[task],
         "gripper": gripper_answer(now[OPENING]),
@@ -138,6 +141,14 @@ def ask(kind: str, thing: str, instruction: str, rng: np.random.Generator) -> st
 
 def yes_no(truth: bool) -> str:
     return "yes" if truth else "no"
+
+
+def description(task: str, state: np.ndarray) -> str:
+    """What the other questions ask for one by one, in a line."""
+    fingers = {"yes": "open", "no": "shut", None: "half open"}[gripper_answer(state[OPENING])]
+    cell = cell_answer(state)
+    place = f"in {cell}" if cell else "out of the picture"
+    return f"{OBJECTS[task]} {place}, the gripper {fingers}; the robot should {INSTRUCTIONS[task][0]}"
 
 
 def gripper_answer(opening: float) -> str | None:

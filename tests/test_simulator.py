@@ -1,0 +1,170 @@
+"""The simulated arm, recording and driving it. Skipped where Meta-World or OpenGL is missing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanochat.robot import simulator
+from nanochat.robot.demos import CAMERA_KEY, Block, drive, open_work, read_blocks, record, record_block
+from nanochat.robot.lerobot import RobotDataset
+from nanochat.robot.simulator import Arm, SimulatorError
+
+
+def can_draw() -> str:
+    """Empty, or why not."""
+    try:
+        arm = Arm("reach", 32)
+        arm.reset(0)
+        arm.image()
+    except SimulatorError as error:
+        return str(error)
+    return ""
+
+
+WHY_NOT = can_draw()
+needs_simulator = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+@needs_simulator
+def test_a_seed_is_a_layout():
+    arm = Arm("push", 64)
+    one, picture = arm.reset(3).environment_state, arm.image()
+    other = arm.reset(4).environment_state
+    again, same = arm.reset(3).environment_state, arm.image()
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(picture, same)
+    assert np.abs(one[36:39] - other[36:39]).max() > 0.01  # another goal
+    np.testing.assert_array_equal(Arm("push", 64).reset(3).environment_state, one)  # in another arm as well
+
+
+@needs_simulator
+def test_the_state_is_the_robots_own():
+    scene = Arm("pick-place", 64).reset(0)
+    assert scene.state.shape == (4,) and scene.environment_state.shape == (39,)
+    np.testing.assert_array_equal(scene.state, scene.environment_state[:4])
+
+
+@needs_simulator
+@pytest.mark.parametrize("task", ["drawer-open", "window-close", "dial-turn"])
+def test_nothing_jumps_at_the_first_step(task):
+    arm = Arm(task, 32)
+    before = arm.reset(5).environment_state
+    after = arm.step(np.zeros(4)).environment_state
+    assert np.abs(after[4:7] - before[4:7]).max() < 0.01
+
+
+@needs_simulator
+def test_pictures_are_upright_and_show_the_arm():
+    arm = Arm("reach", 96)
+    arm.reset(0)
+    image = arm.image()
+    assert image.shape == (96, 96, 3) and image.dtype == np.uint8
+    red = (image[..., 0] > 100) & (image[..., 1] < 80)
+    assert red.mean() > 0.05
+    # the arm stands on the left, its foot in the lower half, and nothing of it is in the lower right corner
+    assert red[:, :48].sum() > 2 * red[:, 48:].sum() and red[48:, :32].sum() > 2 * red[48:, 64:].sum()
+
+
+@needs_simulator
+def test_the_expert_does_the_task_and_holds_the_object():
+    arm = Arm("pick-place", 32)
+    scene, held = arm.reset(0), False
+    assert not scene.success and not scene.held
+    while not scene.success and arm.steps < 300:
+        scene = arm.step(arm.expert_action())
+        held |= scene.held
+    assert scene.success and held
+
+
+@needs_simulator
+@pytest.mark.parametrize("action", [[2, 0, 0, 0], [0, 0, 0], [np.nan, 0, 0, 0], [[0, 0, 0, 0]]])
+def test_what_is_no_action_is_refused(action):
+    arm = Arm("reach", 32)
+    arm.reset(0)
+    with pytest.raises(ValueError, match="4 numbers in -1..1"):
+        arm.step(np.array(action, dtype=float))
+
+
+@needs_simulator
+def test_unknown_tasks_are_named():
+    with pytest.raises(ValueError, match="no task 'fly'"):
+        Arm("fly")
+
+
+@needs_simulator
+def test_large_pictures():
+    arm = Arm("reach", 320)
+    arm.reset(0)
+    assert arm.image().shape == (320, 320, 3)
+
+
+def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch):
+    class NoGL:
+        class Renderer:
+            def __init__(self, *args):
+                raise RuntimeError("an OpenGL platform library has not been loaded")
+
+    arm = Arm.__new__(Arm)
+    arm.mujoco, arm.image_size, arm.renderer = NoGL, 32, None
+    arm.env = type("Env", (), {"model": None})
+    with pytest.raises(SimulatorError, match="apt-get install libegl1"):
+        arm.image()
+
+
+def test_a_machine_without_metaworld_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    with pytest.raises(SimulatorError, match=r"nanochat-vision\[robot\]"):
+        simulator.import_metaworld()
+
+
+# ---- recording ----
+
+
+@needs_simulator
+def test_what_is_recorded_is_the_experts_answer_to_what_is_seen():
+    episode = drive(Arm("reach", 32), 1_000_000, noise=0.0)
+    n = len(episode["action"])
+    assert n == len(episode["images"]) == len(episode["state"])
+    assert not episode["success"][0] and episode["success"][-1]
+    assert 5 <= episode["success"].sum() <= 11
+    arm = Arm("reach", 32)  # played again, the actions lead to the same states
+    scene = arm.reset(1_000_000)
+    for action, state in zip(episode["action"], episode["state"], strict=True):
+        np.testing.assert_allclose(scene.state, state, atol=1e-5)
+        scene = arm.step(action)
+
+
+@needs_simulator
+def test_pushes_move_the_arm_but_not_the_recorded_actions():
+    calm, pushed = (drive(Arm("door-open", 32), 1_000_000, noise) for noise in (0.0, 0.3))
+    n = min(len(calm["state"]), len(pushed["state"]), 60)
+    np.testing.assert_array_equal(calm["state"][0], pushed["state"][0])
+    assert np.abs(calm["state"][:n] - pushed["state"][:n]).max() > 0.003
+    assert np.abs(pushed["action"]).max() <= 1
+
+
+@needs_simulator
+def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
+    out, work = tmp_path / "demos", tmp_path / ".demos.blocks"
+    block = Block("reach", 0, 2, 1_000_000, 0.0, 32)
+    settings = {"seed": 1_000_000, "noise": 0.0, "image_size": 32, "episodes": 2}
+    open_work(work, settings)
+    record_block((work, block))
+    stamp = (work / block.name).stat().st_mtime_ns
+    with pytest.raises(ValueError, match="other settings"):
+        record(["reach"], 3, out, 1_000_000, 0.0, 32, 1)
+    seen = []
+    monkeypatch.setattr(
+        "nanochat.robot.demos.read_blocks",
+        lambda folder, blocks: seen.append((folder / block.name).stat().st_mtime_ns) or read_blocks(folder, blocks),
+    )
+    record(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
+    assert seen == [stamp]  # the block was there already
+    dataset = RobotDataset(out)
+    assert [info.extra["seed"] for info in dataset.episodes] == [1_000_000, 1_000_001]
+    episode = dataset.episode(1)
+    assert len(episode.images[CAMERA_KEY]) == len(episode.columns["action"])
+    assert json.loads((out / "meta" / "info.json").read_text())["fps"] == 80
+    with pytest.raises(FileExistsError, match="choose another"):
+        record(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
