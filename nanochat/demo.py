@@ -16,7 +16,6 @@ from nanochat.assistant import Assistant
 from nanochat.data.sample import CAPTION_PROMPT, written_whole
 from nanochat.metrics import exact_match
 from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.model import Keypoints
 from nanochat.robot.policy import Policy
 from nanochat.robot.safety import SafeActions
 from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm, SimulatorError
@@ -61,7 +60,7 @@ def run(out: Path, task: str, seed: int) -> None:
         console.print(f'\ntold "{instruction}" ({task}, seed {seed}: a layout that training did not have)')
         film = drive(policy, assistant, arm, instruction)
     write_film(film, out.with_suffix(".gif"))
-    draw_sheet(card, film, instruction, policy, out)
+    draw_sheet(card, film, instruction, out)
     console.print(
         f"film: {escape(str(out.with_suffix('.gif')))}, contact sheet: {escape(str(out))}; "
         f"{time.perf_counter() - started:.1f} s in all"
@@ -131,8 +130,8 @@ def write_film(film: list[Look], path: Path) -> None:
         frames[0].save(new, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0)
 
 
-def draw_sheet(card, film: list[Look], instruction: str, policy: Policy, out: Path) -> None:
-    """Left, what was asked; then pictures of the episode, with the points that the model looks at."""
+def draw_sheet(card, film: list[Look], instruction: str, out: Path) -> None:
+    """Left, what was asked; then pictures of the episode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,8 +139,6 @@ def draw_sheet(card, film: list[Look], instruction: str, policy: Policy, out: Pa
 
     image, said = card
     chosen = [film[i] for i in np.linspace(0, len(film) - 1, min(SHOWN, len(film))).round().astype(int)]
-    vectors = policy.model.encode_images([shot.image for shot in chosen])
-    places = Keypoints.places(vectors).numpy() * (chosen[0].image.shape[0] - 1)  # (n, N, 2)
     figure = plt.figure(figsize=(15, 6.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(4, 11))
     axis = left.subplots()
@@ -151,13 +148,12 @@ def draw_sheet(card, film: list[Look], instruction: str, policy: Policy, out: Pa
              for question, answer, truth in said]  # fmt: skip
     axis.set_title("It says", fontsize=12)
     axis.text(0, -0.03, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=8, wrap=True)
-    right.suptitle(f'It acts: "{instruction}". Rings: where it looks; "done?": its own answer.', fontsize=12)
+    right.suptitle(f'It acts: "{instruction}". "Done?" is answered by the same model.', fontsize=12)
     axes = right.subplots(2, SHOWN // 2, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, shot, points in zip(axes.flat, chosen, places, strict=False):
+    for axis, shot in zip(axes.flat, chosen, strict=False):
         axis.imshow(shot.image)
-        axis.scatter(*points.T, s=60, facecolors="none", edgecolors="#ffd400", linewidths=1)
         right_answer = (shot.said_done == "yes") == shot.done
         axis.set_title(
             f"step {shot.step}, done? {shot.said_done}", fontsize=9, color="#1a7f37" if right_answer else "#cf222e"

@@ -41,9 +41,12 @@ class MultimodalGPTConfig(GPTConfig):
                 f"without a projection the vision vectors ({self.vision_embedding_dim}) must be as wide as the model "
                 f"({self.n_embd}): set use_vision_projection=True"
             )
-        grid_side(self.vision_tokens_per_image)
+        self.check_vision_tokens()
         if not isinstance(self.vision_image_size, int) or self.vision_image_size < 32 or self.vision_image_size % 32:
             raise ValueError(f"vision_image_size must be a positive multiple of 32, got {self.vision_image_size!r}")
+
+    def check_vision_tokens(self) -> None:
+        grid_side(self.vision_tokens_per_image)
 
 
 def grid_side(n_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Which parameters each optimiser turns, how their learning rates go, and their state as tensors for a checkpoint.
 
-Muon (Keller Jordan, 2024) turns the matrices of the decoder and the projector; AdamW the embeddings, the head and the encoder.
+Muon (Keller Jordan, 2024) turns the matrices of the decoder and the projector; AdamW the embeddings, the head and the eyes.
 """
 
 import torch
@@ -20,7 +20,7 @@ def make_optimizers(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if name.startswith("vision_encoder."):
+        if name.startswith(("vision_encoder.", "glances.")):
             encoder.append(p)
         elif name.startswith("transformer.wte"):
             embeddings.append(p)

@@ -224,7 +224,7 @@ class Robot(Recipe):
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
-    vision_tokens: int = 16
+    vision_tokens: int = 12
     train_encoder: bool = True
     batchnorm: Literal["frozen", "train"] = "train"
     vocab_size: int = 1024
@@ -233,7 +233,8 @@ class Robot(Recipe):
     n_embd: int = 128
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     images_per_step: int = 64
-    encoder_lr: float = 3e-3
+    encoder_lr: float = 2e-3
+    decoder_gradient: float = 0.05
     blind_share: float = 0.03
     steps: int | None = 10_000
     eval_every: int = 500
@@ -242,6 +243,8 @@ class Robot(Recipe):
 
     action_head: Literal["continuous", "bins"] = "continuous"
     "A chunk of numbers at once, or a token for each number."
+    glance_dim: int = 64
+    "Numbers of each of the vision_tokens."
     chunk: int = 10
     "Actions that are given at once."
     questions_per_step: int = 16

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from nanochat.assistant import Assistant, Chat, user_message
+from nanochat.assistant import ASSETS, Assistant, Chat, user_message
 from nanochat.checkpoint import save_checkpoint
-from nanochat.assistant import ASSETS
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import make_model

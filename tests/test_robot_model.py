@@ -1,4 +1,4 @@
-"""Scales and bins, keypoints, and the robot's model against plain forward passes."""
+"""Scales and bins, glances, and the robot's model against plain forward passes."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from nanochat.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nanochat.robot.actions import N_BINS, Scale
-from nanochat.robot.model import ACT, BINS, STATE, Keypoints, RobotGPT, RobotGPTConfig, action_prompt, pad_right
+from nanochat.robot.model import ACT, BINS, STATE, Glances, RobotGPT, RobotGPTConfig, action_prompt, pad_right
 from nanochat.robot.policy import Policy
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
@@ -63,18 +63,16 @@ def test_scale_of_a_strangers_config_is_checked():
         Scale([1.0], [0.0])
 
 
-def test_a_keypoint_says_what_it_looks_at_and_where():
-    keypoints = Keypoints(2, 1)
-    with torch.no_grad():
-        keypoints.heat.weight.copy_(torch.tensor([50.0, 0.0]).view(1, 2, 1, 1))
-        keypoints.heat.bias.zero_()
-    for row, column in [(0, 0), (3, 1), (7, 7)]:
-        maps = torch.zeros(1, 2, 8, 8)
-        maps[0, :, row, column] = torch.tensor([1.0, 3.0])
-        token = keypoints(maps)[0, 0]
-        assert torch.allclose(token[:2], torch.tensor([1.0, 3.0]) / 5**0.5, atol=1e-3)  # RMS-normed features
-        found = Keypoints.places(keypoints(maps))[0, 0]
-        assert torch.allclose(found, torch.tensor([column, row]) / 7, atol=1e-3)
+def test_a_glance_tells_places_apart():
+    """What a grid of averages would lose: the same features elsewhere give another token."""
+    glances, seen = Glances(2, 3, 5), []
+    for row, column in [(0, 0), (0, 8), (8, 0), (15, 15)]:
+        maps = torch.zeros(1, 2, 16, 16)
+        maps[0, :, row, column] = 10.0
+        seen.append(glances(maps)[0])
+    assert seen[0].shape == (3, 5)
+    for i, one in enumerate(seen):
+        assert all((one - other).abs().max() > 1e-3 for other in seen[:i])
 
 
 # ---- the model ----
@@ -92,7 +90,7 @@ def make_model(tokenizer, head):
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64).truncate("2")
     config = RobotGPTConfig(
         sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32,
-        vision_embedding_dim=Keypoints.width(32), vision_tokens_per_image=4, vision_layer="2", vision_image_size=64,
+        vision_embedding_dim=16, map_channels=32, vision_tokens_per_image=4, vision_layer="2", vision_image_size=64,
         vision_token_id=tokenizer.special("<|image|>"), action_head=head, chunk=3,
         state_scale=asdict(Scale([0.0, 0.0], [1.0, 2.0])), action_scale=asdict(Scale([-1.0] * 4, [1.0] * 4)),
         state_token_id=tokenizer.special(STATE), act_token_id=tokenizer.special(ACT),

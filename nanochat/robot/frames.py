@@ -12,7 +12,7 @@ from nanochat.conversation import Rendered, render
 from nanochat.data.sample import vqa_sample
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.lerobot import Episode
+from nanochat.robot.lerobot import Episode, EpisodeInfo
 from nanochat.robot.model import RobotGPT, action_prompt
 from nanochat.robot.scene import Question, scene_questions
 from nanochat.tokenizer import Tokenizer
@@ -36,15 +36,16 @@ class Frames:
         lengths = []
         for episode in episodes:
             self.pictures += next(iter(episode.images.values()))
-            self.episode_tasks.append(str(episode.extra.get("name") or episode.task))
+            self.episode_tasks.append(task_of(episode))
             lengths.append(len(episode.columns["action"]))
             for key, values in episode.columns.items():
                 parts.setdefault(key, []).append(values)
         if not lengths:
             raise ValueError("there are no episodes to learn from")
         columns = {key: np.concatenate(values) for key, values in parts.items()}
-        self.state = columns["observation.state"].astype(np.float32)
         self.action = columns["action"].astype(np.float32)
+        # a robot that does not tell its state has one number, which is always the same
+        self.state = columns.get("observation.state", np.zeros((len(self.action), 1))).astype(np.float32)
         self.environment_state = columns.get("observation.environment_state")
         self.success, self.held = columns.get("observation.success"), columns.get("observation.held")
         ends = np.cumsum(lengths)
@@ -162,6 +163,12 @@ def question_batch(
         pictures += seen
         counts.append(len(seen))
     return QuestionBatch(*collate(rows), pictures, counts)
+
+
+def task_of(episode: Episode | EpisodeInfo) -> str:
+    """The name of a task that has paraphrases and questions, else its instruction."""
+    name = episode.extra.get("name")
+    return name if name in INSTRUCTIONS else episode.task
 
 
 def instruction(task: str, rng: np.random.Generator | None) -> str:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.engine import KVCache
-from nanochat.gpt import Linear, norm
+from nanochat.gpt import Linear
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.robot.actions import N_BINS, Scale
 from nanochat.tokenizer import Tokenizer
@@ -24,13 +25,15 @@ from nanochat.tokenizer import Tokenizer
 STATE, ACT = "<|state|>", "<|act|>"
 BINS = tuple(f"<|action_{i}|>" for i in range(N_BINS))
 HEADS = ("continuous", "bins")
-FREQUENCIES = 6  # of positions and states: periods from 4 (more than the range -1..1) down to 1/8
+GRID = 8  # cells a side that a glance tells apart
+FREQUENCIES = 6  # of states: periods from 4 (more than the range -1..1) down to 1/8
 
 
 @dataclass
 class RobotGPTConfig(MultimodalGPTConfig):
     action_head: str = "continuous"
     chunk: int = 10  # actions that are given at once
+    map_channels: int = 64  # of the encoder's map; vision_embedding_dim is the width of a glance
     state_scale: dict = field(default_factory=dict)  # of `actions.Scale`
     action_scale: dict = field(default_factory=dict)
     state_token_id: int = 0
@@ -51,6 +54,11 @@ class RobotGPTConfig(MultimodalGPTConfig):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name} is outside the vocabulary of {self.vocab_size}")
 
+    def check_vision_tokens(self) -> None:
+        """Glances are no grid: any number will do."""
+        if not isinstance(self.vision_tokens_per_image, int) or self.vision_tokens_per_image < 1:
+            raise ValueError(f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}")
+
     @property
     def state_dim(self) -> int:
         return len(self.state_scale["low"])
@@ -68,53 +76,40 @@ def waves(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-class Keypoints(nn.Module):
-    """Spatial soft-argmax (Levine et al. 2016, arXiv 1504.00702): each of N learnt heat maps says what it looks at and where.
+class Glances(nn.Module):
+    """(B, C, H, W) -> (B, N, D): N linear looks at the whole map, pooled to GRID x GRID cells.
 
-    (B, C, H, W) -> (B, N, C + 4 * FREQUENCIES): the features under the heat, and its centre. A goal is a ball of a few
-    pixels: the centre of a soft map is finer than its cells, the average over a grid's cell is coarser.
+    A robot's camera does not move, so that a place in the picture is a place in the world: with its own weights for every cell, a
+    look reads where things are off the map. Soft-argmax keypoints and a grid of cells as tokens were slower to learn it.
     """
 
-    def __init__(self, channels: int, n_tokens: int):
+    def __init__(self, channels: int, n_tokens: int, width: int):
         super().__init__()
-        self.heat = nn.Conv2d(channels, n_tokens, 1)
-
-    @staticmethod
-    def width(channels: int) -> int:
-        return channels + 4 * FREQUENCIES
-
-    @staticmethod
-    def places(tokens: torch.Tensor) -> torch.Tensor:
-        """(..., N, D) tokens -> (..., N, 2): where each looks, x to the right and y down, 0..1 inside the picture."""
-        sine, cosine = tokens[..., -4 * FREQUENCIES :].unflatten(-1, (2, 2, FREQUENCIES))[..., 0].unbind(-2)
-        return (torch.atan2(sine, cosine) / math.pi + 0.5).flip(-1)  # the slowest wave turns once in 4
+        self.n_tokens = n_tokens
+        self.linear = nn.Linear(channels * GRID * GRID, n_tokens * width)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        _, _, height, width = maps.shape
-        share = self.heat(maps).flatten(2).softmax(-1)  # (B, N, H * W)
-        features = share @ maps.flatten(2).transpose(1, 2)  # (B, N, C)
-        y, x = (torch.linspace(-1, 1, n, dtype=maps.dtype, device=maps.device) for n in (height, width))
-        cells = torch.cartesian_prod(y, x)  # (H * W, 2)
-        return torch.cat([norm(features), waves(share @ cells)], -1)
+        cells = F.adaptive_avg_pool2d(maps, GRID).flatten(1)  # (B, C * GRID * GRID)
+        return self.linear(cells).unflatten(-1, (self.n_tokens, -1))
 
 
 class RobotGPT(MultimodalGPT):
-    """Adds to MultimodalGPT: keypoints instead of a grid, one token for the state, and the continuous head."""
+    """Adds to MultimodalGPT: glances instead of cells, one token for the state, and the continuous head."""
 
     def __init__(self, config: RobotGPTConfig):
         super().__init__(config)
         self.state_scale, self.action_scale = Scale(**config.state_scale), Scale(**config.action_scale)
-        self.keypoints = Keypoints(self.map_channels, config.vision_tokens_per_image)
+        self.glances = Glances(config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim)
         self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd)
         if config.action_head == "continuous":
             self.action_head = Linear(config.n_embd, config.chunk * config.action_dim)
 
     @property
     def map_channels(self) -> int:
-        return self.config.vision_embedding_dim - Keypoints.width(0)
+        return self.config.map_channels
 
     def pool(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.keypoints(maps.float())
+        return self.glances(maps.float())
 
     def embed(self, idx, vision_embeddings=None, vision_mask=None, states=None) -> torch.Tensor:
         """MultimodalGPT.embed; states (S, state_dim), normalised, replace the <|state|> tokens in reading order."""

@@ -1,10 +1,10 @@
 """Training a policy from demonstrations: behaviour cloning of action chunks, and questions about the same pictures.
 
-    frames -> keypoints -> one trunk -> an action chunk for each frame (L1, or cross-entropy of bins)
-                                     -> an answer for each question (cross-entropy)
+    frames -> glances -> one trunk -> an action chunk for each frame (L1, or cross-entropy of bins)
+                                   -> an answer for each question (cross-entropy)
 
 Where the demonstrations come from a simulator, a linear layer also reads the places of hand, objects and goal off the
-keypoints. It teaches the encoder to look, as words.py does for photographs, and is no part of the model: what a policy
+glances. It teaches the encoder to look, as words.py does for photographs, and is no part of the model: what a policy
 gets is pictures, its own state, and words.
 """
 
@@ -21,10 +21,18 @@ from nanochat.checkpoint import load_checkpoint
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.recipes import Robot
 from nanochat.robot.actions import Scale
-from nanochat.robot.frames import ActionBatch, Frames, QuestionBatch, action_batch, question_batch, shift_pictures
+from nanochat.robot.frames import (
+    ActionBatch,
+    Frames,
+    QuestionBatch,
+    action_batch,
+    question_batch,
+    shift_pictures,
+    task_of,
+)
 from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
-from nanochat.robot.lerobot import RobotDataset
-from nanochat.robot.model import ACT, BINS, STATE, Keypoints, RobotGPT, RobotGPTConfig
+from nanochat.robot.lerobot import RobotDataset, bridge_sample
+from nanochat.robot.model import ACT, BINS, STATE, RobotGPT, RobotGPTConfig
 from nanochat.robot.policy import Policy
 from nanochat.robot.scene import PHRASES
 from nanochat.tokenizer import Tokenizer
@@ -73,18 +81,28 @@ def train_robot(recipe: Robot) -> Path:
 
 
 def open_frames(folder: str) -> tuple[Frames, Frames]:
-    """(training, validation) frames: a few episodes of each task are kept back."""
-    dataset = RobotDataset(folder)
+    """(training, validation) frames of a LeRobot dataset, or of a folder of BridgeData frames: a few episodes of each task, if
+    it has several, are kept back; if none has, a few of all."""
+    if (Path(folder).expanduser() / "frames.jsonl").is_file():
+        episodes = list(bridge_sample(folder))
+        tasks, read = [task_of(episode) for episode in episodes], episodes.__getitem__
+    else:
+        dataset = RobotDataset(folder)
+        tasks, read = [task_of(info) for info in dataset.episodes], dataset.episode
+    kept_back = held_out(tasks)
+    training = Frames(read(n) for n in range(len(tasks)) if n not in kept_back)
+    return training, Frames(read(n) for n in sorted(kept_back))
+
+
+def held_out(tasks: list[str]) -> set[int]:
+    """The numbers of the episodes to validate with. Raises ValueError for a single episode."""
+    if len(tasks) < 2:
+        raise ValueError(f"training takes at least 2 episodes, one of them to validate with, found {len(tasks)}")
     by_task: dict[str, list[int]] = {}
-    for info in dataset.episodes:
-        by_task.setdefault(str(info.extra.get("name") or info.task), []).append(info.index)
-    kept_back = {
-        number for numbers in by_task.values() if len(numbers) > 1
-        for number in numbers[-max(1, round(VAL_SHARE * len(numbers))) :]
-    }  # fmt: skip
-    numbers = [info.index for info in dataset.episodes]
-    training = Frames(dataset.episode(n) for n in numbers if n not in kept_back)
-    return training, Frames(dataset.episode(n) for n in numbers if n in kept_back or not kept_back)
+    for number, task in enumerate(tasks):
+        by_task.setdefault(task, []).append(number)
+    groups = [numbers for numbers in by_task.values() if len(numbers) > 1] or [list(range(len(tasks)))]
+    return {number for numbers in groups for number in numbers[-max(1, round(VAL_SHARE * len(numbers))) :]}
 
 
 def make_tokenizer(recipe: Robot, data: Frames) -> Tokenizer:
@@ -112,7 +130,8 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
         n_head=recipe.n_head,
         n_kv_head=recipe.n_head,
         n_embd=recipe.n_embd,
-        vision_embedding_dim=Keypoints.width(encoder.embedding_dim(recipe.layer)),
+        vision_embedding_dim=recipe.glance_dim,
+        map_channels=encoder.embedding_dim(recipe.layer),
         vision_tokens_per_image=recipe.vision_tokens,
         vision_token_id=tokenizer.special("<|image|>"),
         vision_layer=recipe.layer,
@@ -146,7 +165,7 @@ def go_on_from(checkpoint: str, data: Frames, device: torch.device) -> tuple[Rob
 
 
 class SceneHead(nn.Module):
-    """A linear layer from all keypoints of a picture to places in metres, scaled."""
+    """A linear layer from all glances at a picture to places in metres, scaled."""
 
     def __init__(self, data: Frames, width: int):
         super().__init__()
@@ -195,7 +214,8 @@ class RobotRun(Run):
         loss = torch.zeros((), device=model.device)
         if self.helper is not None:
             loss = recipe.scene_loss * self.helper.loss(vectors, data.environment_state[shown])
-        seen = hide(vectors, rng, recipe.blind_share)
+        share = recipe.decoder_gradient
+        seen = hide(share * vectors + (1 - share) * vectors.detach(), rng, recipe.blind_share)
         acting = self.acting_loss(actions, seen[: len(frames)])
         if len(shown) > len(frames):
             answering, _ = self.answering_loss(questions, seen[len(frames) :])
@@ -205,7 +225,7 @@ class RobotRun(Run):
         return acting.item(), tokens, len(images)
 
     def look(self, images: np.ndarray) -> torch.Tensor:
-        """(n, S, S, 3) uint8 -> (n, N, D) keypoints."""
+        """(n, S, S, 3) uint8 -> (n, N, D) glances."""
         model, dtype = self.model, DTYPES[self.recipe.dtype]
         x = torch.from_numpy(images).to(model.device).permute(0, 3, 1, 2).float() / 255
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -254,6 +274,6 @@ class RobotRun(Run):
         return {name: float(np.mean(values)) for name, values in sums.items()}
 
     def three_looks(self, frames: list[int]) -> dict[str, torch.Tensor]:
-        """The frames' own keypoints, those of other frames, and none."""
+        """Glances at the frames, at other frames, and none."""
         vectors = self.look(self.val.images(frames, self.recipe.image_size))
         return {"aligned": vectors, "shuffled": vectors.roll(len(vectors) // 2, 0), "blind": torch.zeros_like(vectors)}

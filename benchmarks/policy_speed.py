@@ -1,0 +1,61 @@
+"""How long from a camera frame to a chunk of actions, one frame at a time, as on a robot.
+
+    python benchmarks/policy_speed.py [CHECKPOINT ...] [--threads 2] [--rounds 50]
+
+Each checkpoint is timed in turn with a peer, round by round, so that a busy machine slows both down alike: torchvision's ResNet-18
+at 224 pixels, with random weights, which ACT and Diffusion Policy use as eyes. It only looks; what those policies do behind it
+comes on top. Medians.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision
+import tyro
+
+from nanochat.robot.policy import Policy
+
+
+@dataclass
+class Args:
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ("robot",)
+    "Checkpoint folders, or `robot`, the policy that ships."
+    threads: int = 2
+    rounds: int = 50
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    peer = torchvision.models.resnet18().eval()
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds; ms, median (quarter .. three quarters)"
+    )
+    for name in args.checkpoints:
+        policy = Policy.load(name)
+        rng = np.random.default_rng(0)
+        size, state_dim = policy.metadata["image_size"], policy.metadata["state_dim"]
+        frames = rng.integers(0, 256, (args.rounds + 5, size, size, 3), np.uint8)
+        states = rng.uniform(0, 0.5, (args.rounds + 5, state_dim)).astype(np.float32)
+        ours, theirs = [], []
+        for image, state in zip(frames, states, strict=True):
+            ours.append(timed(lambda: policy([image], state[None], ["open the door"])))  # noqa: B023
+            theirs.append(timed(lambda: peer(torch.rand(1, 3, 224, 224))))
+        for label, times in (
+            (f"{name} ({policy.model.num_parameters():,} parameters)", ours),
+            ("ResNet-18 alone", theirs),
+        ):
+            low, middle, high = 1e3 * np.quantile(times[5:], (0.25, 0.5, 0.75))  # the first rounds warm up
+            print(f"{label:50s} {middle:7.2f}  ({low:.2f} .. {high:.2f})")
+
+
+@torch.inference_mode()
+def timed(call) -> float:
+    since = time.perf_counter()
+    call()
+    return time.perf_counter() - since
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
