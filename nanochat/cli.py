@@ -263,19 +263,26 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint folder, a hub name, or `default`.
-        dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name.
+        dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name. Of demonstrations
+            (`nanochat demos`), questions about 1,000 frames, or --limit of them.
         split: Part of the dataset; of a single file fit, val, or any other name for all of it.
         limit: Score a random subset of that many samples.
         json_out: Write the figures to this file.
         batch_size: Samples that are answered together.
         strict: Refuse data with missing pictures instead of leaving their rows out.
     """
-    from nanochat.evaluate import run
     from nanochat.train import pick_device
 
     if json_out is not None:
         check_out(json_out)
-    run(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
+    if (Path(dataset).expanduser() / "meta" / "info.json").is_file():
+        from nanochat.robot.exam import run as examine
+
+        examine(checkpoint, dataset, limit or 1000, json_out, pick_device(device))
+    else:
+        from nanochat.evaluate import run
+
+        run(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
 
 
 def export(checkpoint: Checkpoint, out: Out, half: bool = True) -> None:
@@ -422,6 +429,33 @@ def rollout(
     run(checkpoint, names, episodes, seed, list(drivers), execute, workers, record, json_out, pick_device(device))
 
 
+def policy_server(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = "robot",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    max_change: float | None = None,
+    device: Annotated[str, arg(help=DEVICE)] = "cpu",
+) -> None:
+    """Serve a policy by openpi's websocket protocol, so that `openpi-client` drives a robot with it.
+
+    Args:
+        checkpoint: A checkpoint folder, a hub name, or `robot`: the policy that ships.
+        host: Who may connect: 127.0.0.1 is this machine alone, 0.0.0.0 is everybody.
+        port: Where to listen.
+        token: What clients must know (their api_key); default $NANOCHAT_TOKEN, else none.
+        max_change: The most that a number of an action may change from one to the next.
+    """
+    import asyncio
+
+    from nanochat.robot.policy import Policy
+    from nanochat.robot.server import run
+    from nanochat.train import pick_device
+
+    policy = Policy.load(checkpoint, pick_device(device), max_change)
+    asyncio.run(run(policy, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
+
+
 def train(words: list[str]) -> None:
     """Run a recipe, every field of which is a flag. With --resume, what is not said anew is as the run was started with."""
     recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
@@ -454,6 +488,7 @@ COMMANDS = {
     "push": push,
     "demos": demos,
     "rollout": rollout,
+    "policy-server": policy_server,
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }
@@ -479,7 +514,7 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
             raise
         fail("error: the GPU is full: look at fewer pictures at once, lower --batch-size, or use --device cpu", 2)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:  # SimulatorError is an ImportError
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
         fail(f"error: {error}", 2)

@@ -57,7 +57,9 @@ class RobotGPTConfig(MultimodalGPTConfig):
     def check_vision_tokens(self) -> None:
         """Glances are no grid: any number will do."""
         if not isinstance(self.vision_tokens_per_image, int) or self.vision_tokens_per_image < 1:
-            raise ValueError(f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}")
+            raise ValueError(
+                f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}"
+            )
 
     @property
     def state_dim(self) -> int:

@@ -1,6 +1,6 @@
 """A checkpoint as something that drives: pictures, states and instructions in, chunks of motor commands out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,18 +8,19 @@ import torch
 from nanochat.assistant import resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
 from nanochat.robot.model import RobotGPT, action_prompt
+from nanochat.robot.safety import SafeActions
 from nanochat.vision.images import open_image
 
 
 class Policy:
-    """Build one with `load`. `metadata` is what a server tells its clients."""
+    """Build one with `load`. `metadata` is what a server tells its clients; max_change limits the actions of `session`."""
 
-    def __init__(self, model: RobotGPT, tokenizer, training: dict):
+    def __init__(self, model: RobotGPT, tokenizer, training: dict, max_change: float | None = None):
         if not isinstance(model, RobotGPT):
             raise ValueError(
                 f"this checkpoint is a {type(model).__name__}, which cannot act: train one with nanochat train robot"
             )
-        self.model, self.tokenizer, self.training = model, tokenizer, training
+        self.model, self.tokenizer, self.training, self.max_change = model, tokenizer, training, max_change
         config = model.config
         self.metadata = {
             "action_head": config.action_head,
@@ -30,9 +31,9 @@ class Policy:
         }
 
     @classmethod
-    def load(cls, name: str, device: str | torch.device = "cpu") -> "Policy":
+    def load(cls, name: str, device: str | torch.device = "cpu", max_change: float | None = None) -> "Policy":
         """A checkpoint folder, "robot" (the one that ships) or a hub name."""
-        return cls(*load_checkpoint(resolve_checkpoint(name), device))
+        return cls(*load_checkpoint(resolve_checkpoint(name), device), max_change)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray:
@@ -51,6 +52,17 @@ class Policy:
         n_tokens = self.model.config.vision_tokens_per_image
         prompts = [action_prompt(self.tokenizer, text, n_tokens) for text in instructions]
         return self.model.act(prompts, vectors, states)
+
+    def session(self) -> Callable[[dict], dict]:
+        """`act` for one robot: its actions stay within what the demonstrations did, and NaN never leaves (see safety.py)."""
+        scale = self.model.config.action_scale
+        limits = SafeActions(scale["low"], scale["high"], max_change=self.max_change)
+
+        def act(observation: dict) -> dict:
+            chunk = self.act(observation)["actions"]
+            return {"actions": np.stack([limits(action) for action in chunk])}
+
+        return act
 
     def act(self, observation: dict) -> dict:
         """One observation as openpi names it: {"observation/image": (H, W, 3) uint8, "observation/state": (state_dim,),

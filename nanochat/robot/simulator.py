@@ -20,7 +20,7 @@ STATE_DIM = 4  # hand x, y, z in metres, opening of the fingers; what follows in
 OVERSAMPLING = 2
 
 
-class SimulatorError(RuntimeError):
+class SimulatorError(ImportError):
     """Meta-World or OpenGL is missing; the text says what to install."""
 
 

@@ -1,0 +1,102 @@
+"""Whatever a network says, what leaves is finite, in the limits, and not too sudden."""
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from nanochat.robot.safety import SafeActions
+
+LOW, HIGH = np.array([-1.0, -0.1, 0.3]), np.array([1.0, 0.7, 0.3])
+ANYTHING = st.one_of(
+    hnp.arrays(np.float64, 3, elements=st.floats(allow_nan=True, allow_infinity=True)),
+    hnp.arrays(np.float32, 3, elements=st.floats(width=32)),
+    hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4)),
+    st.none(), st.text(max_size=3), st.lists(st.one_of(st.none(), st.floats(), st.text(max_size=2)), max_size=4),
+    st.just(np.array([object(), 1, 2], dtype=object)),
+)  # fmt: skip
+
+
+@given(st.lists(ANYTHING, min_size=1, max_size=6))
+def test_anything_becomes_a_safe_action(actions):
+    safe = SafeActions(LOW, HIGH)
+    for action in actions:
+        out = safe(action)
+        assert out.shape == (3,) and out.dtype == np.float32 and np.isfinite(out).all()
+        assert (out.astype(np.float64) >= LOW - 1e-7).all() and (out.astype(np.float64) <= HIGH + 1e-7).all()
+
+
+@given(st.lists(ANYTHING, min_size=2, max_size=8), st.floats(1e-3, 0.5))
+def test_no_step_is_larger_than_allowed(actions, most):
+    safe = SafeActions(LOW, HIGH, max_change=most)
+    sent = np.array([safe(action) for action in actions], np.float64)
+    assert (np.abs(np.diff(sent, axis=0)) <= most + 1e-6).all()
+
+
+@given(hnp.arrays(np.float64, 3, elements=st.floats(-1, 1)))
+def test_what_is_safe_passes_unchanged(action):
+    action = np.clip(action, LOW, HIGH)
+    safe = SafeActions(LOW, HIGH, max_change=3.0)
+    np.testing.assert_allclose(safe(action), action, atol=1e-6)
+    assert not safe.counts.total()
+
+
+def test_limits_hold_in_float32_as_well():
+    low, high = np.array([0.1]), np.array([0.7])  # neither is a float32
+    safe = SafeActions(low, high)
+    assert float(safe([-5.0])[0]) >= 0.1 and float(safe([5.0])[0]) <= 0.7
+
+
+@pytest.mark.parametrize(
+    "action, reason",
+    [
+        ([np.nan, 0, 0], "not finite"),
+        ([0, np.inf, 0], "not finite"),
+        ([0, 0], "wrong shape"),
+        (None, "wrong shape"),
+        ("up", "no numbers"),
+    ],
+)
+def test_what_cannot_be_used_holds_and_is_counted(action, reason, caplog):
+    safe = SafeActions([-1] * 3, [1] * 3, hold=[0, 0, np.nan])
+    safe([0.5, 0.5, 0.9])
+    with caplog.at_level(logging.WARNING):
+        held = safe(action if action is not None else np.zeros((2, 3)))
+    np.testing.assert_allclose(held, [0, 0, 0.9], atol=1e-6)  # no motion, and the fingers as they were
+    assert safe.counts == {reason: 1}
+    assert reason in caplog.text
+
+
+def test_the_log_is_not_flooded(caplog):
+    safe = SafeActions([-1], [1])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(999):
+            safe([np.nan])
+    assert safe.counts["not finite"] == 999 and len(caplog.records) == 3
+
+
+@pytest.mark.parametrize("age", [None, 0.3, float("nan"), -1.0])
+def test_a_stale_observation_is_not_acted_on(age):
+    safe = SafeActions([-1], [1], max_age_s=0.2)
+    assert safe([0.8], age_s=age) == 0 and safe.counts == {"stale observation": 1}
+    assert safe([0.8], age_s=0.1)[0] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(low=[1], high=[0]),
+        dict(low=[0, 0], high=[1]),
+        dict(low=[-np.inf], high=[1]),
+        dict(low=[np.nan], high=[1]),
+        dict(low=[0], high=[1], hold=[0, 0]),
+        dict(low=[0], high=[1], max_change=0),
+        dict(low=[0], high=[1], max_age_s=-1),
+    ],
+)
+def test_limits_that_are_none_are_refused(settings):
+    with pytest.raises(ValueError, match="must"):
+        SafeActions(**settings)

@@ -1,0 +1,228 @@
+"""The policy server over loopback, driven by openpi's own client and attacked by a raw one."""
+
+import asyncio
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("websockets")
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from nanochat.robot import server as module
+from nanochat.robot.server import start_server, unpack
+
+OBSERVATION = {
+    "observation/image": np.arange(48, dtype=np.uint8).reshape(4, 4, 3),
+    "observation/state": np.array([0.1, 0.2], np.float32),
+    "prompt": "open the door",
+}
+
+
+class Echo:
+    """Answers with what it was shown, so that both directions are seen."""
+
+    metadata = {"chunk": 2, "name": "echo"}
+
+    def session(self):
+        calls = []
+
+        def act(observation):
+            calls.append(1)
+            if observation["prompt"] == "raise":
+                raise KeyError("a secret path /home/me")
+            if observation["prompt"] == "refuse":
+                raise ValueError('"observation/state" must be\n2 finite numbers')
+            if observation["prompt"] == "slow":
+                time.sleep(0.3)
+            actions = np.stack(
+                [observation["observation/state"], observation["observation/image"][0, 0, :2].astype(np.float32)]
+            )
+            return {"actions": actions, "calls": len(calls)}
+
+        return act
+
+
+@pytest.fixture
+def serving():
+    """Starts servers in a thread of their own; yields a function that returns the port."""
+    loop, servers = asyncio.new_event_loop(), []
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def start(**settings):
+        found = asyncio.run_coroutine_threadsafe(start_server(Echo(), port=0, **settings), loop).result(10)
+        servers.append(found)
+        return found.sockets[0].getsockname()[1]
+
+    yield start
+
+    async def stop():
+        for one in servers:
+            one.close()
+            await one.wait_closed()
+
+    asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+
+
+def openpi(port, **settings):
+    client = pytest.importorskip("openpi_client.websocket_client_policy")
+    return client.WebsocketClientPolicy("127.0.0.1", port, **settings)
+
+
+def raw(port, **settings):
+    connection = connect(f"ws://127.0.0.1:{port}", compression=None, **settings)
+    assert msgpack.unpackb(connection.recv()) == Echo.metadata
+    return connection
+
+
+def test_openpis_client_drives_it(serving):
+    client = openpi(serving())
+    assert client.get_server_metadata() == Echo.metadata
+    first, second = client.infer(OBSERVATION), client.infer(OBSERVATION)
+    np.testing.assert_array_equal(first["actions"], np.array([[0.1, 0.2], [0, 1]], np.float32))
+    assert first["actions"].dtype == np.float32
+    assert first["server_timing"]["infer_ms"] > 0 and "prev_total_ms" not in first["server_timing"]
+    assert second["server_timing"]["prev_total_ms"] > 0
+    assert (first["calls"], second["calls"]) == (1, 2)
+
+
+def test_a_bad_observation_is_told_in_a_line_and_the_talk_goes_on(serving):
+    client = openpi(serving())
+    with pytest.raises(RuntimeError, match='"observation/state" must be 2 finite numbers$'):
+        client.infer(OBSERVATION | {"prompt": "refuse"})
+    assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
+
+
+def test_the_peer_is_told_nothing_of_our_insides(serving, caplog):
+    client = openpi(serving())
+    with pytest.raises(RuntimeError) as error:
+        client.infer(OBSERVATION | {"prompt": "raise"})
+    assert (
+        "internal error" in str(error.value)
+        and "secret" not in str(error.value)
+        and "Traceback" not in str(error.value)
+    )
+    assert "secret" in caplog.text  # but our own log is
+
+
+def test_two_robots_do_not_share_a_session(serving):
+    port = serving()
+    one, two = openpi(port), openpi(port)
+    assert (
+        one.infer(OBSERVATION)["calls"] == one.infer(OBSERVATION)["calls"] - 1 == two.infer(OBSERVATION)["calls"] == 1
+    )
+
+
+def test_the_loop_answers_while_the_network_works(serving):
+    port = serving()
+    slow, other = raw(port), raw(port)
+    slow.send(packed(OBSERVATION | {"prompt": "slow"}))
+    since = time.perf_counter()
+    assert other.ping().wait(5)
+    assert time.perf_counter() - since < 0.25
+    slow.close()  # in the middle of the work
+    other.send(packed(OBSERVATION))
+    assert b"actions" in other.recv(timeout=10)
+
+
+def packed(value):
+    return msgpack.packb(value, default=module.pack_array)
+
+
+ARRAY = {b"__ndarray__": True, b"data": b"12345678", b"dtype": "<f4", b"shape": [2]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "text",
+        b"",
+        b"\xc1garbage",
+        packed([1, 2]),
+        packed({"a": ARRAY | {b"dtype": "|O"}}),
+        packed({"a": ARRAY | {b"dtype": "|V8"}}),
+        packed({"a": ARRAY | {b"dtype": "f4,O"}}),
+        packed({"a": ARRAY | {b"dtype": "(2,)f4"}}),
+        packed({"a": ARRAY | {b"dtype": 7}}),
+        packed({"a": ARRAY | {b"shape": [3]}}),
+        packed({"a": ARRAY | {b"shape": [-2]}}),
+        packed({"a": ARRAY | {b"shape": [2**40, 2**40]}}),
+        packed({"a": ARRAY | {b"shape": [1] * 40}}),
+        packed({"a": ARRAY | {b"data": "12345678"}}),
+        packed({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
+        b"\x91" * 5000,
+        b"\xdf\xff\xff\xff\xff",
+        msgpack.packb({"a": msgpack.ExtType(5, b"x")}),
+        msgpack.packb({1: 2}),
+    ],
+)
+def test_what_is_no_observation_is_refused_and_the_talk_goes_on(serving, message):
+    connection = raw(serving())
+    connection.send(message)
+    answer = connection.recv(timeout=10)
+    assert isinstance(answer, str) and answer != "internal error" and "\n" not in answer
+    connection.send(packed(OBSERVATION))
+    assert isinstance(connection.recv(timeout=10), bytes)
+
+
+def test_messages_have_a_size_limit(serving, monkeypatch):
+    monkeypatch.setattr(module, "MAX_MESSAGE", 10_000)
+    connection = raw(serving())
+    connection.send(b"x" * 10_001)
+    with pytest.raises(ConnectionClosed) as error:
+        connection.recv(timeout=10)
+    assert error.value.rcvd.code == 1009
+
+
+def test_a_token_keeps_strangers_out(serving):
+    port = serving(token="sesame")
+    for headers in ({}, {"Authorization": "Api-Key open"}, {"Authorization": "Bearer sesame"}):
+        with pytest.raises(InvalidStatus) as error:
+            connect(f"ws://127.0.0.1:{port}", additional_headers=headers)
+        assert error.value.response.status_code == 401
+    assert openpi(port, api_key="sesame").infer(OBSERVATION)["calls"] == 1
+
+
+def test_health_check(serving):
+    with urllib.request.urlopen(f"http://127.0.0.1:{serving(token='x')}/healthz", timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_not_more_than_so_many_connections(serving, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 1)
+    port = serving()
+    first = raw(port)
+    with pytest.raises(InvalidStatus) as error:
+        connect(f"ws://127.0.0.1:{port}")
+    assert error.value.response.status_code == 503
+    first.close()
+    for _ in range(50):  # the place is free again, as soon as the server has seen it
+        try:
+            raw(port)
+            return
+        except InvalidStatus:
+            time.sleep(0.05)
+    pytest.fail("a closed connection still counts")
+
+
+def test_an_open_door_is_warned_of(serving, caplog):
+    serving(host="0.0.0.0")
+    assert "set a token" in caplog.text
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_observation_or_a_value_error(message):
+    try:
+        assert isinstance(unpack(message), dict)
+    except ValueError:
+        pass
