@@ -2,9 +2,9 @@
 
     python benchmarks/policy_speed.py [CHECKPOINT ...] [--threads 2] [--rounds 50]
 
-Each checkpoint is timed in turn with a peer, round by round, so that a busy machine slows both down alike: torchvision's ResNet-18
-at 224 pixels, with random weights, which ACT and Diffusion Policy use as eyes. It only looks; what those policies do behind it
-comes on top. Medians.
+Each checkpoint is timed in turn with a peer, round by round, so that a busy machine slows both down alike: torchvision's
+ResNet-18 at 224 pixels, with random weights, which ACT and Diffusion Policy use as eyes. It only looks; what those policies
+do behind it comes on top. Medians.
 """
 
 import time

@@ -399,6 +399,7 @@ def rollout(
     seed: int = 0,
     drivers: tuple[Literal["policy", "shuffled", "blind", "random", "expert"], ...] = ("policy",),
     execute: int = 5,
+    max_steps: int = 500,
     processes: int | None = None,
     record: Path | None = None,
     json_out: Annotated[Path | None, arg(name="json")] = None,
@@ -414,6 +415,7 @@ def rollout(
         drivers: Who drives: the policy; the policy told another task (shuffled); the policy without a picture (blind); chance
             (random); Meta-World's script, which sees everything (expert).
         execute: Steps of a chunk that are carried out before the policy looks again.
+        max_steps: An episode is lost after so many.
         processes: At work side by side; default as many as there are cores.
         record: Folder for a GIF of every episode.
         json_out: Write the figures to this file.
@@ -426,7 +428,19 @@ def rollout(
     if json_out is not None:
         check_out(json_out)
     names, workers = task_list(tasks), processes or default_processes()
-    run(checkpoint, names, episodes, seed, list(drivers), execute, workers, record, json_out, pick_device(device))
+    run(
+        checkpoint,
+        names,
+        episodes,
+        seed,
+        list(drivers),
+        execute,
+        max_steps,
+        workers,
+        record,
+        json_out,
+        pick_device(device),
+    )
 
 
 def policy_server(

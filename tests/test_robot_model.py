@@ -85,14 +85,14 @@ def tokenizer():
     return made
 
 
-def make_model(tokenizer, head):
+def make_model(tokenizer, head, state_dim=2):
     torch.manual_seed(0)
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64).truncate("2")
     config = RobotGPTConfig(
         sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32,
         vision_embedding_dim=16, map_channels=32, vision_tokens_per_image=4, vision_layer="2", vision_image_size=64,
         vision_token_id=tokenizer.special("<|image|>"), action_head=head, chunk=3,
-        state_scale=asdict(Scale([0.0, 0.0], [1.0, 2.0])), action_scale=asdict(Scale([-1.0] * 4, [1.0] * 4)),
+        state_scale=asdict(Scale([0.0] * state_dim, [1.0] * state_dim)), action_scale=asdict(Scale([-1.0] * 4, [1.0] * 4)),
         state_token_id=tokenizer.special(STATE), act_token_id=tokenizer.special(ACT),
         bin_token_id=tokenizer.special(BINS[0]),
     )  # fmt: skip

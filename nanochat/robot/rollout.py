@@ -24,7 +24,7 @@ from nanochat.data.sample import written_whole
 from nanochat.robot.instructions import INSTRUCTIONS, TIERS
 from nanochat.robot.policy import Policy
 from nanochat.robot.safety import SafeActions
-from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm
+from nanochat.robot.simulator import ACTION_DIM, HOLD, MAX_STEPS, Arm
 
 DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
 console = Console()
@@ -40,6 +40,7 @@ class Job:
     seeds: tuple[int, ...]
     execute: int
     image_size: int
+    max_steps: int = MAX_STEPS
     record: str | None = None
 
 
@@ -59,8 +60,8 @@ class Outcome:
 
 
 def run(
-    checkpoint: str, tasks: list[str], episodes: int, seed: int, drivers: list[str], execute: int, processes: int,
-    record: Path | None, json_out: Path | None, device: torch.device,
+    checkpoint: str, tasks: list[str], episodes: int, seed: int, drivers: list[str], execute: int, max_steps: int,
+    processes: int, record: Path | None, json_out: Path | None, device: torch.device,
 ) -> None:  # fmt: skip
     """Drive, print the tables, and write the figures to `json_out`."""
     policy = Policy.load(checkpoint)
@@ -68,13 +69,15 @@ def run(
         raise ValueError(f"execute must lie in 1..{policy.model.config.chunk}, the policy's chunk, got {execute}")
     if episodes < 1 or seed < 0:
         raise ValueError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
+    if not 1 <= max_steps <= MAX_STEPS:
+        raise ValueError(f"max_steps must lie in 1..{MAX_STEPS}, where Meta-World ends an episode, got {max_steps}")
     if record is not None:
         record.mkdir(parents=True, exist_ok=True)
     size = policy.model.config.vision_image_size
     Arm(tasks[0], size).image()  # a machine that cannot draw says so once, not in every process
     seeds = tuple(range(seed, seed + episodes))
     jobs = [
-        Job(task, told(tasks, task, driver), driver, seeds, execute, size, str(record) if record else None)
+        Job(task, told(tasks, task, driver), driver, seeds, execute, size, max_steps, str(record) if record else None)
         for driver in drivers
         for task in tasks
     ]
@@ -89,7 +92,7 @@ def run(
                 progress.advance(bar, len(found))
     seconds = time.perf_counter() - started
     result = summary(outcomes, tasks) | {
-        "checkpoint": str(checkpoint), "episodes": episodes, "seed": seed, "execute": execute, "max_steps": MAX_STEPS,
+        "checkpoint": str(checkpoint), "episodes": episodes, "seed": seed, "execute": execute, "max_steps": max_steps,
         "image_size": size, "seconds": seconds, "steps_per_s": sum(o.steps for o in outcomes) / seconds,
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
@@ -119,11 +122,11 @@ def drive(job: Job) -> list[Outcome]:
     started, network = time.perf_counter(), 0.0
     arms = [Arm(job.task, job.image_size) for _ in job.seeds]
     scenes = [arm.reset(seed) for arm, seed in zip(arms, job.seeds, strict=True)]
-    limits = [SafeActions(-np.ones(ACTION_DIM), np.ones(ACTION_DIM)) for _ in arms]
+    limits = [SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, HOLD) for _ in arms]
     done, looks = [False] * len(arms), [0] * len(arms)
     films: list[list[np.ndarray]] = [[] for _ in arms]
     rng = np.random.default_rng(job.seeds[0])
-    while running := [i for i, arm in enumerate(arms) if not done[i] and arm.steps < MAX_STEPS]:
+    while running := [i for i, arm in enumerate(arms) if not done[i] and arm.steps < job.max_steps]:
         images = dict.fromkeys(running)
         if job.record or job.driver in ("policy", "shuffled"):
             images = {i: arms[i].image() for i in running}
@@ -138,7 +141,7 @@ def drive(job: Job) -> list[Outcome]:
                 action = arms[i].expert_action() if job.driver == "expert" else chunks[number, step]
                 scenes[i] = arms[i].step(limits[i](action))
                 done[i] = scenes[i].success
-                if done[i] or arms[i].steps == MAX_STEPS:
+                if done[i] or arms[i].steps == job.max_steps:
                     break
     if job.record:
         for arm, film, seed, success in zip(arms, films, job.seeds, done, strict=True):
