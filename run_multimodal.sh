@@ -8,9 +8,10 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 venv=.venv
 what=${1:-demo}
-extras="" # the demo needs none
+extras=""
 [ "$what" = test ] && extras="[dev]"
 case "$what" in
+  demo | demos | rollout | policy-server) extras="[robot]" ;;
   train | eval) extras="[train,eval]" ;;
   import-upstream) extras="[upstream]" ;;
 esac
@@ -26,6 +27,8 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   # without pip: left behind by a Python that lacks ensurepip (Debian's is in python3-venv)
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+  # the server's tests are driven by it; it asks for a numpy before 2 and works with ours
+  [ "$what" != test ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
   echo "$wanted" >"$stamp"
 fi
 

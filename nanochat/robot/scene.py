@@ -58,9 +58,9 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "seen from the camera, which side of the gripper is {object} on?",
     ),
     "cell": (
-        "in which cell of a {grid} by {grid} grid is {object}?",
+        "in which cell of the {grid} by {grid} grid is {object}?",
         "where is {object}, by row and column of {grid}?",
-        "name the row and the column of {object} in a {grid} by {grid} grid",
+        "name the row and the column of {object} in the {grid} by {grid} grid",
     ),
     "done": (
         'is the task "{instruction}" done?',

@@ -7,6 +7,7 @@ off, since the software renderer spends nine tenths of its time on them; edges a
 import os
 import sys
 import warnings
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,11 +118,13 @@ class Arm:
             raise no_gl(error) from error
         for flag in (self.mujoco.mjtRndFlag.mjRND_SHADOW, self.mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = 0
+        # also at Python's exit: left to its own __del__, it complains when OpenGL has gone first
+        self.closing = weakref.finalize(self, renderer.close)
         return renderer
 
     def close(self) -> None:
         if self.renderer is not None:
-            self.renderer.close()
+            self.closing()
             self.renderer = None
 
 
