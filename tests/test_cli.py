@@ -15,8 +15,10 @@ from PIL import Image
 from nanochat import cli
 from nanochat.assistant import SHIPPED, Assistant
 from nanochat.recipes import RECIPES
+from nanochat.robot.simulator import SimulatorError
 from nanochat.vision import YOLOv9Plus
 from tests.test_images import animated, claims, encoded
+from tests.test_simulator import needs_simulator
 from tests.test_yolov9 import NAMES, detector
 from tests.test_yolov9 import PICTURE as SCENE
 
@@ -186,18 +188,33 @@ def test_eval_of_captions(nanochat, tmp_path):
     assert {"aligned", "shuffled", "blind", "ci95"} == set(result["bleu4"]) == set(result["cider"])
 
 
-def test_demo(nanochat, tmp_path):
-    out = nanochat("demo", "-o", tmp_path / "new" / "sheet.png").out
-    sheet = Image.open(tmp_path / "new" / "sheet.png")
+def check_demo(said, out):
+    sheet, film = Image.open(out), Image.open(out.with_suffix(".gif"))
     assert sheet.width > 800 and len(np.unique(np.asarray(sheet.convert("L")))) > 100
-    n = sum(
-        len(item["questions"]) for item in json.loads((ROOT / "nanochat/assets/pictures/questions.json").read_text())
-    )
-    assert f"{n} of {n} right" in " ".join(out.split())
+    assert film.n_frames > 5
+    about = json.loads((ROOT / "nanochat/assets/demo/questions.json").read_text())
+    assert " ".join(said.split()).count(" right ") == 1 + len(about["questions"])
+
+
+@needs_simulator
+def test_demo_drives(nanochat, tmp_path):
+    said = nanochat("demo", "-o", tmp_path / "new" / "sheet.png").out
+    check_demo(said, tmp_path / "new" / "sheet.png")
+    assert "done after" in said
+
+
+def test_demo_without_a_simulator_shows_a_recorded_episode(nanochat, tmp_path, monkeypatch):
+    def missing():
+        raise SimulatorError("the simulator cannot draw here: apt-get install libegl1")
+
+    monkeypatch.setattr("nanochat.robot.simulator.import_metaworld", missing)
+    said = nanochat("demo", "-o", tmp_path / "sheet.png").out
+    check_demo(said, tmp_path / "sheet.png")
+    assert "apt-get install libegl1" in said and "a recorded episode" in said
 
 
 def odd_pictures():
-    """Section 6 of the plan: what works, though it is no plain RGB."""
+    """What works, though it is no plain RGB."""
     picture = Image.open(PICTURE).convert("RGB")
     deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
     exif = Image.Exif()
@@ -263,6 +280,18 @@ def text_file(tmp_path):
         (["detect", PICTURE, "-o", "FOLDER/none/d.png"], "write FOLDER/none/d.png: there is no folder FOLDER/none"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "FOLDER"], "no manifest.json"),
         (["demo", "-o", "FOLDER"], "should end in .png"),
+        (["demo", "--task", "fly"], "fly"),
+        (["demos", "--tasks", "fly", "-o", "FOLDER/x"], "fly"),
+        (["demos", "--noise", "-1", "-o", "FOLDER/x"], "noise"),
+        (["demos", "--image-size", "100", "-o", "FOLDER/x"], "image_size"),
+        (["demos", "--episodes", "0", "-o", "FOLDER/x"], "episodes"),
+        (["demos", "-o", "FOLDER"], "exists"),
+        (["rollout", "default"], "cannot act"),
+        (["rollout", "robot", "--execute", "11"], "execute"),
+        (["rollout", "robot", "--episodes", "0"], "episodes"),
+        (["policy-server", "default"], "cannot act"),
+        (["train", "robot"], "--data"),
+        (["train", "robot", "--data", "FOLDER", "--out", "FOLDER/run"], "FOLDER"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "no.pt"], "there is no file no.pt"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml", "--conf", "3"], "conf"),
         (["detect", "TEXT", "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml"], "no picture"),

@@ -186,6 +186,12 @@ def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path)
         episode.columns["action"] *= 3
     write_dataset(other, episodes, 10, "toy", (SIZE, SIZE, 3))
     second = train_robot(Robot(data=str(other), out=str(tmp_path / "b"), start_from=str(first), steps=2, **TINY))
+    tables = [Policy.load(str(run)).model.transformer.wte.weight for run in (first, second)]
+    assert (tables[0] - tables[1]).abs().max() < 0.1  # the weights were taken over, two steps ago
+    third = train_robot(
+        Robot(data=str(other), out=str(tmp_path / "c"), start_from=str(first), action_head="bins", steps=1, **TINY)
+    )
+    assert Policy.load(str(third)).metadata["action_head"] == "bins"  # the same eyes and words, another head
     high = [Policy.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
     assert high[1][2] == pytest.approx(3 * high[0][2])
 

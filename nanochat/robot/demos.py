@@ -65,6 +65,13 @@ def record(
     out = out.expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
+    if episodes < 1 or processes < 1 or seed < 0 or not 0 <= noise <= 1:
+        raise ValueError(
+            "episodes and processes must be at least 1, seed at least 0 and noise in 0..1, got "
+            f"{episodes}, {processes}, {seed} and {noise}"
+        )
+    if image_size < 32 or image_size % 32:
+        raise ValueError(f"image_size must be a positive multiple of 32, as the encoder takes it, got {image_size}")
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
         Block(task, first, min(BLOCK, episodes - first), seed, noise, image_size)

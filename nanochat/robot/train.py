@@ -8,7 +8,7 @@ glances. It teaches the encoder to look, as words.py does for photographs, and i
 gets is pictures, its own state, and words.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def train_robot(recipe: Robot) -> Path:
         check_same(recipe, started_recipe(recipe), before["step"], recipe.steps, before["steps"])
     else:
         if recipe.start_from:
-            model, tokenizer = go_on_from(recipe.start_from, data, device)
+            model, tokenizer = go_on_from(recipe, data, device)
             recipe = shaped_like(recipe, model)
         else:
             tokenizer = make_tokenizer(recipe, data)
@@ -150,18 +150,25 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
     return model
 
 
-def go_on_from(checkpoint: str, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer]:
-    """A trained policy's weights and words, with the scales of other demonstrations."""
-    model, tokenizer, training = load_checkpoint(checkpoint, device)
-    model = Policy(model, tokenizer, training).model
-    for name, values in (("state_scale", data.state), ("action_scale", data.action)):
-        found, expected = values.shape[1], len(getattr(model.config, name)["low"])
-        if found != expected:
-            raise ValueError(f"{checkpoint} has a {name} of {expected} numbers, and the data has {found}: start anew")
-        scale = Scale.fit(values)
-        setattr(model, name, scale)
-        setattr(model.config, name, asdict(scale))
-    return model, tokenizer
+def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer]:
+    """The weights and words of `start_from`, with the scales of other demonstrations, and another head if the recipe says so."""
+    old, tokenizer, training = load_checkpoint(recipe.start_from, device)
+    config = Policy(old, tokenizer, training).model.config
+    scales = {"state_scale": Scale.fit(data.state), "action_scale": Scale.fit(data.action)}
+    for name, scale in scales.items():
+        if len(scale.low) != len(getattr(config, name)["low"]):
+            raise ValueError(
+                f"{recipe.start_from} has a {name} of {len(getattr(config, name)['low'])} numbers, and the data has "
+                f"{len(scale.low)}: start anew"
+            )
+    model = RobotGPT(replace(config, action_head=recipe.action_head, **{k: asdict(v) for k, v in scales.items()}))
+    model.init_weights()
+    model.attach_encoder(old.vision_encoder)
+    weights = old.state_dict()
+    if recipe.action_head != config.action_head:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
+    model.load_state_dict(weights, strict=False)
+    return model.to(device), tokenizer
 
 
 class SceneHead(nn.Module):
