@@ -236,9 +236,9 @@ class Robot(Recipe):
     encoder_lr: float = 2e-3
     decoder_gradient: float = 0.05
     blind_share: float = 0.03
-    steps: int | None = 10_000
-    eval_every: int = 500
-    save_every: int = 500
+    steps: int | None = 4500
+    eval_every: int = 300
+    save_every: int = 300
     threads: int | None = 1
 
     action_head: Literal["continuous", "bins"] = "continuous"

@@ -4,11 +4,18 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nanochat.robot.safety import SafeActions
+
+
+class Stubborn:
+    def __float__(self):
+        raise RuntimeError("not a number, and rude about it")
+
 
 LOW, HIGH = np.array([-1.0, -0.1, 0.3]), np.array([1.0, 0.7, 0.3])
 ANYTHING = st.one_of(
@@ -16,7 +23,7 @@ ANYTHING = st.one_of(
     hnp.arrays(np.float32, 3, elements=st.floats(width=32)),
     hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4)),
     st.none(), st.text(max_size=3), st.lists(st.one_of(st.none(), st.floats(), st.text(max_size=2)), max_size=4),
-    st.just(np.array([object(), 1, 2], dtype=object)),
+    st.just(np.array([object(), 1, 2], dtype=object)), st.just(np.array([Stubborn()] * 3)), st.just([10**400, 0, 0]),
 )  # fmt: skip
 
 
@@ -58,6 +65,12 @@ def test_limits_hold_in_float32_as_well():
         ([0, 0], "wrong shape"),
         (None, "wrong shape"),
         ("up", "no numbers"),
+        (["1", "1", "1"], "no numbers"),
+        ([10**400, 0, 0], "no numbers"),
+        (np.array([1j, 1, 1]), "no numbers"),
+        (np.array([1, 1, 1], "M8[s]"), "no numbers"),
+        (np.array([Stubborn()] * 3), "no numbers"),
+        (torch.ones(3, requires_grad=True), "no numbers"),
     ],
 )
 def test_what_cannot_be_used_holds_and_is_counted(action, reason, caplog):
@@ -78,6 +91,20 @@ def test_the_log_is_not_flooded(caplog):
     assert safe.counts["not finite"] == 999 and len(caplog.records) == 3
 
 
+def test_each_dimension_has_its_own_rate():
+    safe = SafeActions([-1, -1], [1, 1], max_change=[0.1, 0.5])
+    safe([0, 0])
+    np.testing.assert_allclose(safe([1, 1]), [0.1, 0.5], atol=1e-6)
+    assert safe.counts == {"slowed down": 1}
+
+
+def test_limits_are_not_moved_from_outside():
+    low = np.array([-1.0])
+    safe = SafeActions(low, [1])
+    low[:] = -9
+    assert safe([-5]) == -1
+
+
 @pytest.mark.parametrize("age", [None, 0.3, float("nan"), -1.0])
 def test_a_stale_observation_is_not_acted_on(age):
     safe = SafeActions([-1], [1], max_age_s=0.2)
@@ -93,7 +120,9 @@ def test_a_stale_observation_is_not_acted_on(age):
         dict(low=[-np.inf], high=[1]),
         dict(low=[np.nan], high=[1]),
         dict(low=[0], high=[1], hold=[0, 0]),
+        dict(low=[0], high=[1], hold=[np.inf]),
         dict(low=[0], high=[1], max_change=0),
+        dict(low=[0], high=[1], max_change=[0.1, 0.1]),
         dict(low=[0], high=[1], max_age_s=-1),
     ],
 )

@@ -1,6 +1,11 @@
 """The policy server over loopback, driven by openpi's own client and attacked by a raw one."""
 
 import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -31,6 +36,9 @@ class Echo:
 
     metadata = {"chunk": 2, "name": "echo"}
 
+    def __init__(self):
+        self.go = threading.Event()  # what a "slow" observation waits for
+
     def session(self):
         calls = []
 
@@ -41,7 +49,11 @@ class Echo:
             if observation["prompt"] == "refuse":
                 raise ValueError('"observation/state" must be\n2 finite numbers')
             if observation["prompt"] == "slow":
-                time.sleep(0.3)
+                assert self.go.wait(20)
+            if observation["prompt"] == "nothing":
+                return None
+            if observation["prompt"] == "objects":
+                return {"actions": np.array([object()])}
             actions = np.stack(
                 [observation["observation/state"], observation["observation/image"][0, 0, :2].astype(np.float32)]
             )
@@ -57,8 +69,9 @@ def serving():
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
-    def start(**settings):
-        found = asyncio.run_coroutine_threadsafe(start_server(Echo(), port=0, **settings), loop).result(10)
+    def start(policy=None, **settings):
+        policy = policy or Echo()
+        found = asyncio.run_coroutine_threadsafe(start_server(policy, port=0, **settings), loop).result(10)
         servers.append(found)
         return found.sockets[0].getsockname()[1]
 
@@ -103,16 +116,15 @@ def test_a_bad_observation_is_told_in_a_line_and_the_talk_goes_on(serving):
     assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
 
 
-def test_the_peer_is_told_nothing_of_our_insides(serving, caplog):
+@pytest.mark.parametrize(
+    "prompt, logged", [("raise", "a secret path"), ("nothing", "NoneType"), ("objects", "cannot send a ndarray")]
+)
+def test_the_peer_is_told_nothing_of_our_insides(serving, caplog, prompt, logged):
     client = openpi(serving())
-    with pytest.raises(RuntimeError) as error:
-        client.infer(OBSERVATION | {"prompt": "raise"})
-    assert (
-        "internal error" in str(error.value)
-        and "secret" not in str(error.value)
-        and "Traceback" not in str(error.value)
-    )
-    assert "secret" in caplog.text  # but our own log is
+    with pytest.raises(RuntimeError, match="^Error in inference server:\ninternal error$"):
+        client.infer(OBSERVATION | {"prompt": prompt})
+    assert logged in caplog.text  # but our own log is
+    assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
 
 
 def test_two_robots_do_not_share_a_session(serving):
@@ -124,14 +136,16 @@ def test_two_robots_do_not_share_a_session(serving):
 
 
 def test_the_loop_answers_while_the_network_works(serving):
-    port = serving()
+    policy = Echo()
+    port = serving(policy)
     slow, other = raw(port), raw(port)
     slow.send(packed(OBSERVATION | {"prompt": "slow"}))
-    since = time.perf_counter()
-    assert other.ping().wait(5)
-    assert time.perf_counter() - since < 0.25
-    slow.close()  # in the middle of the work
     other.send(packed(OBSERVATION))
+    assert other.ping().wait(5)
+    with pytest.raises(TimeoutError):  # observations are answered in turn
+        other.recv(timeout=0.1)
+    slow.close()  # in the middle of the work
+    policy.go.set()
     assert b"actions" in other.recv(timeout=10)
 
 
@@ -159,7 +173,12 @@ ARRAY = {b"__ndarray__": True, b"data": b"12345678", b"dtype": "<f4", b"shape": 
         packed({"a": ARRAY | {b"shape": [2**40, 2**40]}}),
         packed({"a": ARRAY | {b"shape": [1] * 40}}),
         packed({"a": ARRAY | {b"data": "12345678"}}),
+        packed({"a": ARRAY | {b"shape": [0, 2**62, 2**62], b"data": b""}}),
+        packed({"a": ARRAY | {b"dtype": [["f", "<f4"]]}}),
         packed({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
+        packed({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+        packed({"a": [[[]] * 1000] * 20}),
+        packed({"a": [[{}] * 1000] * 20}),
         b"\x91" * 5000,
         b"\xdf\xff\xff\xff\xff",
         msgpack.packb({"a": msgpack.ExtType(5, b"x")}),
@@ -173,6 +192,31 @@ def test_what_is_no_observation_is_refused_and_the_talk_goes_on(serving, message
     assert isinstance(answer, str) and answer != "internal error" and "\n" not in answer
     connection.send(packed(OBSERVATION))
     assert isinstance(connection.recv(timeout=10), bytes)
+
+
+def test_a_long_type_is_not_parsed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(np, "dtype", lambda *a, **k: asked.append(a))
+    with pytest.raises(ValueError, match="booleans, integers or floats"):
+        unpack(msgpack.packb({"a": ARRAY | {b"dtype": "f4," * 10_000 + "f4"}}))
+    assert not asked  # numpy's parser takes seconds for a few million
+
+
+def test_the_log_of_a_refusal_is_short(serving, caplog):
+    caplog.set_level("INFO", "nanochat")
+    connection = raw(serving())
+    connection.send(packed({"a": ARRAY | {b"shape": ["x\n" * 100_000]}}))
+    assert len(connection.recv(timeout=10)) <= 500
+    assert "refused" in caplog.text and max(len(record.getMessage()) for record in caplog.records) < 600
+
+
+def test_who_says_nothing_is_sent_away(serving, monkeypatch):
+    monkeypatch.setattr(module, "IDLE_S", 0.2)
+    connection = raw(serving())
+    connection.send(packed(OBSERVATION))
+    assert isinstance(connection.recv(timeout=10), bytes)
+    with pytest.raises(ConnectionClosed, match="no observation for 0.2 s"):
+        connection.recv(timeout=10)
 
 
 def test_messages_have_a_size_limit(serving, monkeypatch):
@@ -191,6 +235,21 @@ def test_a_token_keeps_strangers_out(serving):
             connect(f"ws://127.0.0.1:{port}", additional_headers=headers)
         assert error.value.response.status_code == 401
     assert openpi(port, api_key="sesame").infer(OBSERVATION)["calls"] == 1
+
+
+def test_two_tokens_are_none(serving):
+    with socket.create_connection(("127.0.0.1", serving(token="sesame")), timeout=10) as peer:
+        peer.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n" + b"Authorization: Api-Key sesame\r\n" * 2 + b"\r\n"
+        )
+        assert peer.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_web_pages_stay_out(serving):
+    with pytest.raises(InvalidStatus) as error:
+        connect(f"ws://127.0.0.1:{serving()}", origin="http://evil.example")
+    assert error.value.response.status_code == 403
 
 
 def test_health_check(serving):
@@ -218,6 +277,30 @@ def test_not_more_than_so_many_connections(serving, monkeypatch):
 def test_an_open_door_is_warned_of(serving, caplog):
     serving(host="0.0.0.0")
     assert "set a token" in caplog.text
+
+
+SERVES = """
+import asyncio
+from nanochat.robot.server import run
+class Idle:
+    metadata = {"chunk": 2, "name": "echo"}
+    def session(self): return lambda observation: {}
+asyncio.run(run(Idle(), "127.0.0.1", 0, None))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
+def test_a_server_that_is_stopped_says_goodbye(number, code):
+    with subprocess.Popen([sys.executable, "-c", SERVES], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            connection = raw(int(re.search(rb":(\d+);", process.stdout.readline())[1]))
+            process.send_signal(number)
+            with pytest.raises(ConnectionClosed) as error:
+                connection.recv(timeout=10)
+            assert error.value.rcvd.code == 1001
+            assert process.wait(10) == code
+        finally:
+            process.kill()
 
 
 @given(st.binary(max_size=200))

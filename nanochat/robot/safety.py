@@ -18,7 +18,7 @@ class SafeActions:
     max_change: (D,) or a number, the most that a dimension may change from one action to the next; None for no limit.
     max_age_s: the oldest observation, in seconds, that may still be acted on; None for any age.
 
-    Raises ValueError for limits that are none.
+    Raises ValueError for limits that are none; a call raises nothing, whatever the action.
     """
 
     def __init__(
@@ -29,19 +29,22 @@ class SafeActions:
         max_change: Sequence[float] | float | None = None,
         max_age_s: float | None = None,
     ):
-        self.low, self.high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        self.low, self.high = np.array(low, np.float64), np.array(high, np.float64)
         if self.low.ndim != 1 or self.low.shape != self.high.shape or not np.all(self.low <= self.high):
             raise ValueError(f"limits must be two lists of one length, low <= high, got {low} and {high}")
         if not np.isfinite([self.low, self.high]).all():
             raise ValueError(f"limits must be finite, got {low} and {high}")
-        self.hold = (self.low + self.high) / 2 if hold is None else np.asarray(hold, np.float64)
-        if self.hold.shape != self.low.shape:
-            raise ValueError(f"hold must have {len(self.low)} numbers, got {hold}")
-        if max_change is not None and not np.all(np.asarray(max_change, np.float64) > 0):
+        self.hold = (self.low + self.high) / 2 if hold is None else np.array(hold, np.float64)
+        if self.hold.shape != self.low.shape or np.isinf(self.hold).any():
+            raise ValueError(f"hold must have {len(self.low)} numbers or NaN, got {hold}")
+        self.max_change = None if max_change is None else np.array(max_change, np.float64)
+        if max_change is not None and self.max_change.shape not in ((), self.low.shape):
+            raise ValueError(f"max_change must be a number or {len(self.low)} of them, got {max_change}")
+        if max_change is not None and not np.all(self.max_change > 0):
             raise ValueError(f"max_change must be more than 0, got {max_change}")
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s must be more than 0, got {max_age_s}")
-        self.max_change, self.max_age_s = max_change, max_age_s
+        self.max_age_s = max_age_s
         self.last: np.ndarray | None = None
         self.counts: Counter[str] = Counter()
 
@@ -66,8 +69,12 @@ class SafeActions:
         if self.max_age_s is not None and not (age_s is not None and 0 <= age_s <= self.max_age_s):
             return None, "stale observation"
         try:
-            values = np.asarray(action, np.float64)
-        except (TypeError, ValueError):
+            array = np.asarray(action)
+            # numpy would make numbers of dates, of text, and of complex ones by half
+            values = array.astype(np.float64) if array.dtype.kind in "biufO" else None
+        except Exception:  # objects turn themselves into numbers, and may raise anything
+            values = None
+        if values is None:
             return None, "no numbers"
         if values.shape != self.low.shape:
             return None, "wrong shape"

@@ -167,7 +167,7 @@ def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[Robot
     weights = old.state_dict()
     if recipe.action_head != config.action_head:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=recipe.action_head == config.action_head)
     return model.to(device), tokenizer
 
 
