@@ -207,6 +207,15 @@ def test_a_broken_observation_is_named(model, tokenizer, change, named):
         policy.act(good | change)
 
 
+def test_a_served_nan_stands_still_and_keeps_the_fingers(tokenizer, monkeypatch):
+    policy = Policy(make_model(tokenizer, "continuous"), tokenizer, {})
+    chunks = iter([np.full((3, 4), 0.5, np.float32), np.full((3, 4), np.nan, np.float32)])
+    monkeypatch.setattr(policy, "act", lambda observation: {"actions": next(chunks)})
+    act = policy.session()
+    np.testing.assert_allclose(act({})["actions"], 0.5)
+    np.testing.assert_allclose(act({})["actions"], [[0, 0, 0, 0.5]] * 3)
+
+
 @settings(max_examples=20)
 @given(hnp.arrays(np.float32, (1, 2), elements=st.floats(-1e6, 1e6, width=32)))
 def test_any_state_gives_finite_actions(values):

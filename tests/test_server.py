@@ -135,7 +135,7 @@ def test_two_robots_do_not_share_a_session(serving):
     )
 
 
-def test_the_loop_answers_while_the_network_works(serving):
+def test_the_loop_answers_while_the_network_works(serving, caplog):
     policy = Echo()
     port = serving(policy)
     slow, other = raw(port), raw(port)
@@ -147,6 +147,7 @@ def test_the_loop_answers_while_the_network_works(serving):
     slow.close()  # in the middle of the work
     policy.go.set()
     assert b"actions" in other.recv(timeout=10)
+    assert "failed" not in caplog.text  # that somebody leaves is no error
 
 
 def packed(value):
@@ -192,6 +193,37 @@ def test_what_is_no_observation_is_refused_and_the_talk_goes_on(serving, message
     assert isinstance(answer, str) and answer != "internal error" and "\n" not in answer
     connection.send(packed(OBSERVATION))
     assert isinstance(connection.recv(timeout=10), bytes)
+
+
+@pytest.mark.parametrize(
+    "array, told",
+    [
+        (ARRAY | {b"shape": [3]}, "has not 8 bytes"),
+        (ARRAY | {b"shape": [-1]}, "whole numbers"),
+        (ARRAY | {b"shape": [2.0]}, "whole numbers"),
+        (ARRAY | {b"shape": [2] + [1] * 40}, "at most 8 axes"),
+        (ARRAY | {b"data": "12345678"}, "needs bytes"),
+        (ARRAY | {b"dtype": ["<f4"]}, "booleans, integers or floats"),
+        ({b"__npgeneric__": True, b"data": "7", b"dtype": "<f4"}, "needs a number"),
+    ],
+)
+def test_the_peer_is_told_what_is_wrong_with_an_array(array, told):
+    with pytest.raises(ValueError, match=told):
+        unpack(packed({"a": array}))
+
+
+def test_text_is_told_apart_from_garbage():
+    with pytest.raises(ValueError, match="got text"):
+        unpack("text")
+
+
+def test_arrays_arrive_as_they_were_sent():
+    for kind in ("b1", "i1", "<i2", ">i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", ">f8"):
+        for sent in (np.arange(6).astype(kind).reshape(2, 3)[:, ::-1], np.zeros((0, 3), kind), np.array(1, kind)):
+            found = unpack(packed({"array": sent, "number": sent.sum()}))
+            assert found["array"].dtype == sent.dtype
+            np.testing.assert_array_equal(found["array"], sent)
+            assert found["number"] == sent.sum()
 
 
 def test_a_long_type_is_not_parsed(monkeypatch):

@@ -93,21 +93,13 @@ def balanced(truths: list[str], hits: list[bool]) -> float:
 
 def table(result: dict, n_frames: int, n_tasks: int) -> Table:
     out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks")
-    for column in (
-        "kind",
-        "n",
-        "right",
-        "95 % interval",
-        "shuffled",
-        "blind",
-        "majority",
-        "balanced",
-        "balanced, shuffled",
-    ):
-        out.add_column(column, justify="left" if column == "kind" else "right")
+    columns = ("kind", "n", "right", "95 %", "shuffled", "blind", "majority", "balanced", "shuffled")
+    for column in columns:
+        out.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
     for kind, row in result.items():
-        shares = (row["aligned"], None, row["shuffled"], row["blind"], row["majority"], row["balanced"]["aligned"],
-                  row["balanced"]["shuffled"])  # fmt: skip
-        interval = " .. ".join(f"{v:.1%}" for v in row["ci95"])
-        out.add_row(kind, str(row["n"]), *(interval if share is None else f"{share:.1%}" for share in shares))
+        shares = [row[way] for way in ("aligned", "shuffled", "blind", "majority")]
+        right, *others = [
+            f"{share:.1%}" for share in (*shares, row["balanced"]["aligned"], row["balanced"]["shuffled"])
+        ]
+        out.add_row(kind, str(row["n"]), right, "..".join(f"{100 * v:.0f}" for v in row["ci95"]), *others)
     return out

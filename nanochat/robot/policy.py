@@ -8,7 +8,7 @@ import torch
 from nanochat.assistant import resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
 from nanochat.robot.model import RobotGPT, action_prompt
-from nanochat.robot.safety import SafeActions
+from nanochat.robot.safety import SafeActions, stand_still
 from nanochat.vision.images import open_image
 
 
@@ -56,7 +56,8 @@ class Policy:
     def session(self) -> Callable[[dict], dict]:
         """`act` for one robot: its actions stay within what the demonstrations did, and NaN never leaves (see safety.py)."""
         scale = self.model.config.action_scale
-        limits = SafeActions(scale["low"], scale["high"], max_change=self.max_change)
+        hold = stand_still(self.model.config.action_dim)
+        limits = SafeActions(scale["low"], scale["high"], hold, max_change=self.max_change)
 
         def act(observation: dict) -> dict:
             chunk = self.act(observation)["actions"]
@@ -66,8 +67,12 @@ class Policy:
 
     def act(self, observation: dict) -> dict:
         """One observation as openpi names it: {"observation/image": (H, W, 3) uint8, "observation/state": (state_dim,),
-        "prompt": str} -> {"actions": (chunk, action_dim) float32}. Raises ValueError naming what is missing or wrong."""
-        image, state, prompt = (observation.get(key) for key in ("observation/image", "observation/state", "prompt"))
+        "prompt": str} -> {"actions": (chunk, action_dim) float32}; LeRobot's "observation.image" and "observation.state" will do as
+        well. Raises ValueError naming what is missing or wrong."""
+        image, state = (
+            observation.get(f"observation/{key}", observation.get(f"observation.{key}")) for key in ("image", "state")
+        )
+        prompt = observation.get("prompt")
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError('"observation/image" must be a (H, W, 3) uint8 array')
         state = np.asarray(state if state is not None else [], np.float32)

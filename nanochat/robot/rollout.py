@@ -23,8 +23,8 @@ from nanochat import metrics
 from nanochat.data.sample import written_whole
 from nanochat.robot.instructions import INSTRUCTIONS, TIERS
 from nanochat.robot.policy import Policy
-from nanochat.robot.safety import SafeActions
-from nanochat.robot.simulator import ACTION_DIM, HOLD, MAX_STEPS, Arm
+from nanochat.robot.safety import SafeActions, stand_still
+from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm
 
 DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
 console = Console()
@@ -122,7 +122,7 @@ def drive(job: Job) -> list[Outcome]:
     started, network = time.perf_counter(), 0.0
     arms = [Arm(job.task, job.image_size) for _ in job.seeds]
     scenes = [arm.reset(seed) for arm, seed in zip(arms, job.seeds, strict=True)]
-    limits = [SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, HOLD) for _ in arms]
+    limits = [SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, stand_still(ACTION_DIM)) for _ in arms]
     done, looks = [False] * len(arms), [0] * len(arms)
     films: list[list[np.ndarray]] = [[] for _ in arms]
     rng = np.random.default_rng(job.seeds[0])

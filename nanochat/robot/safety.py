@@ -96,3 +96,8 @@ def rounded(limit: np.ndarray, towards: float) -> np.ndarray:
     near = limit.astype(np.float32)
     beyond = near < limit if towards > 0 else near > limit
     return np.where(beyond, np.nextafter(near, np.float32(towards)), near)
+
+
+def stand_still(action_dim: int) -> list[float]:
+    """`hold` for actions that say how far to move: nothing moves, and the last number, the fingers, is as it was last sent."""
+    return [0.0] * (action_dim - 1) + [float("nan")]

@@ -151,7 +151,7 @@ def unpack(message: bytes | str) -> dict:
 
     def counted(item: dict | list):
         nonlocal values
-        values += 1 + len(item)
+        values += len(item)
         if values > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values outside of arrays")
         return unpack_array(item) if isinstance(item, dict) else item

@@ -17,7 +17,6 @@ CAMERA_POSITION = (0.75, 0.075, 0.7)  # nearer than Meta-World's own, as publish
 FPS = 80  # control steps in a second of simulated time
 MAX_STEPS = 500
 ACTION_DIM = 4  # motion of the hand along x, y, z and of the fingers, each in -1..1
-HOLD = (0.0, 0.0, 0.0, np.nan)  # no motion, the fingers as they were last told (see safety.py)
 STATE_DIM = 4  # hand x, y, z in metres, opening of the fingers; what follows in the observation tells where things are
 OVERSAMPLING = 2
 
