@@ -67,8 +67,8 @@ class Policy:
 
     def act(self, observation: dict) -> dict:
         """One observation as openpi names it: {"observation/image": (H, W, 3) uint8, "observation/state": (state_dim,),
-        "prompt": str} -> {"actions": (chunk, action_dim) float32}; LeRobot's "observation.image" and "observation.state" will do as
-        well. Raises ValueError naming what is missing or wrong."""
+        "prompt": str} -> {"actions": (chunk, action_dim) float32}; LeRobot's "observation.image" and "observation.state" will
+        do as well. Raises ValueError naming what is missing or wrong."""
         image, state = (
             observation.get(f"observation/{key}", observation.get(f"observation.{key}")) for key in ("image", "state")
         )
