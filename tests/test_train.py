@@ -280,8 +280,8 @@ def test_the_word_loss_reaches_the_encoder_and_knows_the_telling_words(pictures,
     run = new_run(recipe)
     # the end of the turn is in every answer and tells nothing; colours do
     end = run.tokenizer.special("<|assistant_end|>")
-    assert all(words and end not in words for words in run.word_head.words)
-    by_colour = {tuple(run.word_head.words[run.data.groups[i][0].images[0]]) for i in range(len(run.data.groups))}
+    assert all(words and end not in words for words in run.helper.words)
+    by_colour = {tuple(run.helper.words[run.data.groups[i][0].images[0]]) for i in range(len(run.data.groups))}
     assert len(by_colour) == len(COLOURS)
     batch = collate([row for group in run.data.groups[:4] for row in group])
     answers, words = run.losses(batch, np.random.default_rng(0))
