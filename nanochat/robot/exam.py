@@ -22,7 +22,7 @@ from nanochat.robot.frames import Frames, question_messages
 from nanochat.robot.lerobot import RobotDataset
 from nanochat.robot.scene import Question
 
-NEW_TOKENS = 16
+NEW_TOKENS = 40  # a description has 25
 BATCH = 64
 WAYS = ("aligned", "shuffled", "blind")
 console = Console()
@@ -92,8 +92,11 @@ def balanced(truths: list[str], hits: list[bool]) -> float:
 
 
 def table(result: dict, n_frames: int, n_tasks: int) -> Table:
-    out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks")
-    columns = ("kind", "n", "right", "95 %", "shuffled", "blind", "majority", "balanced", "shuffled")
+    out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks, % right")
+    out.caption = (
+        "other: about another picture; major: always the commonest answer; bal: mean over the different answers"
+    )
+    columns = ("kind", "n", "right", "95 %", "other", "blind", "major", "bal", "other")
     for column in columns:
         out.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
     for kind, row in result.items():
