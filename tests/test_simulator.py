@@ -1,6 +1,8 @@
 """The simulated arm, recording and driving it. Skipped where Meta-World or OpenGL is missing."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,6 +101,16 @@ def test_large_pictures():
     assert arm.image().shape == (320, 320, 3)
 
 
+@needs_simulator
+def test_training_after_drawing_does_not_crash():
+    """Mesa's LLVM and triton's do not bear each other, unless triton's comes first; in a process of its own, since a crash ends it."""
+    code = (
+        "from nanochat.robot.simulator import Arm; a = Arm('reach', 32); a.reset(0); a.image(); import torch._dynamo, torch; "
+        "torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch):
     class NoGL:
         class Renderer:
@@ -113,7 +125,7 @@ def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch):
 
 
 def test_a_machine_without_metaworld_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
     with pytest.raises(SimulatorError, match=r"nanochat-vision\[robot\]"):
         simulator.import_metaworld()
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,6 +132,9 @@ def import_metaworld():
     """(environments, scripted policies, mujoco)."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display needed; read when mujoco is imported
+        # Mesa draws with an LLVM of its own. Triton's, which torch imports when an optimiser is made, crashes if it comes second.
+        with suppress(ImportError):
+            import triton  # noqa: F401
     try:
         import mujoco
         from metaworld import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
