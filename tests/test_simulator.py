@@ -103,7 +103,7 @@ def test_large_pictures():
 
 @needs_simulator
 def test_training_after_drawing_does_not_crash():
-    """Mesa's LLVM and triton's do not bear each other, unless triton's comes first; in a process of its own, since a crash ends it."""
+    """Mesa's LLVM and triton's do not bear each other, unless triton's comes first. A crash would end this process."""
     code = (
         "from nanochat.robot.simulator import Arm; a = Arm('reach', 32); a.reset(0); a.image(); import torch._dynamo, torch; "
         "torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])"
