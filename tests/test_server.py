@@ -312,7 +312,8 @@ def test_an_open_door_is_warned_of(serving, caplog):
 
 
 SERVES = """
-import asyncio
+import asyncio, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 from nanochat.robot.server import run
 class Idle:
     metadata = {"chunk": 2, "name": "echo"}
