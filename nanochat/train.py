@@ -348,20 +348,26 @@ def open_encoder(recipe: Recipe) -> YOLOv9Plus:
     return encoder.truncate(recipe.layer)
 
 
+def shape_of(recipe: Recipe, tokenizer: Tokenizer) -> dict:
+    """The fields of a model's config that the recipe and the vocabulary decide, whatever the eyes."""
+    return {
+        "sequence_len": recipe.sequence_len,
+        "vocab_size": tokenizer.vocab_size,
+        "n_layer": recipe.n_layer,
+        "n_head": recipe.n_head,
+        "n_kv_head": recipe.n_head,
+        "n_embd": recipe.n_embd,
+        "vision_tokens_per_image": recipe.vision_tokens,
+        "vision_token_id": tokenizer.special("<|image|>"),
+        "vision_layer": recipe.layer,
+        "vision_image_size": recipe.image_size,
+    }
+
+
 def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> MultimodalGPT:
     encoder = open_encoder(recipe)
     config = MultimodalGPTConfig(
-        sequence_len=recipe.sequence_len,
-        vocab_size=tokenizer.vocab_size,
-        n_layer=recipe.n_layer,
-        n_head=recipe.n_head,
-        n_kv_head=recipe.n_head,
-        n_embd=recipe.n_embd,
-        vision_embedding_dim=encoder.embedding_dim(recipe.layer),
-        vision_tokens_per_image=recipe.vision_tokens,
-        vision_token_id=tokenizer.special("<|image|>"),
-        vision_layer=recipe.layer,
-        vision_image_size=recipe.image_size,
+        vision_embedding_dim=encoder.embedding_dim(recipe.layer), **shape_of(recipe, tokenizer)
     )
     model = create_multimodal_gpt(config, device)
     model.init_weights()

@@ -45,7 +45,7 @@ class Echo:
         def act(observation):
             calls.append(1)
             if observation["prompt"] == "raise":
-                raise KeyError("a secret path /home/me")
+                raise KeyError("a secret path")
             if observation["prompt"] == "refuse":
                 raise ValueError('"observation/state" must be\n2 finite numbers')
             if observation["prompt"] == "slow":

@@ -45,6 +45,7 @@ from nanochat.train import (
     full_gpu_explained,
     open_encoder,
     set_training,
+    shape_of,
     shaped_like,
     started_recipe,
     trained_parameters,
@@ -124,18 +125,8 @@ def make_tokenizer(recipe: Robot, data: Frames) -> Tokenizer:
 def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
     encoder = open_encoder(recipe)
     config = RobotGPTConfig(
-        sequence_len=recipe.sequence_len,
-        vocab_size=tokenizer.vocab_size,
-        n_layer=recipe.n_layer,
-        n_head=recipe.n_head,
-        n_kv_head=recipe.n_head,
-        n_embd=recipe.n_embd,
         vision_embedding_dim=recipe.glance_dim,
         map_channels=encoder.embedding_dim(recipe.layer),
-        vision_tokens_per_image=recipe.vision_tokens,
-        vision_token_id=tokenizer.special("<|image|>"),
-        vision_layer=recipe.layer,
-        vision_image_size=recipe.image_size,
         action_head=recipe.action_head,
         chunk=recipe.chunk,
         state_scale=asdict(Scale.fit(data.state)),
@@ -143,6 +134,7 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
         state_token_id=tokenizer.special(STATE),
         act_token_id=tokenizer.special(ACT),
         bin_token_id=tokenizer.special(BINS[0]),
+        **shape_of(recipe, tokenizer),
     )
     model = RobotGPT(config)
     model.init_weights()
