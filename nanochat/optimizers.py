@@ -45,11 +45,7 @@ def make_optimizers(
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Warm up, stay, fall to zero along a line: a trapezoid. Then, for the reward, a far lower one that only falls."""
-    left = steps - step
-    if left <= recipe.reward_steps:
-        return recipe.reward_lr * left / recipe.reward_steps
-    steps -= recipe.reward_steps
+    """Warm up, stay, fall to zero along a line: a trapezoid."""
     rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     fall = min(1.0, (steps - step) / max(1, recipe.cooldown * steps))
     return rise * fall

@@ -8,28 +8,20 @@ from typing import Literal
 AT_LEAST = {
     1: (
         "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "images_per_step",
-        "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every",
+        "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk",
     ),
     0: ("seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "matrix_lr", "embedding_lr", "head_lr",
-        "encoder_lr", "reward_lr"),
+        "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift"),
 }  # fmt: skip
 SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
 
 
 @dataclass
 class Recipe:
-    """Defaults that the recipes below change where their data asks for it."""
+    """What all recipes have. Those below change the defaults where their data asks for it."""
 
-    # data
     data: str = ""
-    "Dataset name or path, as `nanochat.data.load_dataset` reads it."
-    train_split: str = "fit"
-    val_split: str = "val"
-    val_images: int = 400
-    "Validation pictures, at most."
-    strict: bool = False
-    "Refuse data with missing pictures instead of leaving their rows out."
-
+    "What to learn from: a path, or a name that the recipe knows."
     start_from: str = ""
     "A checkpoint to go on from with other data: its weights, words and shape (the fields of eyes and words then come from it)."
 
@@ -41,15 +33,11 @@ class Recipe:
     image_size: int = 224
     "Square input of the encoder in pixels, a multiple of 32."
     vision_tokens: int = 16
-    "Vectors per picture: 1 is pooled, a square number is a grid."
+    "Vectors per picture."
     train_encoder: bool = False
-    "Train the encoder too; else its features are computed once and kept on disk."
+    "Train the encoder too."
     batchnorm: Literal["frozen", "train"] = "frozen"
     "Statistics of the encoder's BatchNorm while it trains: frozen for pretrained weights, train for random ones."
-    flip: Literal["none", "horizontal", "both"] = "none"
-    "Random mirroring of training pictures (a trained encoder only)."
-    jitter: float = 0.0
-    "Random shift of training pictures, as a share of their side, and zoom by as much (a trained encoder only)."
 
     # words
     vocab_size: int = 4096
@@ -65,30 +53,13 @@ class Recipe:
     "Of the decoder's activations; bfloat16 is faster where the processor has instructions for it."
 
     # steps
-    epochs: float = 10.0
-    steps: int | None = None
-    "Instead of epochs."
     images_per_step: int = 32
-    questions_per_image: int = 4
-    "Questions (or captions) of one picture in a step, drawn at random; they share one encoder pass."
-    device_batch_size: int | None = None
-    "Pictures in memory at a time; a step accumulates gradients until it has images_per_step."
     gradient_checkpointing: bool = False
     "Recompute the decoder's blocks in the backward pass: less memory, more time."
     blind_share: float = 0.05
     "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
-    word_dropout: float = 0.0
-    "Share of the words, of questions and answers, that are hidden in training: against learning small texts by heart."
-
-    word_loss: float = 0.0
-    "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."
     decoder_gradient: float = 1.0
-    "Share of the decoder's gradient that reaches the encoder: beside the word loss most of it is noise."
-
-    reward_steps: int = 0
-    "Steps after the others in which the model learns from the score of its own captions (see rewards.py)."
-    reward_lr: float = 0.05
-    "Learning rates of these steps, as a share of the peak rates."
+    "Share of the decoder's gradient that reaches the encoder: beside a loss of its own most of it is noise."
 
     # optimisers: Muon on matrices, AdamW on the rest
     matrix_lr: float = 0.02
@@ -110,31 +81,69 @@ class Recipe:
     device: str = "auto"
     threads: int | None = None
     "Of the CPU; default as many as it has cores. A small model is fastest with 1, above all beside other work."
-    encoder_device: str | None = None
-    "Another device for the encoder, to leave memory to the decoder."
     eval_every: int = 250
     "Steps between validations."
     save_every: int = 250
     "Steps between checkpoints: what a kill can lose."
-    cache: str = ""
-    "Folder of the feature cache; default OUT/../features."
 
     def check(self) -> None:
         """Raises ValueError for a number out of range."""
         for least, names in AT_LEAST.items():
             for name in names:
-                value = getattr(self, name)
+                value = getattr(self, name, None)
                 if value is not None and not (math.isfinite(value) and value >= least):
                     raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+
+
+@dataclass
+class PictureRecipe(Recipe):
+    """Questions about pictures, and captions. `vision_tokens`: 1 is the mean of the map, a square number is a grid."""
+
+    data: str = ""
+    "Dataset name or path: easy_vqa, captions.csv or its folder, .jsonl, LLaVA .json, .parquet, or hf:owner/name."
+    train_split: str = "fit"
+    val_split: str = "val"
+    val_images: int = 400
+    "Validation pictures, at most."
+    strict: bool = False
+    "Refuse data with missing pictures instead of leaving their rows out."
+    cache: str = ""
+    "Folder where an encoder's features are kept that is not trained; default OUT/../features."
+    encoder_device: str | None = None
+    "Another device for the encoder, to leave memory to the decoder."
+
+    flip: Literal["none", "horizontal", "both"] = "none"
+    "Random mirroring of training pictures (a trained encoder only)."
+    jitter: float = 0.0
+    "Random shift of training pictures, as a share of their side, and zoom by as much (a trained encoder only)."
+    word_dropout: float = 0.0
+    "Share of the words, of questions and answers, that are hidden in training: against learning small texts by heart."
+    word_loss: float = 0.0
+    "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."
+
+    epochs: float = 10.0
+    steps: int | None = None
+    "Instead of epochs."
+    questions_per_image: int = 4
+    "Questions (or captions) of one picture in a step, drawn at random; they share one encoder pass."
+    device_batch_size: int | None = None
+    "Pictures in memory at a time; a step accumulates gradients until it has images_per_step."
+    reward_steps: int = 0
+    "Steps after the others in which the model learns from the score of its own captions (see rewards.py)."
+    reward_lr: float = 0.05
+    "Learning rates of these steps, as a share of the peak rates."
+
+    def check(self) -> None:
+        super().check()
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ValueError(f"epochs must be more than 0, got {self.epochs}")
 
 
 @dataclass
-class EasyVQA(Recipe):
+class EasyVQA(PictureRecipe):
     """Questions about coloured shapes, trained end to end from random weights: the model that ships."""
 
     data: str = "easy_vqa"
@@ -157,7 +166,7 @@ class EasyVQA(Recipe):
 
 
 @dataclass
-class Flickr8k(Recipe):
+class Flickr8k(PictureRecipe):
     """Captions of photographs. Needs a folder with train.jsonl, dev.jsonl and images: --data DIR."""
 
     train_split: str = "train"
@@ -181,7 +190,7 @@ class Flickr8k(Recipe):
 
 
 @dataclass
-class Daquar(Recipe):
+class Daquar(PictureRecipe):
     """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR.
 
     Few pictures: best with the encoder of a model that has seen others, --encoder runs/flickr8k."""
@@ -201,7 +210,7 @@ class Daquar(Recipe):
 
 
 @dataclass
-class Folder(Recipe):
+class Folder(PictureRecipe):
     """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH.
 
     The whole model learns from nothing, so that no download is needed. With weights at hand, --encoder WEIGHTS.pt
@@ -221,6 +230,8 @@ class Robot(Recipe):
 
     `nanochat demos` makes some; see nanochat/robot/train.py."""
 
+    data: str = ""
+    "Folder of a LeRobot dataset, v2.1 or v3.0."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
@@ -236,7 +247,7 @@ class Robot(Recipe):
     encoder_lr: float = 2e-3
     decoder_gradient: float = 0.05
     blind_share: float = 0.03
-    steps: int | None = 4500
+    steps: int = 4500
     eval_every: int = 300
     save_every: int = 300
     threads: int | None = 1

@@ -516,7 +516,7 @@ DATA = "data/chunk-000/file-000.parquet"
 @pytest.mark.parametrize(
     "damage, error, message",
     [
-        (shutil.rmtree, FileNotFoundError, "info.json is missing"),
+        (shutil.rmtree, FileNotFoundError, "there is no folder"),
         (without("meta/info.json"), FileNotFoundError, "info.json is missing"),
         (without(lerobot.EPISODES_PATH), FileNotFoundError, "file-000.parquet is missing"),
         (without(DATA), FileNotFoundError, "data/chunk-000/file-000.parquet is missing"),

@@ -201,3 +201,14 @@ def test_data_without_a_simulators_state_trains_actions_alone(tmp_path):
     write_dataset(folder, (toy_episode(n, scene=False) for n in range(6)), 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=2, **TINY))
     assert Policy.load(str(out)).metadata["action_dim"] == 4
+
+
+def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):
+    first = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), steps=1, **TINY))
+    settings = dict(data=str(folder), start_from=str(first), steps=2, **TINY)
+    before = Policy.load(str(first)).model.vision_encoder.state_dict()
+    for train_encoder in (False, True):
+        out = train_robot(Robot(out=str(tmp_path / str(train_encoder)), train_encoder=train_encoder, **settings))
+        after = Policy.load(str(out)).model.vision_encoder.state_dict()
+        same = all(torch.equal(value, after[name]) for name, value in before.items())
+        assert same is not train_encoder

@@ -19,15 +19,9 @@ from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import vqa_sample
 from nanochat.optimizers import learning_rate_factor, make_optimizers
 from nanochat.recipes import Folder
+from nanochat.run import started_recipe
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import (
-    Run,
-    build_model,
-    open_eyes,
-    started_recipe,
-    texts_of,
-    train,
-)
+from nanochat.train import PictureRun, build_model, open_eyes, texts_of, train
 from nanochat.validation import three_ways
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +67,7 @@ def new_run(recipe):
     data = Rows(samples, tokenizer, model.config)
     eyes, val_eyes = open_eyes(recipe, model, data, data, Path(recipe.out))
     start = {"step": 0, "seconds": 0.0, "history": []}
-    return Run(recipe, Path(recipe.out), model, tokenizer, data, data, eyes, val_eyes, 50, start)
+    return PictureRun(recipe, Path(recipe.out), model, tokenizer, data, data, 50, start, eyes, val_eyes)
 
 
 def test_end_to_end_training_learns_from_the_picture(pictures, tmp_path):
@@ -259,9 +253,13 @@ def test_learning_rates_rise_stay_and_fall():
     recipe = Folder(warmup_steps=10, cooldown=0.5)
     factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:50] == [1.0] * 41 and factors[-1] == pytest.approx(0.02)
-    recipe = replace(recipe, reward_steps=20, reward_lr=0.1)
-    assert [learning_rate_factor(step, 120, recipe) for step in range(100)] == factors
-    assert [learning_rate_factor(step, 120, recipe) for step in (100, 110, 119)] == pytest.approx([0.1, 0.05, 0.005])
+    run = object.__new__(PictureRun)
+    run.recipe, run.steps = replace(recipe, reward_steps=20, reward_lr=0.1), 120
+    rewarded = []
+    for run.step in range(120):
+        rewarded.append(run.rate_factor())
+    assert rewarded[:100] == factors
+    assert [rewarded[step] for step in (100, 110, 119)] == pytest.approx([0.1, 0.05, 0.005])
 
 
 def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
@@ -373,14 +371,14 @@ def test_ctrl_c_saves_and_the_line_it_prints_goes_on(pictures, tmp_path, number)
 
 def stop_behind(monkeypatch, step):
     """Have every run stop behind that step, as after Ctrl-C."""
-    take_step = Run.train_step
+    take_step = PictureRun.train_step
 
     def stepping(self):
         result = take_step(self)
         self.stopping = self.step == step
         return result
 
-    monkeypatch.setattr(Run, "train_step", stepping)
+    monkeypatch.setattr(PictureRun, "train_step", stepping)
 
 
 @pytest.mark.parametrize(("stopped", "allowed"), [(5, True), (8, False)])
@@ -443,7 +441,7 @@ def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, wher
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     if where == "train_step":
-        monkeypatch.setattr(Run, "train_step", full)
+        monkeypatch.setattr(PictureRun, "train_step", full)
     else:
         monkeypatch.setattr("nanochat.train.build_model", full)
     with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from nanochat.data.sample import written_whole
 from nanochat.robot.instructions import INSTRUCTIONS
@@ -80,8 +80,7 @@ def record(
     ]
     open_work(work, {"seed": seed, "noise": noise, "image_size": image_size, "episodes": episodes})
     missing = [block for block in blocks if not (work / block.name).exists()]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         done = episodes * len(tasks) - sum(block.episodes for block in missing)
         bar = progress.add_task("recording episodes", total=episodes * len(tasks), completed=done)
         if missing:

@@ -282,6 +282,8 @@ class RobotDataset:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.folder} to read a dataset from")
         where = self.folder / "meta/info.json"
         self.info = json_object(present(where).read_bytes(), where)
         if self.info.get("codebase_version") not in VERSIONS:

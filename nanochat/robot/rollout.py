@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from nanochat import metrics
@@ -82,8 +82,7 @@ def run(
         for task in tasks
     ]
     started, outcomes = time.perf_counter(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task("driving", total=len(jobs) * episodes)
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(processes, len(jobs)), open_policy, (checkpoint, str(device))) as pool:

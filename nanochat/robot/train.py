@@ -35,8 +35,7 @@ from nanochat.robot.lerobot import RobotDataset, bridge_sample
 from nanochat.robot.model import ACT, BINS, STATE, RobotGPT, RobotGPTConfig
 from nanochat.robot.policy import Policy
 from nanochat.robot.scene import PHRASES
-from nanochat.tokenizer import Tokenizer
-from nanochat.train import (
+from nanochat.run import (
     DTYPES,
     Run,
     begin,
@@ -50,20 +49,21 @@ from nanochat.train import (
     started_recipe,
     trained_parameters,
 )
+from nanochat.tokenizer import Tokenizer
 
 VAL_SHARE = 0.04  # of each task's episodes, but one at least
 VAL_FRAMES = 256
 PLACES = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second object and goal in Meta-World's observation
 
 
-@full_gpu_explained()
+@full_gpu_explained("lower images_per_step or questions_per_step, or set gradient_checkpointing")
 def train_robot(recipe: Robot) -> Path:
     """Run the recipe to its end (or go on with it) and return the checkpoint folder. Raises as `train.train` does."""
     out, device = begin(recipe)
     data, val = open_frames(recipe.data)
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
-        check_same(recipe, started_recipe(recipe), before["step"], recipe.steps, before["steps"])
+        check_same(recipe, started_recipe(recipe), before["step"], (recipe.steps, before["steps"]))
     else:
         if recipe.start_from:
             model, tokenizer = go_on_from(recipe, data, device)
@@ -73,12 +73,13 @@ def train_robot(recipe: Robot) -> Path:
             model = build_robot(recipe, tokenizer, data).to(device)
         before = {"step": 0, "seconds": 0.0, "history": []}
     model.transformer.wte.to(DTYPES[recipe.dtype])
+    model.vision_encoder.requires_grad_(recipe.train_encoder)
     console.print(
         f"{len(data):,} frames of {len(data.by_task)} tasks, {len(val):,} to validate; "
         f"{trained_parameters(model):,} trained parameters, vocabulary {tokenizer.vocab_size}, "
         f"{recipe.steps} steps on {device}"
     )
-    return RobotRun(recipe, out, model, tokenizer, data, val, None, None, recipe.steps, before).go()
+    return RobotRun(recipe, out, model, tokenizer, data, val, recipe.steps, before).go()
 
 
 def open_frames(folder: str) -> tuple[Frames, Frames]:
@@ -191,10 +192,6 @@ class RobotRun(Run):
         config = self.model.config
         head = SceneHead(self.data, config.vision_tokens_per_image * config.vision_embedding_dim)
         return head.to(self.model.device)
-
-    @property
-    def multi_turn(self) -> bool:
-        return False
 
     def train_step(self) -> tuple[float, int, int]:
         """One optimiser step. Returns the mean loss of the actions, the tokens and the pictures."""
