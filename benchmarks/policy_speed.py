@@ -2,9 +2,9 @@
 
     python benchmarks/policy_speed.py [CHECKPOINT ...] [--threads 2] [--rounds 50]
 
-Each checkpoint is timed in turn with a peer, round by round, so that a busy machine slows both down alike: torchvision's
-ResNet-18 at 224 pixels, with random weights, which ACT and Diffusion Policy use as eyes. It only looks; what those policies
-do behind it comes on top. Medians.
+Each checkpoint is timed in turn with its peers, round by round, so that a busy machine slows all down alike: torchvision's
+ResNet-18 with random weights, which ACT and Diffusion Policy use as eyes, on pictures of the policy's size and of 224
+pixels. It only looks; what those policies do behind it comes on top. Medians.
 """
 
 import time
@@ -38,13 +38,16 @@ def main(args: Args) -> None:
         size, state_dim = policy.metadata["image_size"], policy.metadata["state_dim"]
         frames = rng.integers(0, 256, (args.rounds + 5, size, size, 3), np.uint8)
         states = rng.uniform(0, 0.5, (args.rounds + 5, state_dim)).astype(np.float32)
-        ours, theirs = [], []
+        small, large = torch.rand(1, 3, size, size), torch.rand(1, 3, 224, 224)
+        ours, same_size, usual_size = [], [], []
         for image, state in zip(frames, states, strict=True):
             ours.append(timed(lambda: policy([image], state[None], ["open the door"])))  # noqa: B023
-            theirs.append(timed(lambda: peer(torch.rand(1, 3, 224, 224))))
+            same_size.append(timed(lambda: peer(small)))  # noqa: B023
+            usual_size.append(timed(lambda: peer(large)))  # noqa: B023
         for label, times in (
             (f"{name} ({policy.model.num_parameters():,} parameters)", ours),
-            ("ResNet-18 alone", theirs),
+            (f"ResNet-18 alone, {size} pixels", same_size),
+            ("ResNet-18 alone, 224 pixels", usual_size),
         ):
             low, middle, high = 1e3 * np.quantile(times[5:], (0.25, 0.5, 0.75))  # the first rounds warm up
             print(f"{label:50s} {middle:7.2f}  ({low:.2f} .. {high:.2f})")

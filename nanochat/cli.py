@@ -30,8 +30,9 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
 
     out.parent.mkdir(parents=True, exist_ok=True)
     check_out(out, ".png")
-    (name,) = task_list([task])
-    run(out, name, seed)
+    if len(names := task_list([task])) != 1:
+        raise ValueError(f"demo drives one task, {task} are {len(names)}: nanochat rollout takes several")
+    run(out, names[0], seed)
 
 
 def ask(
@@ -184,7 +185,7 @@ def evaluate(
         checkpoint: A checkpoint folder, a hub name, or `default`.
         dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name. Of demonstrations
             (`nanochat demos`), questions about 1,000 frames, or --limit of them.
-        split: Part of the dataset; of a single file fit, val, or any other name for all of it.
+        split: Part of the dataset; of a single file, or of demonstrations, fit, val, or any other name for all of it.
         limit: Score a random subset of that many samples.
         json_out: Write the figures to this file.
         batch_size: Samples that are answered together.
@@ -197,7 +198,7 @@ def evaluate(
     if (Path(dataset).expanduser() / "meta" / "info.json").is_file():
         from nanochat.robot.exam import run as examine
 
-        examine(checkpoint, dataset, limit or 1000, json_out, pick_device(device))
+        examine(checkpoint, dataset, split, limit or 1000, batch_size, json_out, pick_device(device))
     else:
         from nanochat.evaluate import run
 
@@ -367,7 +368,9 @@ def policy_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    execute: int | None = None,
     max_change: float | None = None,
+    hold: Literal["still", "last"] = "still",
     device: Annotated[str, arg(help=DEVICE)] = "cpu",
 ) -> None:
     """Serve a policy by openpi's websocket protocol, so that `openpi-client` drives a robot with it.
@@ -377,16 +380,20 @@ def policy_server(
         host: Who may connect: 127.0.0.1 is this machine alone, 0.0.0.0 is everybody.
         port: Where to listen.
         token: What clients must know (their api_key); default $NANOCHAT_TOKEN, else none.
+        execute: Actions of a chunk that are sent; default all. The robot should carry out all of them before it asks again.
         max_change: The most that a number of an action may change from one to the next.
+        hold: What is sent where the network gives no numbers: still is no motion, for actions that say how far to move; last is
+            the action before, for actions that say where to be.
     """
     import asyncio
 
-    from nanochat.robot.policy import Policy
+    from nanochat.robot.policy import Policy, Served
     from nanochat.robot.server import run
     from nanochat.run import pick_device
 
-    policy = Policy.load(checkpoint, pick_device(device), max_change)
-    asyncio.run(run(policy, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
+    policy = Policy.load(checkpoint, pick_device(device))
+    served = Served(policy, execute, max_change, hold)
+    asyncio.run(run(served, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
 
 
 def train(words: list[str]) -> None:

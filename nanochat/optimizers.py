@@ -34,7 +34,7 @@ def make_optimizers(
         {"params": tables, "lr": recipe.head_lr, "weight_decay": 0.0},
     ]
     if encoder:
-        groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": 0.05})
+        groups.append({"params": encoder, "lr": recipe.encoder_lr, "weight_decay": recipe.encoder_decay})
     if helper is not None:
         groups.append({"params": list(helper.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
     adamw = torch.optim.AdamW(groups, betas=BETAS)

@@ -10,8 +10,10 @@ AT_LEAST = {
         "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "images_per_step",
         "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk",
     ),
-    0: ("seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "matrix_lr", "embedding_lr", "head_lr",
-        "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift"),
+    0: (
+        "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "embedding_lr",
+        "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift",
+    ),
 }  # fmt: skip
 SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
 
@@ -41,7 +43,7 @@ class Recipe:
 
     # words
     vocab_size: int = 4096
-    "At most; a small text has fewer merges."
+    "Bytes, merges and the words of a conversation, at most; a small text has fewer merges. Of robots, bins come on top."
     tokenizer: str = ""
     "A tokenizer.json (`nanochat tokenizer`, or of a checkpoint) instead of one that is learnt from the data."
     sequence_len: int = 128
@@ -68,6 +70,9 @@ class Recipe:
     "Of the output table and the positions of vision tokens."
     encoder_lr: float = 1e-3
     weight_decay: float = 0.0
+    "Of the matrices."
+    encoder_decay: float = 0.05
+    "The same of the encoder."
     warmup_steps: int = 50
     cooldown: float = 0.5
     "Share of the run in which the learning rates fall to zero."
@@ -80,7 +85,7 @@ class Recipe:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    "Of the CPU; default as many as it has cores. A small model is fastest with 1, above all beside other work."
+    "Of the CPU; None: as many as it has cores. A small model is fastest with 1, above all beside other work."
     eval_every: int = 250
     "Steps between validations."
     save_every: int = 250
@@ -231,7 +236,9 @@ class Robot(Recipe):
     `nanochat demos` makes some; see nanochat/robot/train.py."""
 
     data: str = ""
-    "Folder of a LeRobot dataset, v2.1 or v3.0."
+    "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
+    camera: str = ""
+    "Its name, such as observation.images.front; default the first of the data."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
@@ -259,9 +266,9 @@ class Robot(Recipe):
     chunk: int = 10
     "Actions that are given at once."
     questions_per_step: int = 16
-    "Frames that are asked about in a step, beside the images_per_step that are acted on."
+    "Frames that are asked about in a step, beside the images_per_step that are acted on (a simulator's data only)."
     question_loss: float = 0.3
-    "Weight of the answers beside the actions."
+    "Weight of the answers beside the actions (a simulator's data only)."
     shift: int = 4
     "Random shift of training pictures, in pixels."
     scene_loss: float = 1.0

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from nanochat.assistant import resolve_checkpoint
 from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint
 from nanochat.data import load_dataset, one_per_reference
@@ -62,7 +63,7 @@ def train(recipe: PictureRecipe) -> Path:
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
     elif recipe.start_from:
-        model, tokenizer, _ = load_checkpoint(recipe.start_from, device)
+        model, tokenizer, _ = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
         recipe = shaped_like(recipe, model)
     else:
         tokenizer = open_tokenizer(recipe, samples)
@@ -160,6 +161,7 @@ class PictureRun(Run):
         device, n_tries = self.model.device, self.recipe.questions_per_image
         n_images, total, tokens = sum(map(len, chunks)), 0.0, 0
         for chunk in chunks:
+            self.model.vision_encoder.eval()  # BatchNorm would learn even without gradients
             with torch.no_grad():
                 vectors = self.eyes([rows[0].images[0] for rows in chunk], rng).to(device)
             seed = int(rng.integers(2**31))

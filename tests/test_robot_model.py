@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from nanochat.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nanochat.robot.actions import N_BINS, Scale
 from nanochat.robot.model import ACT, BINS, STATE, Glances, RobotGPT, RobotGPTConfig, action_prompt, pad_right
-from nanochat.robot.policy import Policy
+from nanochat.robot.policy import Policy, Served
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
 
@@ -211,9 +211,47 @@ def test_a_served_nan_stands_still_and_keeps_the_fingers(tokenizer, monkeypatch)
     policy = Policy(make_model(tokenizer, "continuous"), tokenizer, {})
     chunks = iter([np.full((3, 4), 0.5, np.float32), np.full((3, 4), np.nan, np.float32)])
     monkeypatch.setattr(policy, "act", lambda observation: {"actions": next(chunks)})
-    act = policy.session()
+    act = Served(policy).session()
     np.testing.assert_allclose(act({})["actions"], 0.5)
     np.testing.assert_allclose(act({})["actions"], [[0, 0, 0, 0.5]] * 3)
+
+
+def test_an_arm_that_is_told_where_to_be_holds_on_to_the_action_before(tokenizer, monkeypatch):
+    policy = Policy(make_model(tokenizer, "continuous"), tokenizer, {})
+    nothing = np.full((3, 4), np.nan, np.float32)
+    chunks = iter([nothing, np.full((3, 4), 0.5, np.float32), nothing])
+    monkeypatch.setattr(policy, "act", lambda observation: {"actions": next(chunks)})
+    act = Served(policy, hold="last").session()
+    with pytest.raises(ValueError, match="no action before"):
+        act({})
+    for _ in range(2):
+        np.testing.assert_allclose(act({})["actions"], 0.5)
+
+
+def test_limits_run_from_the_last_action_that_was_sent(tokenizer, monkeypatch):
+    policy = Policy(make_model(tokenizer, "continuous"), tokenizer, {})
+    monkeypatch.setattr(policy, "act", lambda observation: {"actions": np.full((3, 4), observation["to"], np.float32)})
+    served = Served(policy, execute=2, max_change=0.1)
+    act = served.session()
+    sent = np.concatenate([act({"to": to})["actions"] for to in (0.0, 0.5, -0.5)])
+    assert served.metadata["chunk"] == 2 and len(sent) == 6
+    np.testing.assert_allclose(sent[:, 0], [0, 0, 0.1, 0.2, 0.1, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [dict(execute=0), dict(execute=4), dict(max_change=0), dict(hold="middle")])
+def test_serving_refuses_settings_that_are_none(tokenizer, wrong):
+    with pytest.raises(ValueError):
+        Served(Policy(make_model(tokenizer, "continuous"), tokenizer, {}), **wrong)
+
+
+def test_none_is_a_hidden_picture(model, tokenizer):
+    images, states, texts = inputs(2)
+    policy = Policy(model, tokenizer, {})
+    seen, half = policy(images, states, texts), policy([images[0], None], states, texts)
+    np.testing.assert_allclose(half[0], seen[0], atol=1e-5)
+    hidden = policy([None, None], states, texts)
+    assert np.abs(half[1] - seen[1]).max() > 1e-4
+    np.testing.assert_allclose(half[1], hidden[1], atol=1e-5)
 
 
 @settings(max_examples=20)

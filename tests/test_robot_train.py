@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.recipes import Robot
 from nanochat.robot.frames import Frames, action_batch, question_batch, shift_pictures
 from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.lerobot import Episode, write_dataset
 from nanochat.robot.policy import Policy
+from nanochat.robot.tables import png
 from nanochat.robot.train import RobotRun, build_robot, make_tokenizer, open_frames, train_robot
 
 SIZE = 32
@@ -57,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(folder):
-    data, _ = open_frames(str(folder))
+    data, _ = open_frames(Robot(data=str(folder), **TINY))
     recipe = Robot(data=str(folder), **TINY)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(recipe, data)
@@ -68,7 +70,7 @@ def built(folder):
 
 
 def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
-    data, val = open_frames(str(folder))
+    data, val = open_frames(Robot(data=str(folder), **TINY))
     assert len(data) == 154 * 6 and len(val) == 6 * 6
     assert set(val.by_task) == set(data.by_task) == {"reach", "push"}
     seen = {data.state[frame].tobytes() for frame in range(len(data))}
@@ -76,7 +78,7 @@ def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
 
 
 def test_tasks_are_drawn_alike_however_many_frames_they_have():
-    data = Frames([toy_episode(0, length=60), toy_episode(2, length=60), toy_episode(1, length=3)])
+    data = Frames([toy_episode(0, length=60), toy_episode(2, length=60), toy_episode(1, length=3)], SIZE)
     drawn = data.draw(4000, np.random.default_rng(0))
     share = np.mean([data.task(frame) == "push" for frame in drawn])
     assert 0.45 < share < 0.55
@@ -85,7 +87,7 @@ def test_tasks_are_drawn_alike_however_many_frames_they_have():
 
 def test_chunks_stop_at_the_episodes_end():
     episodes = [toy_episode(0), toy_episode(1)]
-    data = Frames(episodes)
+    data = Frames(episodes, SIZE)
     chunks, inside = data.chunks([0, 10, 12], 4)
     assert inside.tolist() == [[True] * 4, [True, True, False, False], [True] * 4]
     assert (chunks[1] == episodes[0].columns["action"][0]).all()  # nothing of the next episode
@@ -121,7 +123,8 @@ def test_only_answers_are_learnt_of_questions(built):
     for idx, targets in zip(batch.idx, batch.targets, strict=True):
         text = tokenizer.decode([t for t in targets.tolist() if t != IGNORE_INDEX])
         assert text and not text.endswith("?")
-        assert tokenizer.decode(idx.tolist()).count("?") >= 0
+        asked = tokenizer.decode(idx.tolist())
+        assert "?" in asked or CAPTION_PROMPT in asked
 
 
 def test_every_paraphrase_is_used(built):
@@ -192,6 +195,13 @@ def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path)
         Robot(data=str(other), out=str(tmp_path / "c"), start_from=str(first), action_head="bins", steps=1, **TINY)
     )
     assert Policy.load(str(third)).metadata["action_head"] == "bins"  # the same eyes and words, another head
+    fourth = train_robot(
+        Robot(**TINY | dict(data=str(other), out=str(tmp_path / "d"), start_from=str(first), chunk=7, steps=1))
+    )
+    said = json.loads((fourth / "training.json").read_text())["recipe"]
+    assert (
+        said["chunk"] == Policy.load(str(fourth)).metadata["chunk"] == 3
+    )  # its shape is the old one's, and so it says
     high = [Policy.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
     assert high[1][2] == pytest.approx(3 * high[0][2])
 
@@ -201,6 +211,41 @@ def test_data_without_a_simulators_state_trains_actions_alone(tmp_path):
     write_dataset(folder, (toy_episode(n, scene=False) for n in range(6)), 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=2, **TINY))
     assert Policy.load(str(out)).metadata["action_dim"] == 4
+
+
+def test_one_of_several_cameras_is_chosen(tmp_path):
+    folder, episodes = tmp_path / "two", [toy_episode(n) for n in range(3)]
+    cameras = {"observation.images.left": (200, 0, 0), "observation.images.right": (0, 200, 0)}
+    for episode in episodes:
+        episode.images = {
+            name: [png(np.full((SIZE, 2 * SIZE, 3), colour, np.uint8))] * 12 for name, colour in cameras.items()
+        }
+    write_dataset(folder, episodes, 10, "toy", (SIZE, 2 * SIZE, 3))
+    for asked, name in (("", "observation.images.left"), ("observation.images.right",) * 2):
+        data, _ = open_frames(Robot(data=str(folder), camera=asked, **TINY))
+        (picture,) = data.images([0])
+        assert picture.shape == (SIZE, SIZE, 3) and tuple(picture[SIZE // 2, SIZE // 2]) == cameras[name]
+        assert tuple(picture[0, 0]) == (114, 114, 114)  # letterboxed
+    with pytest.raises(ValueError, match="has no camera front: its cameras are observation.images.left, observation"):
+        open_frames(Robot(data=str(folder), camera="front", **TINY))
+
+
+def test_data_that_nobody_can_act_on_is_refused(tmp_path):
+    episodes = [toy_episode(n, scene=False) for n in range(2)]
+    for episode in episodes:
+        episode.columns["torque"] = episode.columns.pop("action")
+    write_dataset(tmp_path / "mute", episodes, 10, "toy", (SIZE, SIZE, 3))
+    with pytest.raises(ValueError, match='column "action", and the data has observation.state, torque'):
+        train_robot(Robot(data=str(tmp_path / "mute"), out=str(tmp_path / "run"), **TINY))
+
+
+def test_a_robot_with_a_single_joint(tmp_path):
+    episodes = [toy_episode(n, scene=False) for n in range(4)]
+    for episode in episodes:
+        episode.columns["action"] = episode.columns["action"][:, :1]
+    write_dataset(tmp_path / "one", episodes, 10, "toy", (SIZE, SIZE, 3))
+    out = train_robot(Robot(data=str(tmp_path / "one"), out=str(tmp_path / "run"), steps=1, **TINY))
+    assert Policy.load(str(out)).metadata["action_dim"] == 1
 
 
 def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Closed loop: the figures, the controls, and a small rollout with a policy that knows nothing."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from nanochat.robot.exam import balanced, score
 from nanochat.robot.instructions import INSTRUCTIONS, MT10, TIERS
 from nanochat.robot.rollout import Job, Outcome, drive, run, summary, told
 from nanochat.robot.scene import Question
+from nanochat.robot.workers import in_processes
 from tests.test_robot_model import make_model
 from tests.test_robot_model import tokenizer as tokenizer  # a fixture
 from tests.test_simulator import needs_simulator
@@ -60,7 +62,7 @@ def test_balanced_accuracy_of_one_answer_is_a_half():
     truths = ["no"] * 90 + ["yes"] * 10
     assert balanced(truths, [truth == "no" for truth in truths]) == 0.5
     asked = [Question("done", "done?", truth) for truth in truths]
-    row = score(asked, {"aligned": ["no"] * 95 + ["yes"] * 5, "blind": ["no"] * 100})["done"]
+    row = score(asked, list(range(100)), {"aligned": ["no"] * 95 + ["yes"] * 5, "blind": ["no"] * 100})["done"]
     assert row["aligned"] == 0.95 and row["majority"] == 0.9
     assert row["balanced"] == {"aligned": pytest.approx(0.75), "blind": 0.5}
 
@@ -83,6 +85,53 @@ def test_a_policy_whose_head_has_gone_mad_moves_nothing(monkeypatch):
     monkeypatch.setattr(rollout, "policy", broken, raising=False)
     (found,) = drive(Job("reach", "go", "policy", (0,), 5, 32, 10))
     assert found.warnings == {"not finite": 10} and not found.success
+
+
+@needs_simulator
+def test_what_the_policy_is_shown_and_told(monkeypatch):
+    seen = []
+
+    def watched(images, states, instructions):
+        seen.append((images, instructions))
+        return np.zeros((len(states), 10, 4), np.float32)
+
+    monkeypatch.setattr(rollout, "policy", watched, raising=False)
+    for driver in ("policy", "shuffled", "blind"):
+        drive(Job("reach", told(list(MT10), "reach", driver), driver, (0, 1), 5, 32, 5))
+    (shown, right), (shown_too, wrong), (hidden, right_too) = seen
+    assert hidden == [None, None] and right == right_too == [INSTRUCTIONS["reach"][0]] * 2
+    assert wrong == [INSTRUCTIONS["push"][0]] * 2
+    np.testing.assert_array_equal(shown, shown_too)
+    assert np.std(shown[0]) > 0 and (shown[0] != shown[1]).any()
+
+
+@needs_simulator
+def test_many_episodes_are_driven_a_few_at_a_time(tokenizer, tmp_path):
+    save_checkpoint(tmp_path / "c", make_model(tokenizer, "continuous", state_dim=4), tokenizer, {})
+    out = tmp_path / "figures.json"
+    run(str(tmp_path / "c"), ["reach"], 12, 3, ["blind", "blind"], 3, 3, 2, None, out, torch.device("cpu"))
+    result = json.loads(out.read_text())
+    assert sorted(outcome["seed"] for outcome in result["outcomes"]) == list(range(3, 15))
+    assert {outcome["looks"] for outcome in result["outcomes"]} == {1}
+
+
+def die(job):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_told_and_not_waited_for():
+    with pytest.raises(MemoryError, match="fewer --processes"):
+        list(in_processes(die, [1, 2, 3], 2))
+
+
+def refuse(job):
+    raise ValueError(f"no {job}")
+
+
+def test_what_a_process_raises_is_raised():
+    with pytest.raises(ValueError, match="no job"):
+        list(in_processes(refuse, ["job"] * 5, 2))
+    assert sorted(in_processes(abs, [-1, 2, -3], 2)) == [1, 2, 3]
 
 
 @needs_simulator

@@ -9,9 +9,7 @@ answer to it is what is recorded (DART, Laskey et al. 2017, arXiv 1703.09327). E
 the goal and never the way back to it.
 """
 
-import io
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,6 +24,8 @@ from nanochat.data.sample import written_whole
 from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.lerobot import Episode, write_dataset
 from nanochat.robot.simulator import FPS, MAX_STEPS, Arm
+from nanochat.robot.tables import png
+from nanochat.robot.workers import in_processes
 
 CAMERA_KEY = "observation.images.corner2"
 BLOCK = 10  # episodes
@@ -85,9 +84,8 @@ def record(
         bar = progress.add_task("recording episodes", total=episodes * len(tasks), completed=done)
         if missing:
             Arm(tasks[0], image_size).image()  # a machine that cannot draw says so once, not in every process
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
-                for count in pool.imap_unordered(record_block, [(work, block) for block in missing]):
-                    progress.advance(bar, count)
+            for count in in_processes(record_block, [(work, block) for block in missing], processes):
+                progress.advance(bar, count)
         bar = progress.add_task("writing the dataset", total=episodes * len(tasks))
         found = read_blocks(work, blocks)
         names = {"observation.state": ["x", "y", "z", "opening"], "action": ["x", "y", "z", "fingers"]}
@@ -126,13 +124,13 @@ def record_block(job: tuple[Path, Block]) -> int:
 
 
 def record_episode(arm: Arm, block: Block, number: int) -> dict:
-    """The first of the episode's seeds that the expert solves. Raises RuntimeError if none is."""
+    """The first of the episode's seeds that the expert solves. Raises ValueError if none is."""
     for attempt in range(TRIES):
         seed = block.seed + number + 10_000 * attempt
         episode = drive(arm, seed, block.noise)
         if episode is not None:
             return episode | {"seed": seed}
-    raise RuntimeError(f"the expert of {arm.task} failed on {TRIES} seeds in a row: lower the noise ({block.noise})")
+    raise ValueError(f"the expert of {arm.task} failed on {TRIES} seeds in a row: lower the noise ({block.noise})")
 
 
 def drive(arm: Arm, seed: int, noise: float) -> dict | None:
@@ -157,12 +155,6 @@ def drive(arm: Arm, seed: int, noise: float) -> dict | None:
     if not succeeded:
         return None
     return {key: value if key == "images" else np.array(value) for key, value in frames.items()}
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:

@@ -15,41 +15,57 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat.assistant import Assistant
+from nanochat.assistant import Assistant, resolve_checkpoint
+from nanochat.checkpoint import load_checkpoint
 from nanochat.data.sample import written_whole
-from nanochat.metrics import exact_match, wilson
-from nanochat.robot.frames import Frames, question_messages
+from nanochat.metrics import accuracy, exact_match
+from nanochat.robot.frames import Frames, question_messages, task_of
 from nanochat.robot.lerobot import RobotDataset
 from nanochat.robot.scene import Question
+from nanochat.robot.train import held_out
 
 NEW_TOKENS = 40  # a description has 25
-BATCH = 64
 WAYS = ("aligned", "shuffled", "blind")
 console = Console()
 
 
 def run(
-    checkpoint: str, folder: str, n_frames: int, json_out: Path | None, device: torch.device, seed: int = 0
-) -> dict:
-    """Ask about n_frames random frames of the demonstrations in `folder`, half of them from the ends of episodes, where things
-    get done. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
-    assistant = Assistant.load(checkpoint, device)
-    dataset = RobotDataset(folder)
-    data = Frames(dataset.episode(info.index) for info in dataset.episodes)
+    checkpoint: str, folder: str, split: str, n_frames: int, batch_size: int, json_out: Path | None,
+    device: torch.device, seed: int = 0,
+) -> dict:  # fmt: skip
+    """Ask about up to n_frames different random frames of the demonstrations in `folder`, half of them from the ends of
+    episodes, where things get done. split: "val" and "fit" are the episodes that training keeps back, and the others; any
+    other name is all. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
+    model, tokenizer, training = load_checkpoint(resolve_checkpoint(checkpoint), device)
+    assistant, dataset = Assistant(model, tokenizer), RobotDataset(folder)
+    trained_on = training.get("recipe", {}).get("data")
+    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == dataset.folder.resolve():
+        console.print(
+            "[yellow]The model was trained on these episodes: --split val are those that it was not.[/yellow]"
+        )
+    numbers = range(len(dataset))
+    if split in ("fit", "val"):
+        kept_back = held_out([task_of(info) for info in dataset.episodes])
+        numbers = [n for n in numbers if (n in kept_back) == (split == "val")]
+    with Progress(console=console) as progress:
+        read = progress.track(numbers, description="reading episodes")
+        data = Frames((dataset.episode(n, dataset.cameras[:1]) for n in read), model.config.vision_image_size)
     if not data.has_scene:
         raise ValueError(
             f"{folder} holds no state of a simulator, so nobody knows the answers: record it with nanochat demos"
         )
     rng = np.random.default_rng(seed)
-    asked = [found for frame in data.draw_asked(n_frames, rng) for found in data.questions(frame, rng)]
+    frames = list(dict.fromkeys(data.draw_asked(n_frames, rng)))
+    asked = [found for frame in frames for found in data.questions(frame, rng)]
     said = {way: [] for way in WAYS}
     with Progress(console=console) as progress:
-        for start in progress.track(range(0, len(asked), BATCH), description="answering"):
-            part = asked[start : start + BATCH]
+        for start in progress.track(range(0, len(asked), batch_size), description="answering"):
+            part = asked[start : start + batch_size]
             for way, answers in answer(assistant, data, part).items():
                 said[way] += answers
-    result = score([question for _, question in asked], said)
-    console.print(table(result, n_frames, len(data.by_task)))
+    episodes = [int(data.episode[shown[-1]]) for shown, _ in asked]
+    result = score([question for _, question in asked], episodes, said)
+    console.print(table(result, len(frames), len(data.by_task)))
     if json_out is not None:
         with written_whole(json_out) as new:
             new.write_text(json.dumps(result, indent=1))
@@ -58,9 +74,8 @@ def run(
 
 def answer(assistant: Assistant, data: Frames, part: list) -> dict[str, list[str]]:
     """Greedy answers to a batch in each way; "shuffled" shows the pictures of the batch's next frame."""
-    size = assistant.model.config.vision_image_size
     numbers = sorted({frame for frames, _ in part for frame in frames})
-    seen = dict(zip(numbers, assistant.look(list(data.images(numbers, size))), strict=True))
+    seen = dict(zip(numbers, assistant.look(list(data.images(numbers))), strict=True))
     other = dict(zip(numbers, numbers[len(numbers) // 2 :] + numbers[: len(numbers) // 2], strict=True))
     conversations = [question_messages(asked.question, "", len(frames))[:1] for frames, asked in part]
     vectors = [torch.stack([seen[frame] for frame in frames]) for frames, _ in part]
@@ -69,8 +84,8 @@ def answer(assistant: Assistant, data: Frames, part: list) -> dict[str, list[str
     return {way: assistant.answer_all(conversations, shown, NEW_TOKENS) for way, shown in ways.items()}
 
 
-def score(asked: list[Question], said: dict[str, list[str]]) -> dict:
-    """For each kind of question, see `run`."""
+def score(asked: list[Question], episodes: list[int], said: dict[str, list[str]]) -> dict:
+    """For each kind of question, see `run`. Intervals are over episodes: frames of one are right or wrong together."""
     result = {}
     for kind in dict.fromkeys(question.kind for question in asked):
         rows = [i for i, question in enumerate(asked) if question.kind == kind]
@@ -79,7 +94,8 @@ def score(asked: list[Question], said: dict[str, list[str]]) -> dict:
         counts = Counter(truths)
         result[kind] = {"n": len(rows)} | {way: float(np.mean(hits)) for way, hits in right.items()}
         result[kind]["majority"] = counts.most_common(1)[0][1] / len(rows)
-        result[kind]["ci95"] = wilson(sum(right["aligned"]), len(rows))
+        estimate = accuracy(right["aligned"], [episodes[i] for i in rows])
+        result[kind]["ci95"] = [estimate.low, estimate.high]
         result[kind]["balanced"] = {way: balanced(truths, hits) for way, hits in right.items()}
     return result
 

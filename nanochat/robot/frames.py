@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,31 +16,39 @@ from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.lerobot import Episode, EpisodeInfo
 from nanochat.robot.model import RobotGPT, action_prompt
 from nanochat.robot.scene import Question, scene_questions
+from nanochat.robot.tables import png
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision.images import letterbox, open_image
 
+WIDE = ("action", "observation.state")  # LeRobot gives a single number a frame as (T,)
 END = 25  # frames at an episode's end, from which half of the questions are drawn: "done" is rare elsewhere
 
 
 class Frames:
-    """All frames of some episodes. Pictures stay encoded until they are needed: 20 kB a frame instead of 50.
+    """All frames of some episodes. Pictures are letterboxed to `size` and stay encoded until they are needed: at 128 pixels,
+    20 kB a frame instead of 50.
 
     state (n, S), action (n, A) float32. first, last (n,): the episode's own range of frames. tasks: for each episode its
     name in `INSTRUCTIONS`, or the instruction itself for other robots. environment_state, success, held: None where the
     data does not have them; then no questions are asked about the scene.
+
+    Raises ValueError where there are no episodes, or they have no camera or no actions.
     """
 
-    def __init__(self, episodes: Iterable[Episode]):
+    def __init__(self, episodes: Iterable[Episode], size: int):
         parts: dict[str, list] = {}
-        self.pictures: list[bytes] = []
+        self.size, self.pictures = size, []
         self.episode_tasks: list[str] = []
         lengths = []
         for episode in episodes:
-            self.pictures += next(iter(episode.images.values()))
+            if "action" not in episode.columns or not episode.images:
+                found = ", ".join([*episode.columns, *episode.images])
+                raise ValueError(f'learning to act takes a camera and a column "action", and the data has {found}')
+            self.pictures += [encoded(picture, size) for picture in next(iter(episode.images.values()))]
             self.episode_tasks.append(task_of(episode))
             lengths.append(len(episode.columns["action"]))
             for key, values in episode.columns.items():
-                parts.setdefault(key, []).append(values)
+                parts.setdefault(key, []).append(values[:, None] if values.ndim == 1 and key in WIDE else values)
         if not lengths:
             raise ValueError("there are no episodes to learn from")
         columns = {key: np.concatenate(values) for key, values in parts.items()}
@@ -78,15 +87,9 @@ class Frames:
         """n frames to ask about."""
         return self.draw(n // 2, rng) + self.draw(n - n // 2, rng, last=END)
 
-    def images(self, frames: Sequence[int], size: int) -> np.ndarray:
+    def images(self, frames: Sequence[int]) -> np.ndarray:
         """(n, S, S, 3) uint8."""
-        return np.stack([self.image(frame, size) for frame in frames])
-
-    def image(self, frame: int, size: int) -> np.ndarray:
-        image = Image.open(io.BytesIO(self.pictures[frame]))
-        if image.size == (size, size):
-            return np.asarray(image.convert("RGB"))
-        return letterbox(open_image(self.pictures[frame]), size)[0]
+        return np.stack([np.asarray(Image.open(io.BytesIO(self.pictures[frame])).convert("RGB")) for frame in frames])
 
     def chunks(self, frames: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(n, length, A) actions from each frame on, and (n, length) bool: False behind the episode's end."""
@@ -163,6 +166,14 @@ def question_batch(
         pictures += seen
         counts.append(len(seen))
     return QuestionBatch(*collate(rows), pictures, counts)
+
+
+def encoded(picture: bytes, size: int) -> bytes:
+    """The picture in a square of `size` pixels, as a file."""
+    with suppress(OSError), Image.open(io.BytesIO(picture)) as image:  # a broken one is named by open_image
+        if image.size == (size, size):
+            return picture
+    return png(letterbox(open_image(picture), size)[0])
 
 
 def task_of(episode: Episode | EpisodeInfo) -> str:

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -341,8 +341,8 @@ class RobotDataset:
         name = fill(self.info.get(template), values | {"video_key": kind.removeprefix("videos/")})
         return inside(self.folder, name, where)
 
-    def episode(self, i: int) -> Episode:
-        """Read the frames of episode `i`. Columns that are no numbers are left out.
+    def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
+        """Read the frames of episode `i`. Columns that are no numbers are left out, and cameras that are not asked for.
 
         Raises:
             IndexError: there is no such episode.
@@ -354,15 +354,17 @@ class RobotDataset:
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
         columns = [k for k, f in self.features.items() if f["dtype"] in READABLE and k not in BOOKKEEPING]
-        stills = [camera for camera in self.cameras if camera not in info.videos]
+        cameras = self.cameras if cameras is None else cameras
+        stills = [camera for camera in cameras if camera not in info.videos]
         wanted, only = ["frame_index", *columns, *stills], pc.field("episode_index") == i
         table = read_parquet(pq.read_table, info.path, columns=wanted, filters=only, partitioning=None)
         if len(table) != info.length or (to_numpy(table["frame_index"], where) != np.arange(info.length)).any():
             raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
         images = {camera: self._stills(table[camera], where) for camera in stills}
-        images |= {camera: video_frames(*info.videos[camera], info.length, self.fps) for camera in info.videos}
+        videos = [camera for camera in cameras if camera in info.videos]
+        images |= {camera: video_frames(*info.videos[camera], info.length, self.fps) for camera in videos}
         numbers = {key: self._column(table[key], key, f"{where}: {key!r}") for key in columns}
-        return Episode(info.task, numbers, {camera: images[camera] for camera in self.cameras}, dict(info.extra))
+        return Episode(info.task, numbers, {camera: images[camera] for camera in cameras}, dict(info.extra))
 
     def _column(self, values: pa.ChunkedArray, key: str, where: str) -> np.ndarray:
         column, shape = to_numpy(values, where), tuple(self.features[key]["shape"])

@@ -1,13 +1,13 @@
 """Closed loop: a policy drives the simulated arm, and what counts is whether the task is done.
 
-An episode is a task and a seed. Processes take the tasks in turn; each drives all episodes of a task side by side, with one
-batched pass through the network for all of them. Beside the policy, the same seeds with another task's words (shuffled),
+An episode is a task and a seed. Processes take the tasks in turn; each drives up to ten episodes of a task side by side, with
+one batched pass through the network for all of them. Beside the policy, the same seeds with another task's words (shuffled),
 without a picture (blind), with random actions, and with the scripted expert.
 """
 
 import json
-import multiprocessing
 import resource
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +25,16 @@ from nanochat.robot.instructions import INSTRUCTIONS, TIERS
 from nanochat.robot.policy import Policy
 from nanochat.robot.safety import SafeActions, stand_still
 from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm
+from nanochat.robot.workers import in_processes
 
 DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
+SIDE_BY_SIDE = 10  # episodes of a job: each has a simulator and a renderer, 100 MB
 console = Console()
 
 
 @dataclass(frozen=True)
 class Job:
-    """All episodes of one task. instruction: what the policy is told; execute: steps of a chunk until it looks again."""
+    """Episodes of one task. instruction: what the policy is told; execute: steps of a chunk until it looks again."""
 
     task: str
     instruction: str
@@ -75,20 +77,20 @@ def run(
         record.mkdir(parents=True, exist_ok=True)
     size = policy.model.config.vision_image_size
     Arm(tasks[0], size).image()  # a machine that cannot draw says so once, not in every process
-    seeds = tuple(range(seed, seed + episodes))
+    drivers, last = list(dict.fromkeys(drivers)), seed + episodes
     jobs = [
         Job(task, told(tasks, task, driver), driver, seeds, execute, size, max_steps, str(record) if record else None)
         for driver in drivers
         for task in tasks
+        for first in range(seed, last, SIDE_BY_SIDE)
+        for seeds in [tuple(range(first, min(first + SIDE_BY_SIDE, last)))]
     ]
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
-        bar = progress.add_task("driving", total=len(jobs) * episodes)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(min(processes, len(jobs)), open_policy, (checkpoint, str(device))) as pool:
-            for found in pool.imap_unordered(drive, jobs):
-                outcomes += found
-                progress.advance(bar, len(found))
+        bar = progress.add_task("driving", total=len(drivers) * len(tasks) * episodes)
+        for found in in_processes(drive, jobs, processes, open_policy, (checkpoint, str(device))):
+            outcomes += found
+            progress.advance(bar, len(found))
     seconds = time.perf_counter() - started
     result = summary(outcomes, tasks) | {
         "checkpoint": str(checkpoint), "episodes": episodes, "seed": seed, "execute": execute, "max_steps": max_steps,
@@ -129,6 +131,7 @@ def drive(job: Job) -> list[Outcome]:
         images = dict.fromkeys(running)
         if job.record or job.driver in ("policy", "shuffled"):
             images = {i: arms[i].image() for i in running}
+        if job.record:
             for i in running:
                 films[i].append(images[i])
         since = time.perf_counter()
@@ -166,7 +169,7 @@ def choose(job: Job, images: list, states: np.ndarray, rng: np.random.Generator)
     if job.driver == "random":
         return rng.uniform(-1, 1, (len(states), job.execute, ACTION_DIM)).astype(np.float32)
     if job.driver == "blind":
-        images = [np.zeros((job.image_size, job.image_size, 3), np.uint8)] * len(states)
+        images = [None] * len(states)
     return policy(images, states, [job.instruction] * len(states))
 
 
@@ -213,8 +216,9 @@ def tier_rates(by_task: dict[str, list[bool]], n_draws: int = 2000) -> dict:
 
 
 def peak_memory_mb() -> float:
-    """Of the largest of the driving processes."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    """Of the largest of the driving processes, where they have ended."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
 
 def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
@@ -236,8 +240,10 @@ def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
             ]
             table.add_row(label, *cells)
     console.print(table)
+    asked = [driver for driver in drivers if driver in ("policy", "shuffled", "blind")]
+    network = f"{rows[asked[0]]['ms_per_chunk']:.1f} ms of network a chunk and episode (batched), " if asked else ""
     console.print(
-        f"{rows[drivers[0]]['ms_per_chunk']:.1f} ms of network a chunk and episode (batched), "
+        f"{network}"
         f"{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB a process, "
         f"{result['seconds'] / 60:.1f} min"
     )

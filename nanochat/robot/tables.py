@@ -124,6 +124,13 @@ def counted_stats(counts: np.ndarray, n_pictures: np.ndarray) -> dict[str, list]
     return {name: value.reshape(3, 1, 1).tolist() for name, value in stats.items()} | {"count": [int(n_pictures)]}
 
 
+def png(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB -> a PNG file, large but quickly made."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def video_frames(path: Path, start: float, length: int, fps: float) -> list[bytes]:
     """`length` pictures of a video from `start` seconds on, as PNG files."""
     try:
@@ -137,8 +144,7 @@ def video_frames(path: Path, start: float, length: int, fps: float) -> list[byte
             container.seek(int(start / stream.time_base), stream=stream)  # to the key frame before
             for frame in container.decode(stream):
                 if round((frame.time - start) * fps) == len(pictures):
-                    frame.to_image().save(buffer := io.BytesIO(), "PNG", compress_level=1)
-                    pictures.append(buffer.getvalue())
+                    pictures.append(png(frame.to_ndarray(format="rgb24")))
                 if len(pictures) == length:
                     break
     except (av.FFmpegError, IndexError, TypeError) as error:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from rich.progress import Progress
 
+from nanochat.assistant import resolve_checkpoint
 from nanochat.batches import hide
 from nanochat.checkpoint import load_checkpoint
 from nanochat.gpt import IGNORE_INDEX
@@ -60,14 +62,16 @@ PLACES = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second obje
 def train_robot(recipe: Robot) -> Path:
     """Run the recipe to its end (or go on with it) and return the checkpoint folder. Raises as `train.train` does."""
     out, device = begin(recipe)
-    data, val = open_frames(recipe.data)
+    data, val = open_frames(recipe)
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
         check_same(recipe, started_recipe(recipe), before["step"], (recipe.steps, before["steps"]))
     else:
         if recipe.start_from:
             model, tokenizer = go_on_from(recipe, data, device)
-            recipe = shaped_like(recipe, model)
+            recipe = replace(
+                shaped_like(recipe, model), chunk=model.config.chunk, glance_dim=model.config.vision_embedding_dim
+            )
         else:
             tokenizer = make_tokenizer(recipe, data)
             model = build_robot(recipe, tokenizer, data).to(device)
@@ -82,18 +86,35 @@ def train_robot(recipe: Robot) -> Path:
     return RobotRun(recipe, out, model, tokenizer, data, val, recipe.steps, before).go()
 
 
-def open_frames(folder: str) -> tuple[Frames, Frames]:
+def open_frames(recipe: Robot) -> tuple[Frames, Frames]:
     """(training, validation) frames of a LeRobot dataset, or of a folder of BridgeData frames: a few episodes of each task, if
     it has several, are kept back; if none has, a few of all."""
-    if (Path(folder).expanduser() / "frames.jsonl").is_file():
-        episodes = list(bridge_sample(folder))
+    if (Path(recipe.data).expanduser() / "frames.jsonl").is_file():
+        episodes = list(bridge_sample(recipe.data))
         tasks, read = [task_of(episode) for episode in episodes], episodes.__getitem__
     else:
-        dataset = RobotDataset(folder)
-        tasks, read = [task_of(info) for info in dataset.episodes], dataset.episode
+        dataset = RobotDataset(recipe.data)
+        cameras = [chosen_camera(recipe, dataset)]
+        tasks, read = [task_of(info) for info in dataset.episodes], lambda n: dataset.episode(n, cameras)
     kept_back = held_out(tasks)
-    training = Frames(read(n) for n in range(len(tasks)) if n not in kept_back)
-    return training, Frames(read(n) for n in sorted(kept_back))
+    training = [n for n in range(len(tasks)) if n not in kept_back]
+    with Progress(console=console) as progress:
+        bar = progress.add_task("reading episodes", total=len(tasks))
+        both = [
+            Frames((progress.advance(bar) or read(n) for n in numbers), recipe.image_size)
+            for numbers in (training, sorted(kept_back))
+        ]
+    return both[0], both[1]
+
+
+def chosen_camera(recipe: Robot, dataset: RobotDataset) -> str:
+    """The recipe's, or the first. Raises ValueError where there is none (of that name)."""
+    known = ", ".join(dataset.cameras) or "none"
+    if not dataset.cameras or (recipe.camera and recipe.camera not in dataset.cameras):
+        raise ValueError(f"{recipe.data} has no camera {recipe.camera}: its cameras are {known}")
+    if len(dataset.cameras) > 1:
+        console.print(f"looking through {recipe.camera or dataset.cameras[0]}; cameras of the data: {known}")
+    return recipe.camera or dataset.cameras[0]
 
 
 def held_out(tasks: list[str]) -> set[int]:
@@ -145,7 +166,7 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
 
 def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer]:
     """The weights and words of `start_from`, with the scales of other demonstrations, and another head if the recipe says so."""
-    old, tokenizer, training = load_checkpoint(recipe.start_from, device)
+    old, tokenizer, training = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
     config = Policy(old, tokenizer, training).model.config
     scales = {"state_scale": Scale.fit(data.state), "action_scale": Scale.fit(data.action)}
     for name, scale in scales.items():
@@ -205,7 +226,7 @@ class RobotRun(Run):
             asked = data.draw_asked(recipe.questions_per_step, rng)
             questions = question_batch(data, asked, model, self.tokenizer, rng)
             shown += questions.frames
-        images = shift_pictures(data.images(shown, recipe.image_size), recipe.shift, rng)
+        images = shift_pictures(data.images(shown), recipe.shift, rng)
         vectors = self.look(images)  # one pass for all
         loss = torch.zeros((), device=model.device)
         if self.helper is not None:
@@ -271,5 +292,5 @@ class RobotRun(Run):
 
     def three_looks(self, frames: list[int]) -> dict[str, torch.Tensor]:
         """Glances at the frames, at other frames, and none."""
-        vectors = self.look(self.val.images(frames, self.recipe.image_size))
+        vectors = self.look(self.val.images(frames))
         return {"aligned": vectors, "shuffled": vectors.roll(len(vectors) // 2, 0), "blind": torch.zeros_like(vectors)}

@@ -1,0 +1,26 @@
+"""Jobs for processes of their own, as a simulator wants them."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+
+def in_processes(
+    work: Callable, jobs: Sequence, processes: int, initializer: Callable | None = None, initargs: tuple = ()
+) -> Iterator:
+    """Results of work(job), in the order in which they are done.
+
+    Raises what `work` raises, and MemoryError where a process dies: a pool of multiprocessing's would wait for it for ever.
+    """
+    # spawned, since a forked one would share the parent's OpenGL
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, initializer, initargs)
+    try:
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
+            yield future.result()
+        pool.shutdown()  # waits for them, so that their use of memory is known
+    except BrokenProcessPool as error:
+        raise MemoryError("a process died, most likely for want of memory: try again with fewer --processes") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
