@@ -155,7 +155,7 @@ def test_reward_steps_raise_the_reward_and_leave_the_encoder_alone(described, tm
     out = train(recipe)
     history = load_checkpoint(out)[2]["history"]
     rewards = [line["reward"] for line in history if "reward" in line]
-    assert len(rewards) == 6 and rewards[-1] > 1.3 * rewards[0], rewards
+    assert len(rewards) == 6 and rewards[-1] > 1.2 * rewards[0], rewards
     imitated = load_checkpoint(train(replace(recipe, reward_steps=0, out=str(tmp_path / "imitated"))))[0]
     before, after = imitated.vision_encoder.state_dict(), load_checkpoint(out)[0].vision_encoder.state_dict()
     for name, value in before.items():  # BatchNorm's statistics too
