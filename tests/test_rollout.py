@@ -1,7 +1,9 @@
 """Closed loop: the figures, the controls, and a small rollout with a policy that knows nothing."""
 
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +134,17 @@ def test_what_a_process_raises_is_raised():
     with pytest.raises(ValueError, match="no job"):
         list(in_processes(refuse, ["job"] * 5, 2))
     assert sorted(in_processes(abs, [-1, 2, -3], 2)) == [1, 2, 3]
+
+
+def test_who_stops_early_does_not_wait():
+    results = in_processes(time.sleep, [0, 100, 100], 2)
+    next(results)
+    processes = multiprocessing.active_children()
+    results.close()
+    assert processes
+    for process in processes:
+        process.join(30)
+        assert process.exitcode is not None
 
 
 @needs_simulator

@@ -23,4 +23,6 @@ def in_processes(
     except BrokenProcessPool as error:
         raise MemoryError("a process died, most likely for want of memory: try again with fewer --processes") from error
     finally:
+        for process in multiprocessing.active_children():  # after Ctrl-C: nobody waits for what they are at
+            process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
