@@ -220,10 +220,10 @@ def export(checkpoint: Checkpoint, out: Out, half: bool = True) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another name")
     model, vocabulary, training = load_checkpoint(resolve_checkpoint(checkpoint))
-    recipe = training.get("recipe", {})
-    recipe |= {
-        name: Path(recipe[name]).name for name in ("data", "encoder", "start_from", "tokenizer") if recipe.get(name)
-    }
+    for said in (training.get("recipe", {}), *training.get("earlier", [])):
+        said |= {
+            name: Path(said[name]).name for name in ("data", "encoder", "start_from", "tokenizer") if said.get(name)
+        }
     save_checkpoint(out, model, vocabulary, training, dtype=torch.float16 if half else None)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{model.num_parameters():,} parameters, {size / 1e6:.1f} MB in {out}")

@@ -42,9 +42,9 @@ def run(out: Path, task: str, seed: int) -> None:
     started = time.perf_counter()
     policy = Policy.load("robot")
     assistant = Assistant(policy.model, policy.tokenizer)
-    training = policy.training
+    seconds = sum(run["seconds"] for run in (*policy.training.get("earlier", []), policy.training))
     console.print(
-        f"{policy.model.num_parameters():,} parameters, trained in {training['seconds'] / 60:.0f} minutes; "
+        f"{policy.model.num_parameters():,} parameters, trained in {seconds / 60:.0f} minutes; "
         f"loaded in {time.perf_counter() - started:.1f} s"
     )
     card = talk(assistant)

@@ -75,6 +75,7 @@ class Run:
         self.recipe, self.out, self.model, self.tokenizer = recipe, out, model, tokenizer
         self.data, self.val = data, val
         self.steps, self.step, self.seconds, self.history = steps, before["step"], before["seconds"], before["history"]
+        self.earlier = before.get("earlier", [])
         self.stopping = False
         self.helper = self.make_helper()
         self.optimizers = make_optimizers(model, recipe, self.helper)
@@ -184,6 +185,7 @@ class Run:
             "step": self.step,
             "steps": self.steps,
             "seconds": round(self.elapsed(), 1),
+            "earlier": self.earlier,
             "history": self.history,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -251,6 +253,17 @@ def open_encoder(recipe: Recipe) -> YOLOv9Plus:
     else:
         encoder = YOLOv9Plus(recipe.encoder or None, image_size=recipe.image_size)
     return encoder.truncate(recipe.layer)
+
+
+def beginning(training: dict | None = None) -> dict:
+    """The state of a run at its first step. training: of the checkpoint that it goes on from, whose own runs are kept in mind,
+    so that a model says what all of its training took."""
+    if training is None:
+        return {"step": 0, "seconds": 0.0, "history": [], "earlier": []}
+    recipe = training.get("recipe", {})
+    run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
+    run |= {key: recipe.get(key) for key in ("data", "seed")}
+    return beginning() | {"earlier": [*training.get("earlier", []), run]}
 
 
 def shape_of(recipe: Recipe, tokenizer: Tokenizer) -> dict:

@@ -28,6 +28,7 @@ from nanochat.run import (
     DTYPES,
     Run,
     begin,
+    beginning,
     check_same,
     console,
     full_gpu_explained,
@@ -63,13 +64,11 @@ def train(recipe: PictureRecipe) -> Path:
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
     elif recipe.start_from:
-        model, tokenizer, _ = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
-        recipe = shaped_like(recipe, model)
+        model, tokenizer, training = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
+        recipe, before = shaped_like(recipe, model), beginning(training)
     else:
         tokenizer = open_tokenizer(recipe, samples)
-        model = build_model(recipe, tokenizer, device)
-    if not recipe.resume:
-        before = {"step": 0, "seconds": 0.0, "history": []}
+        model, before = build_model(recipe, tokenizer, device), beginning()
     model.transformer.wte.to(DTYPES[recipe.dtype])
 
     data = Rows(samples, tokenizer, model.config)

@@ -201,6 +201,8 @@ def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path)
     assert (
         said["chunk"] == Policy.load(str(fourth)).metadata["chunk"] == 3
     )  # its shape is the old one's, and so it says
+    (run,) = json.loads((third / "training.json").read_text())["earlier"]
+    assert (run["step"], run["data"]) == (2, str(folder)) and run["seconds"] > 0
     high = [Policy.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
     assert high[1][2] == pytest.approx(3 * high[0][2])
 

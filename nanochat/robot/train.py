@@ -41,6 +41,7 @@ from nanochat.run import (
     DTYPES,
     Run,
     begin,
+    beginning,
     check_same,
     console,
     full_gpu_explained,
@@ -68,14 +69,13 @@ def train_robot(recipe: Robot) -> Path:
         check_same(recipe, started_recipe(recipe), before["step"], (recipe.steps, before["steps"]))
     else:
         if recipe.start_from:
-            model, tokenizer = go_on_from(recipe, data, device)
+            model, tokenizer, before = go_on_from(recipe, data, device)
             recipe = replace(
                 shaped_like(recipe, model), chunk=model.config.chunk, glance_dim=model.config.vision_embedding_dim
             )
         else:
             tokenizer = make_tokenizer(recipe, data)
-            model = build_robot(recipe, tokenizer, data).to(device)
-        before = {"step": 0, "seconds": 0.0, "history": []}
+            model, before = build_robot(recipe, tokenizer, data).to(device), beginning()
     model.transformer.wte.to(DTYPES[recipe.dtype])
     model.vision_encoder.requires_grad_(recipe.train_encoder)
     console.print(
@@ -164,8 +164,9 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
     return model
 
 
-def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer]:
-    """The weights and words of `start_from`, with the scales of other demonstrations, and another head if the recipe says so."""
+def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer, dict]:
+    """The weights and words of `start_from`, with the scales of other demonstrations, and another head if the recipe says so; and
+    the state of the run that begins."""
     old, tokenizer, training = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
     config = Policy(old, tokenizer, training).model.config
     scales = {"state_scale": Scale.fit(data.state), "action_scale": Scale.fit(data.action)}
@@ -182,7 +183,7 @@ def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[Robot
     if recipe.action_head != config.action_head:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
     model.load_state_dict(weights, strict=recipe.action_head == config.action_head)
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer, beginning(training)
 
 
 class SceneHead(nn.Module):
