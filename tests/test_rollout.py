@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from nanochat.robot.workers import in_processes
 from tests.test_robot_model import make_model
 from tests.test_robot_model import tokenizer as tokenizer  # a fixture
 from tests.test_simulator import needs_simulator
+
+ROOT = Path(__file__).parents[1]
 
 
 def outcome(task, seed, success, driver="policy"):
@@ -145,6 +150,41 @@ def test_who_stops_early_does_not_wait():
     while multiprocessing.active_children():
         assert time.monotonic() < until, "a process is still asleep"
         time.sleep(0.1)
+
+
+PARENT = """
+import time
+from nanochat.robot.workers import in_processes
+from tests.test_rollout import process_id
+results = in_processes(process_id, [0, 100], 2)
+print(next(results), flush=True)
+time.sleep(100)
+"""
+
+
+def process_id(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 60
+    while is_running(worker):
+        assert time.monotonic() < until, "the process outlives its parent"
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")  # a zombie that nobody has collected yet has ended
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @needs_simulator

@@ -1,6 +1,8 @@
 """Jobs for processes of their own, as a simulator wants them."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +17,7 @@ def in_processes(
     """
     # spawned, since a forked one would share the parent's OpenGL
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, initializer, initargs)
+    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, begin, (initializer, initargs))
     try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()
@@ -26,3 +28,15 @@ def in_processes(
         for process in multiprocessing.active_children():  # after Ctrl-C: nobody waits for what they are at
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def begin(initializer: Callable | None, initargs: tuple) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def end_with_parent() -> None:
+    """A parent that is killed cannot stop its processes; without this they would wait for jobs for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
