@@ -8,14 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.gpt import IGNORE_INDEX
+from nanochat.checkpoint import save_checkpoint
+from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
 from nanochat.recipes import Robot
+from nanochat.robot import exam
 from nanochat.robot.frames import Frames, action_batch, question_batch, shift_pictures
 from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.lerobot import Episode, write_dataset
 from nanochat.robot.policy import Policy
 from nanochat.robot.tables import png
 from nanochat.robot.train import RobotRun, build_robot, make_tokenizer, open_frames, train_robot
+from nanochat.tokenizer import Tokenizer
 
 SIZE = 32
 TINY = dict(
@@ -247,6 +250,26 @@ def test_a_robot_with_a_single_joint(tmp_path):
     write_dataset(tmp_path / "one", episodes, 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(tmp_path / "one"), out=str(tmp_path / "run"), steps=1, **TINY))
     assert Policy.load(str(out)).metadata["action_dim"] == 1
+
+
+def test_the_exam_asks_about_what_was_kept_back(folder, tmp_path, capsys):
+    out = str(train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=1, **TINY)))
+    figures = tmp_path / "figures.json"
+    found = exam.run(out, str(folder), "val", 200, 16, figures, torch.device("cpu"))
+    assert json.loads(figures.read_text()) == found
+    assert 20 < found["task"]["n"] <= 6 * 6  # 6 episodes of 6 frames are kept back, and none is asked about twice
+    assert 0 <= found["task"]["ci95"][0] <= found["task"]["aligned"] <= found["task"]["ci95"][1] <= 1
+    assert "was trained on" not in capsys.readouterr().out
+    exam.run(out, str(folder), "test", 8, 16, None, torch.device("cpu"))
+    assert "was trained on these episodes" in capsys.readouterr().out
+
+
+def test_the_exam_wants_eyes(folder, tmp_path):
+    tokenizer = Tokenizer.train(["open the door"], 300)
+    config = GPTConfig(sequence_len=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    save_checkpoint(tmp_path / "text", GPT(config), tokenizer, {})
+    with pytest.raises(ValueError, match="without eyes"):
+        exam.run(str(tmp_path / "text"), str(folder), "val", 8, 16, None, torch.device("cpu"))
 
 
 def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):

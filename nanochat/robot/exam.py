@@ -38,6 +38,8 @@ def run(
     other name is all. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
     model, tokenizer, training = load_checkpoint(resolve_checkpoint(checkpoint), device)
     assistant, dataset = Assistant(model, tokenizer), RobotDataset(folder)
+    if not assistant.tokens_per_image:
+        raise ValueError(f"{checkpoint} is a text model without eyes: these questions are about pictures")
     trained_on = training.get("recipe", {}).get("data")
     if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == dataset.folder.resolve():
         console.print(
