@@ -17,8 +17,7 @@ from nanochat.data.sample import CAPTION_PROMPT, written_whole
 from nanochat.metrics import exact_match
 from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.policy import Policy
-from nanochat.robot.safety import SafeActions, stand_still
-from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm, SimulatorError
+from nanochat.robot.simulator import MAX_STEPS, Arm, SimulatorError, arm_limits
 from nanochat.vision.images import open_image
 
 ASSETS = Path(__file__).parent / "assets" / "demo"  # a frame with questions, and a recorded episode
@@ -84,7 +83,7 @@ def talk(assistant: Assistant) -> tuple[Image.Image, list[tuple[str, str, str]]]
 
 def drive(policy: Policy, assistant: Assistant, arm: Arm, instruction: str) -> list[Look]:
     """One episode in closed loop, until the task is done or time is up. The arm has been reset."""
-    scene, limits = arm.scene(success=False), SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, stand_still(ACTION_DIM))
+    scene, limits = arm.scene(success=False), arm_limits()
     film, network = [], 0.0
     with console.status("driving") as status:
         while True:

@@ -37,7 +37,7 @@ class Frames:
 
     def __init__(self, episodes: Iterable[Episode], size: int):
         parts: dict[str, list] = {}
-        self.size, self.pictures = size, []
+        self.pictures: list[bytes] = []
         self.episode_tasks: list[str] = []
         lengths = []
         for episode in episodes:

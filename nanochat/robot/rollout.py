@@ -23,12 +23,11 @@ from nanochat import metrics
 from nanochat.data.sample import written_whole
 from nanochat.robot.instructions import INSTRUCTIONS, TIERS
 from nanochat.robot.policy import Policy
-from nanochat.robot.safety import SafeActions, stand_still
-from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm
+from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
 from nanochat.robot.workers import in_processes
 
 DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
-SIDE_BY_SIDE = 10  # episodes of a job: each has a simulator and a renderer, 100 MB
+SIDE_BY_SIDE = 10  # episodes of a job: each has a simulator and a renderer, 100 to 200 MB
 console = Console()
 
 
@@ -123,7 +122,7 @@ def drive(job: Job) -> list[Outcome]:
     started, network = time.perf_counter(), 0.0
     arms = [Arm(job.task, job.image_size) for _ in job.seeds]
     scenes = [arm.reset(seed) for arm, seed in zip(arms, job.seeds, strict=True)]
-    limits = [SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, stand_still(ACTION_DIM)) for _ in arms]
+    limits = [arm_limits() for _ in arms]
     done, looks = [False] * len(arms), [0] * len(arms)
     films: list[list[np.ndarray]] = [[] for _ in arms]
     rng = np.random.default_rng(job.seeds[0])
@@ -243,7 +242,6 @@ def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
     asked = [driver for driver in drivers if driver in ("policy", "shuffled", "blind")]
     network = f"{rows[asked[0]]['ms_per_chunk']:.1f} ms of network a chunk and episode (batched), " if asked else ""
     console.print(
-        f"{network}"
-        f"{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB a process, "
+        f"{network}{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB a process, "
         f"{result['seconds'] / 60:.1f} min"
     )

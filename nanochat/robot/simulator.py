@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.robot.safety import SafeActions, stand_still
+
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # nearer than Meta-World's own, as published evaluations move it
 FPS = 80  # control steps in a second of simulated time
@@ -126,6 +128,11 @@ class Arm:
         if self.renderer is not None:
             self.closing()
             self.renderer = None
+
+
+def arm_limits() -> SafeActions:
+    """What may be sent to an `Arm`."""
+    return SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, stand_still(ACTION_DIM))
 
 
 def import_metaworld():
