@@ -12,6 +12,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
 from nanochat.recipes import Robot
 from nanochat.robot import exam
+from nanochat.robot.exam import answer
 from nanochat.robot.frames import Frames, action_batch, question_batch, shift_pictures
 from nanochat.robot.instructions import INSTRUCTIONS
 from nanochat.robot.lerobot import Episode, write_dataset
@@ -262,6 +263,28 @@ def test_the_exam_asks_about_what_was_kept_back(folder, tmp_path, capsys):
     assert "was trained on" not in capsys.readouterr().out
     exam.run(out, str(folder), "test", 8, 16, None, torch.device("cpu"))
     assert "was trained on these episodes" in capsys.readouterr().out
+
+
+def test_the_exam_looks_through_the_camera_that_was_trained_with(tmp_path):
+    episodes = [toy_episode(n) for n in range(4)]
+    for episode in episodes:
+        (pictures,) = episode.images.values()
+        episode.images = {
+            "observation.images.dark": [png(np.zeros((SIZE, SIZE, 3), np.uint8))] * 12,
+            "observation.images.toy": pictures,
+        }
+    write_dataset(tmp_path / "two", episodes, 10, "toy", (SIZE, SIZE, 3))
+    settings = TINY | dict(
+        data=str(tmp_path / "two"), out=str(tmp_path / "run"), camera="observation.images.toy", steps=1
+    )
+    out = str(train_robot(Robot(**settings)))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(
+            exam, "answer", lambda assistant, data, part: seen.append(data.images([0])) or answer(assistant, data, part)
+        )
+        exam.run(out, str(tmp_path / "two"), "test", 4, 16, None, torch.device("cpu"))
+    assert seen[0].max() == 255
 
 
 def test_the_exam_wants_eyes(folder, tmp_path):

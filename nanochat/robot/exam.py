@@ -22,7 +22,7 @@ from nanochat.metrics import accuracy, exact_match
 from nanochat.robot.frames import Frames, question_messages, task_of
 from nanochat.robot.lerobot import RobotDataset
 from nanochat.robot.scene import Question
-from nanochat.robot.train import held_out
+from nanochat.robot.train import chosen_camera, held_out
 
 NEW_TOKENS = 40  # a description has 25
 WAYS = ("aligned", "shuffled", "blind")
@@ -40,7 +40,8 @@ def run(
     assistant, dataset = Assistant(model, tokenizer), RobotDataset(folder)
     if not assistant.tokens_per_image:
         raise ValueError(f"{checkpoint} is a text model without eyes: these questions are about pictures")
-    trained_on = training.get("recipe", {}).get("data")
+    recipe = training.get("recipe", {})
+    trained_on, cameras = recipe.get("data"), chosen_camera(dataset, recipe.get("camera", ""))
     if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == dataset.folder.resolve():
         console.print(
             "[yellow]The model was trained on these episodes: --split val are those that it was not.[/yellow]"
@@ -51,7 +52,7 @@ def run(
         numbers = [n for n in numbers if (n in kept_back) == (split == "val")]
     with Progress(console=console) as progress:
         read = progress.track(numbers, description="reading episodes")
-        data = Frames((dataset.episode(n, dataset.cameras[:1]) for n in read), model.config.vision_image_size)
+        data = Frames((dataset.episode(n, cameras) for n in read), model.config.vision_image_size)
     if not data.has_scene:
         raise ValueError(
             f"{folder} holds no state of a simulator, so nobody knows the answers: record it with nanochat demos"

@@ -94,7 +94,7 @@ def open_frames(recipe: Robot) -> tuple[Frames, Frames]:
         tasks, read = [task_of(episode) for episode in episodes], episodes.__getitem__
     else:
         dataset = RobotDataset(recipe.data)
-        cameras = [chosen_camera(recipe, dataset)]
+        cameras = chosen_camera(dataset, recipe.camera)
         tasks, read = [task_of(info) for info in dataset.episodes], lambda n: dataset.episode(n, cameras)
     kept_back = held_out(tasks)
     training = [n for n in range(len(tasks)) if n not in kept_back]
@@ -107,14 +107,15 @@ def open_frames(recipe: Robot) -> tuple[Frames, Frames]:
     return both[0], both[1]
 
 
-def chosen_camera(recipe: Robot, dataset: RobotDataset) -> str:
-    """The recipe's, or the first. Raises ValueError where there is none (of that name)."""
+def chosen_camera(dataset: RobotDataset, name: str) -> list[str]:
+    """The camera of that name; without a name the first, if there is any. Raises ValueError for a name that is not there."""
     known = ", ".join(dataset.cameras) or "none"
-    if not dataset.cameras or (recipe.camera and recipe.camera not in dataset.cameras):
-        raise ValueError(f"{recipe.data} has no camera {recipe.camera}: its cameras are {known}")
+    if name and name not in dataset.cameras:
+        raise ValueError(f"{dataset.folder} has no camera {name}: its cameras are {known}")
+    chosen = [name] if name else dataset.cameras[:1]
     if len(dataset.cameras) > 1:
-        console.print(f"looking through {recipe.camera or dataset.cameras[0]}; cameras of the data: {known}")
-    return recipe.camera or dataset.cameras[0]
+        console.print(f"looking through {chosen[0]}; cameras of the data: {known}")
+    return chosen
 
 
 def held_out(tasks: list[str]) -> set[int]:
