@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
-from nanochat.optimizers import make_optimizers
-from nanochat.recipes import Recipe
+from nanochat.training.optimizers import make_optimizers
+from nanochat.training.recipes import Recipe
 from nanochat.vision import YOLOv9Plus
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ import torch
 import torchvision
 import tyro
 
-from nanochat.robot.policy import Policy
+from nanochat.policy import Policy
 
 
 @dataclass

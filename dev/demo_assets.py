@@ -13,10 +13,10 @@ from PIL import Image
 
 from nanochat.assistant import Assistant
 from nanochat.demo import ASSETS, drive
-from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.policy import Policy
-from nanochat.robot.scene import scene_questions
-from nanochat.robot.simulator import Arm
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.scene import scene_questions
+from nanochat.metaworld.simulator import Arm
+from nanochat.policy import Policy
 
 ASKED = ("task", "gripper", "cell")
 RECORDED = 24  # frames

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
-from nanochat.robot.model import RobotGPT, RobotGPTConfig
+from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1

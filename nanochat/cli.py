@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from nanochat.flags import DEVICE, Checkpoint, Eyes, Out, Pictures, Speech, check_out
-from nanochat.recipes import RECIPES, Recipe, Robot
+from nanochat.training.recipes import RECIPES, Recipe, Robot
 
 PICTURES_AT_ONCE = 16  # of embed: bounds the memory
 
@@ -26,7 +26,7 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
         seed: Of the layout; small ones were never trained on.
     """
     from nanochat.demo import run
-    from nanochat.robot.instructions import task_list
+    from nanochat.metaworld.instructions import task_list
 
     out.parent.mkdir(parents=True, exist_ok=True)
     check_out(out, ".png")
@@ -191,16 +191,16 @@ def evaluate(
         batch_size: Samples that are answered together.
         strict: Refuse data with missing pictures instead of leaving their rows out.
     """
-    from nanochat.run import pick_device
+    from nanochat.training.run import pick_device
 
     if json_out is not None:
         check_out(json_out)
     if (Path(dataset).expanduser() / "meta" / "info.json").is_file():
-        from nanochat.robot.exam import run as examine
+        from nanochat.evaluation.questions import run as examine
 
         examine(checkpoint, dataset, split, limit or 1000, batch_size, json_out, pick_device(device))
     else:
-        from nanochat.evaluate import run
+        from nanochat.evaluation.pictures import run
 
         run(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
 
@@ -306,8 +306,8 @@ def demos(
         image_size: Side of the pictures in pixels.
         processes: At work side by side; default as many as there are cores.
     """
-    from nanochat.robot.demos import default_processes, record
-    from nanochat.robot.instructions import task_list
+    from nanochat.metaworld.instructions import task_list
+    from nanochat.metaworld.record import default_processes, record
 
     record(task_list(tasks), episodes, out, seed, noise, image_size, processes or default_processes())
 
@@ -340,10 +340,10 @@ def rollout(
         record: Folder for a GIF of every episode.
         json_out: Write the figures to this file.
     """
-    from nanochat.robot.demos import default_processes
-    from nanochat.robot.instructions import task_list
-    from nanochat.robot.rollout import run
-    from nanochat.run import pick_device
+    from nanochat.evaluation.rollout import run
+    from nanochat.metaworld.instructions import task_list
+    from nanochat.metaworld.record import default_processes
+    from nanochat.training.run import pick_device
 
     if json_out is not None:
         check_out(json_out)
@@ -387,9 +387,9 @@ def policy_server(
     """
     import asyncio
 
-    from nanochat.robot.policy import Policy, Served
-    from nanochat.robot.server import run
-    from nanochat.run import pick_device
+    from nanochat.policy import Policy, Served
+    from nanochat.serving.openpi import run
+    from nanochat.training.run import pick_device
 
     policy = Policy.load(checkpoint, pick_device(device))
     served = Served(policy, execute, max_change, hold)
@@ -399,14 +399,14 @@ def policy_server(
 def train(words: list[str]) -> None:
     """Run a recipe, every field of which is a flag. With --resume, what is not said anew is as the run was started with."""
     recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
-    from nanochat.run import recipe_name, started_recipe
+    from nanochat.training.run import recipe_name, started_recipe
 
     if recipe.resume:
         recipe = parse_recipe(words, {recipe_name(recipe): started_recipe(recipe)})
     if isinstance(recipe, Robot):
-        from nanochat.robot.train import train_robot as run
+        from nanochat.training.robots import train_robot as run
     else:
-        from nanochat.train import train as run
+        from nanochat.training.pictures import train as run
     run(recipe)
 
 

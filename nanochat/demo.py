@@ -14,10 +14,10 @@ from rich.markup import escape
 
 from nanochat.assistant import Assistant
 from nanochat.data.sample import CAPTION_PROMPT, written_whole
-from nanochat.metrics import exact_match
-from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.policy import Policy
-from nanochat.robot.simulator import MAX_STEPS, Arm, SimulatorError, arm_limits
+from nanochat.evaluation.metrics import exact_match
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.simulator import MAX_STEPS, Arm, SimulatorError, arm_limits
+from nanochat.policy import Policy
 from nanochat.vision.images import open_image
 
 ASSETS = Path(__file__).parent / "assets" / "demo"  # a frame with questions, and a recorded episode

@@ -45,7 +45,7 @@ class Speech:
 
     def assistant(self):
         from nanochat.assistant import Assistant
-        from nanochat.run import pick_device
+        from nanochat.training.run import pick_device
 
         return Assistant.load(self.checkpoint, pick_device(self.device))
 
@@ -65,7 +65,7 @@ class Eyes:
     def encoder(self):
         from nanochat.assistant import resolve_checkpoint
         from nanochat.checkpoint import load_encoder
-        from nanochat.run import pick_device
+        from nanochat.training.run import pick_device
         from nanochat.vision.yolov9 import YOLOv9Plus, checked_size
 
         device = pick_device(self.device)

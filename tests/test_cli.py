@@ -14,8 +14,8 @@ from PIL import Image
 
 from nanochat import cli
 from nanochat.assistant import SHIPPED, Assistant
-from nanochat.recipes import RECIPES
-from nanochat.robot.simulator import SimulatorError
+from nanochat.metaworld.simulator import SimulatorError
+from nanochat.training.recipes import RECIPES
 from nanochat.vision import YOLOv9Plus
 from tests.test_images import animated, claims, encoded
 from tests.test_simulator import needs_simulator
@@ -207,7 +207,7 @@ def test_demo_without_a_simulator_shows_a_recorded_episode(nanochat, tmp_path, m
     def missing():
         raise SimulatorError("the simulator cannot draw here: apt-get install libegl1")
 
-    monkeypatch.setattr("nanochat.robot.simulator.import_metaworld", missing)
+    monkeypatch.setattr("nanochat.metaworld.simulator.import_metaworld", missing)
     said = nanochat("demo", "-o", tmp_path / "sheet.png").out
     check_demo(said, tmp_path / "sheet.png")
     assert "apt-get install libegl1" in said and "a recorded episode" in said

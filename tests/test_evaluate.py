@@ -6,7 +6,7 @@ import torch
 
 from nanochat.assistant import Assistant
 from nanochat.data.sample import Dataset, Sample, caption_sample, vqa_sample
-from nanochat.evaluate import Answers, another_image, answer_dataset, batches, score, table
+from nanochat.evaluation.pictures import Answers, another_image, answer_dataset, batches, score, table
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import make_model
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from nanochat.data import DataError
-from nanochat.features import cache_key, cached_features, source_digest
 from nanochat.multimodal_gpt import pool_to_tokens
+from nanochat.training.features import cache_key, cached_features, source_digest
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.images import ImageError
 
@@ -241,7 +241,7 @@ def test_a_killed_process_is_resumed(encoder, images, tmp_path, forwards):
         import os, signal, sys
         import torch
         torch.set_num_threads(1)
-        from nanochat.features import cached_features
+        from nanochat.training.features import cached_features
         from nanochat.vision import YOLOv9Plus
 
         encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.robot.instructions import INSTRUCTIONS, MT10, OBJECTS, TIERS, task_list
-from nanochat.robot.simulator import SimulatorError, import_metaworld
+from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, OBJECTS, TIERS, task_list
+from nanochat.metaworld.simulator import SimulatorError, import_metaworld
 
 TEXTS = [text for texts in INSTRUCTIONS.values() for text in texts]
 NEAR = {  # a word that the canonical sentence has and its neighbour's has not

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from nanochat.data import columns as tables
+from nanochat.data import lerobot
+from nanochat.data.lerobot import Episode, RobotDataset, bridge_sample, write_dataset
 from nanochat.data.sample import DataError
-from nanochat.robot import lerobot, tables
-from nanochat.robot.lerobot import Episode, RobotDataset, bridge_sample, write_dataset
 from tests.conftest import REAL_DATA
 
 CAMERA = "observation.images.corner2"

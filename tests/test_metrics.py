@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import metrics
-from nanochat.metrics import (
+from nanochat.evaluation import metrics
+from nanochat.evaluation.metrics import (
     accuracy,
     bleu,
     bleu_interval,

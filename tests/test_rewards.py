@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.batches import Row, collate
 from nanochat.conversation import render
 from nanochat.data.sample import caption_sample, one_per_reference
-from nanochat.rewards import sentence_bleu, split_row, tries
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.batches import Row, collate
+from nanochat.training.rewards import sentence_bleu, split_row, tries
 from tests.conftest import make_model
 
 CAPTIONS = ("a red square .", "one red box on white .")

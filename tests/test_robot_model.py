@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nanochat.actions import N_BINS, Scale
 from nanochat.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from nanochat.robot.actions import N_BINS, Scale
-from nanochat.robot.model import ACT, BINS, STATE, Glances, RobotGPT, RobotGPTConfig, action_prompt, pad_right
-from nanochat.robot.policy import Policy, Served
+from nanochat.policy import Policy, Served
+from nanochat.robot_gpt import ACT, BINS, STATE, Glances, RobotGPT, RobotGPTConfig, action_prompt, pad_right
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
 

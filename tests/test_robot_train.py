@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
+from nanochat.data.columns import png
+from nanochat.data.demonstrations import Frames, action_batch, question_batch, shift_pictures
+from nanochat.data.lerobot import Episode, write_dataset
+from nanochat.evaluation import questions as exam
+from nanochat.evaluation.questions import answer
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
-from nanochat.recipes import Robot
-from nanochat.robot import exam
-from nanochat.robot.exam import answer
-from nanochat.robot.frames import Frames, action_batch, question_batch, shift_pictures
-from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.lerobot import Episode, write_dataset
-from nanochat.robot.policy import Policy
-from nanochat.robot.tables import png
-from nanochat.robot.train import RobotRun, build_robot, make_tokenizer, open_frames, train_robot
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.policy import Policy
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.recipes import Robot
+from nanochat.training.robots import RobotRun, build_robot, make_tokenizer, open_frames, train_robot
 
 SIZE = 32
 TINY = dict(

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.metrics import wilson
-from nanochat.robot import rollout
-from nanochat.robot.exam import balanced, score
-from nanochat.robot.instructions import INSTRUCTIONS, MT10, TIERS
-from nanochat.robot.rollout import Job, Outcome, drive, run, summary, told
-from nanochat.robot.scene import Question
-from nanochat.robot.workers import in_processes
+from nanochat.evaluation import rollout
+from nanochat.evaluation.metrics import wilson
+from nanochat.evaluation.questions import balanced, score
+from nanochat.evaluation.rollout import Job, Outcome, drive, run, summary, told
+from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
+from nanochat.metaworld.scene import Question
+from nanochat.metaworld.workers import in_processes
 from tests.test_robot_model import make_model
 from tests.test_robot_model import tokenizer as tokenizer  # a fixture
 from tests.test_simulator import needs_simulator
@@ -154,7 +154,7 @@ def test_who_stops_early_does_not_wait():
 
 PARENT = """
 import time
-from nanochat.robot.workers import in_processes
+from nanochat.metaworld.workers import in_processes
 from tests.test_rollout import process_id
 results = in_processes(process_id, [0, 100], 2)
 print(next(results), flush=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nanochat.robot.safety import SafeActions
+from nanochat.safety import SafeActions
 
 
 class Stubborn:

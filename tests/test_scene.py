@@ -5,8 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
-from nanochat.robot.scene import CAMERA_AXES, CAMERA_POSITION, FOCAL_LENGTH, GRIPPED, PHRASES, project, scene_questions
+from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
+from nanochat.metaworld.scene import (
+    CAMERA_AXES,
+    CAMERA_POSITION,
+    FOCAL_LENGTH,
+    GRIPPED,
+    PHRASES,
+    project,
+    scene_questions,
+)
 
 # cam_quat of "corner2" in Meta-World 3.1.1
 CORNER2_QUATERNION = (-0.39503823, 0.26266734, -0.43493704, 0.76536295)
@@ -166,7 +174,7 @@ def test_what_cannot_be_asked_about(task, rows, t, message):
 
 @pytest.mark.parametrize("task, channel", [("push", 1), ("pick-place", 2), ("shelf-place", 1)])
 def test_the_goal_ball_is_drawn_where_it_is_projected(task, channel):
-    from nanochat.robot.simulator import Arm, SimulatorError
+    from nanochat.metaworld.simulator import Arm, SimulatorError
 
     try:
         arm = Arm(task, 128)

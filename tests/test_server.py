@@ -21,8 +21,8 @@ pytest.importorskip("websockets")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from nanochat.robot import server as module
-from nanochat.robot.server import start_server, unpack
+from nanochat.serving import openpi as module
+from nanochat.serving.openpi import start_server, unpack
 
 OBSERVATION = {
     "observation/image": np.arange(48, dtype=np.uint8).reshape(4, 4, 3),
@@ -314,7 +314,7 @@ def test_an_open_door_is_warned_of(serving, caplog):
 SERVES = """
 import asyncio, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
-from nanochat.robot.server import run
+from nanochat.serving.openpi import run
 class Idle:
     metadata = {"chunk": 2, "name": "echo"}
     def session(self): return lambda observation: {}

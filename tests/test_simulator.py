@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from nanochat.robot import simulator
-from nanochat.robot.demos import CAMERA_KEY, Block, drive, open_work, read_blocks, record, record_block
-from nanochat.robot.lerobot import RobotDataset
-from nanochat.robot.simulator import Arm, SimulatorError
+from nanochat.data.lerobot import RobotDataset
+from nanochat.metaworld import simulator
+from nanochat.metaworld.record import CAMERA_KEY, Block, drive, open_work, read_blocks, record, record_block
+from nanochat.metaworld.simulator import Arm, SimulatorError
 
 
 def can_draw() -> str:
@@ -105,7 +105,7 @@ def test_large_pictures():
 def test_training_after_drawing_does_not_crash():
     """Mesa's LLVM and triton's do not bear each other, unless triton's comes first. A crash would end this process."""
     code = (
-        "from nanochat.robot.simulator import Arm; a = Arm('reach', 32); a.reset(0); a.image(); import torch._dynamo, torch; "
+        "from nanochat.metaworld.simulator import Arm; a = Arm('reach', 32); a.reset(0); a.image(); import torch._dynamo, torch; "
         "torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
@@ -173,7 +173,7 @@ def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
         record(["reach"], 3, out, 1_000_000, 0.0, 32, 1)
     seen = []
     monkeypatch.setattr(
-        "nanochat.robot.demos.read_blocks",
+        "nanochat.metaworld.record.read_blocks",
         lambda folder, blocks: seen.append((folder / block.name).stat().st_mtime_ns) or read_blocks(folder, blocks),
     )
     record(["reach"], 2, out, 1_000_000, 0.0, 32, 1)

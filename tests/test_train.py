@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.batches import Rows, augment, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import vqa_sample
-from nanochat.optimizers import learning_rate_factor, make_optimizers
-from nanochat.recipes import Folder
-from nanochat.run import started_recipe
+from nanochat.evaluation.validation import three_ways
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import PictureRun, build_model, open_eyes, texts_of, train
-from nanochat.validation import three_ways
+from nanochat.training.batches import Rows, augment, collate, forget_words, hide
+from nanochat.training.optimizers import learning_rate_factor, make_optimizers
+from nanochat.training.pictures import PictureRun, build_model, open_eyes, texts_of, train
+from nanochat.training.recipes import Folder
+from nanochat.training.run import started_recipe
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
@@ -449,7 +449,7 @@ def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, wher
     if where == "train_step":
         monkeypatch.setattr(PictureRun, "train_step", full)
     else:
-        monkeypatch.setattr("nanochat.train.build_model", full)
+        monkeypatch.setattr("nanochat.training.pictures.build_model", full)
     with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):
         train(recipe_for(pictures, tmp_path, steps=1))
 

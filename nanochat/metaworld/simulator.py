@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.robot.safety import SafeActions, stand_still
+from nanochat.safety import SafeActions, stand_still
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # nearer than Meta-World's own, as published evaluations move it

@@ -20,12 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from nanochat.data.columns import png
+from nanochat.data.lerobot import Episode, write_dataset
 from nanochat.data.sample import written_whole
-from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.lerobot import Episode, write_dataset
-from nanochat.robot.simulator import FPS, MAX_STEPS, Arm
-from nanochat.robot.tables import png
-from nanochat.robot.workers import in_processes
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.simulator import FPS, MAX_STEPS, Arm
+from nanochat.metaworld.workers import in_processes
 
 CAMERA_KEY = "observation.images.corner2"
 BLOCK = 10  # episodes

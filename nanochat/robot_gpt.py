@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.actions import N_BINS, Scale
 from nanochat.engine import KVCache
 from nanochat.gpt import Linear
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
-from nanochat.robot.actions import N_BINS, Scale
 from nanochat.tokenizer import Tokenizer
 
 STATE, ACT = "<|state|>", "<|act|>"

@@ -11,7 +11,7 @@ from math import radians, tan
 import numpy as np
 
 from nanochat.data.sample import CAPTION_PROMPT
-from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
+from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
 
 CAMERA_POSITION = np.array([0.75, 0.075, 0.7])  # metres, world axes
 # Rows: the directions of the upright picture's right, down and depth. From cam_quat of "corner2" (Meta-World 3.1.1),

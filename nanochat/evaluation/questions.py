@@ -17,12 +17,12 @@ from rich.table import Table
 
 from nanochat.assistant import Assistant, resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
+from nanochat.data.demonstrations import Frames, question_messages, task_of
+from nanochat.data.lerobot import RobotDataset
 from nanochat.data.sample import written_whole
-from nanochat.metrics import accuracy, exact_match
-from nanochat.robot.frames import Frames, question_messages, task_of
-from nanochat.robot.lerobot import RobotDataset
-from nanochat.robot.scene import Question
-from nanochat.robot.train import chosen_camera, held_out
+from nanochat.evaluation.metrics import accuracy, exact_match
+from nanochat.metaworld.scene import Question
+from nanochat.training.robots import chosen_camera, held_out
 
 NEW_TOKENS = 40  # a description has 25
 WAYS = ("aligned", "shuffled", "blind")

@@ -15,16 +15,19 @@ import torch
 from rich.progress import Progress
 
 from nanochat.assistant import resolve_checkpoint
-from nanochat.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
 from nanochat.checkpoint import load_checkpoint
 from nanochat.data import load_dataset, one_per_reference
 from nanochat.data.sample import limit
-from nanochat.features import cached_features
+from nanochat.evaluation.validation import three_ways
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, create_multimodal_gpt
-from nanochat.optimizers import learning_rate_factor
-from nanochat.recipes import PictureRecipe
-from nanochat.rewards import tries
-from nanochat.run import (
+from nanochat.tokenizer import Tokenizer
+from nanochat.training.auxiliary import WordHead, answer_words
+from nanochat.training.batches import Batch, FeatureEyes, Rows, TrainedEyes, collate, forget_words, hide
+from nanochat.training.features import cached_features
+from nanochat.training.optimizers import learning_rate_factor
+from nanochat.training.recipes import PictureRecipe
+from nanochat.training.rewards import tries
+from nanochat.training.run import (
     DTYPES,
     Run,
     begin,
@@ -40,9 +43,6 @@ from nanochat.run import (
     started_recipe,
     trained_parameters,
 )
-from nanochat.tokenizer import Tokenizer
-from nanochat.validation import three_ways
-from nanochat.words import WordHead, answer_words
 
 LESS_MEMORY = (
     "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, put the encoder elsewhere with "

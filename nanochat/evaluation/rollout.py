@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat import metrics
 from nanochat.data.sample import written_whole
-from nanochat.robot.instructions import INSTRUCTIONS, TIERS
-from nanochat.robot.policy import Policy
-from nanochat.robot.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
-from nanochat.robot.workers import in_processes
+from nanochat.evaluation import metrics
+from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
+from nanochat.metaworld.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
+from nanochat.metaworld.workers import in_processes
+from nanochat.policy import Policy
 
 DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
 SIDE_BY_SIDE = 10  # episodes of a job: each has a simulator and a renderer, 100 to 200 MB

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from nanochat.conversation import Rendered, render
+from nanochat.data.columns import png
+from nanochat.data.lerobot import Episode, EpisodeInfo
 from nanochat.data.sample import vqa_sample
 from nanochat.gpt import IGNORE_INDEX
-from nanochat.robot.instructions import INSTRUCTIONS
-from nanochat.robot.lerobot import Episode, EpisodeInfo
-from nanochat.robot.model import RobotGPT, action_prompt
-from nanochat.robot.scene import Question, scene_questions
-from nanochat.robot.tables import png
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.scene import Question, scene_questions
+from nanochat.robot_gpt import RobotGPT, action_prompt
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision.images import letterbox, open_image
 

@@ -6,7 +6,7 @@ Muon (Keller Jordan, 2024) turns the matrices of the decoder and the projector; 
 import torch
 
 from nanochat.multimodal_gpt import MultimodalGPT
-from nanochat.recipes import Recipe
+from nanochat.training.recipes import Recipe
 
 BETAS = (0.9, 0.95)
 OUTPUTS = ("lm_head", "action_head", "vision_projector.position")  # two axes, but no matrices between hidden states

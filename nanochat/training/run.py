@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.checkpoint import load_encoder, load_resume, read_json, read_manifest, readable, save_checkpoint
+from nanochat.evaluation.validation import describe, history_files
 from nanochat.multimodal_gpt import MultimodalGPT
-from nanochat.optimizers import learning_rate_factor, load_optimizers, make_optimizers, optimizer_tensors
-from nanochat.recipes import RECIPES, Recipe
 from nanochat.tokenizer import Tokenizer
-from nanochat.validation import describe, history_files
+from nanochat.training.optimizers import learning_rate_factor, load_optimizers, make_optimizers, optimizer_tensors
+from nanochat.training.recipes import RECIPES, Recipe
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.weights import one_line
 

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat import metrics
 from nanochat.assistant import Assistant
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset
 from nanochat.data.sample import written_whole
+from nanochat.evaluation import metrics
 
 WAYS = ("aligned", "shuffled", "blind")
 NEW_TOKENS = {"vqa": 24, "caption": 32}

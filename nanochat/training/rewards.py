@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nanochat.batches import Row
 from nanochat.engine import Engine
-from nanochat.metrics import MAX_N, bleu_statistics, caption_tokens
+from nanochat.evaluation.metrics import MAX_N, bleu_statistics, caption_tokens
 from nanochat.sampling import Sampling
+from nanochat.training.batches import Row
 
 NEW_TOKENS = 32
 

@@ -7,8 +7,8 @@ import torch
 
 from nanochat.assistant import resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
-from nanochat.robot.model import RobotGPT, action_prompt
-from nanochat.robot.safety import SafeActions, stand_still
+from nanochat.robot_gpt import RobotGPT, action_prompt
+from nanochat.safety import SafeActions, stand_still
 from nanochat.vision.images import open_image
 
 HOLDS = ("still", "last")

@@ -17,13 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from rich.progress import Progress
 
+from nanochat.actions import Scale
 from nanochat.assistant import resolve_checkpoint
-from nanochat.batches import hide
 from nanochat.checkpoint import load_checkpoint
-from nanochat.gpt import IGNORE_INDEX
-from nanochat.recipes import Robot
-from nanochat.robot.actions import Scale
-from nanochat.robot.frames import (
+from nanochat.data.demonstrations import (
     ActionBatch,
     Frames,
     QuestionBatch,
@@ -32,12 +29,16 @@ from nanochat.robot.frames import (
     shift_pictures,
     task_of,
 )
-from nanochat.robot.instructions import INSTRUCTIONS, OBJECTS
-from nanochat.robot.lerobot import RobotDataset, bridge_sample
-from nanochat.robot.model import ACT, BINS, STATE, RobotGPT, RobotGPTConfig
-from nanochat.robot.policy import Policy
-from nanochat.robot.scene import PHRASES
-from nanochat.run import (
+from nanochat.data.lerobot import RobotDataset, bridge_sample
+from nanochat.gpt import IGNORE_INDEX
+from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
+from nanochat.metaworld.scene import PHRASES
+from nanochat.policy import Policy
+from nanochat.robot_gpt import ACT, BINS, STATE, RobotGPT, RobotGPTConfig
+from nanochat.tokenizer import Tokenizer
+from nanochat.training.batches import hide
+from nanochat.training.recipes import Robot
+from nanochat.training.run import (
     DTYPES,
     Run,
     begin,
@@ -52,7 +53,6 @@ from nanochat.run import (
     started_recipe,
     trained_parameters,
 )
-from nanochat.tokenizer import Tokenizer
 
 VAL_SHARE = 0.04  # of each task's episodes, but one at least
 VAL_FRAMES = 256

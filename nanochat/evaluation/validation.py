@@ -7,9 +7,9 @@ import json
 import numpy as np
 import torch
 
-from nanochat.batches import Rows, collate
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT
+from nanochat.training.batches import Rows, collate
 
 
 def describe(step: int, seconds: float, check: dict) -> str:

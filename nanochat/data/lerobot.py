@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nanochat.data.sample import DataError, check_text
-from nanochat.robot.tables import (
+from nanochat.data.columns import (
     column_stats,
     counted_stats,
     fill,
@@ -36,6 +35,7 @@ from nanochat.robot.tables import (
     video_frames,
     whole,
 )
+from nanochat.data.sample import DataError, check_text
 
 try:
     import pyarrow as pa

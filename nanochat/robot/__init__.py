@@ -1,1 +1,0 @@
-"""From the same model, motor commands: demonstrations, policies, rollouts and a server."""
