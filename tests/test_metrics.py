@@ -18,7 +18,6 @@ from nanochat.evaluation.metrics import (
     bootstrap,
     caption_tokens,
     cider,
-    commonest_answer,
     exact_match,
     normalize_answer,
 )
@@ -56,13 +55,6 @@ def test_exact_match():
     assert not exact_match("dark red", ["red"])
     assert not exact_match("", ["red"])
     assert not exact_match("red", [])
-
-
-def test_commonest_answer():
-    assert commonest_answer(["red", "Blue ", "blue."]) == "blue"
-    assert commonest_answer(["b", "a"]) == commonest_answer(["a", "b"]) == "a"
-    with pytest.raises(ValueError, match="at least one"):
-        commonest_answer([])
 
 
 # ---- intervals ----

@@ -41,14 +41,6 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     return normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
 
 
-def commonest_answer(answers: Sequence[str]) -> str:
-    """What to say without looking. Raises ValueError where there are no answers to choose from."""
-    counts = Counter(map(normalize_answer, answers))
-    if not counts:
-        raise ValueError("the commonest answer of none: at least one is needed")
-    return min(counts, key=lambda answer: (-counts[answer], answer))  # ties by the alphabet, not by the order of rows
-
-
 # ---- intervals ----
 
 

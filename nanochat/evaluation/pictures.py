@@ -17,6 +17,7 @@ from nanochat.assistant import Assistant
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset
 from nanochat.data.sample import written_whole
 from nanochat.evaluation import metrics
+from nanochat.evaluation.controls import commonest_answer
 
 WAYS = ("aligned", "shuffled", "blind")
 NEW_TOKENS = {"vqa": 24, "caption": 32}
@@ -152,7 +153,7 @@ def score_vqa(samples: Sequence[Sample], said: dict[str, list[str]], keys: list[
     def correct(predictions):
         return [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
 
-    majority = metrics.commonest_answer([usual for usual, *_ in references])
+    majority = commonest_answer([usual for usual, *_ in references])
     ways = said | {"majority": [majority] * len(samples)}
     row = {way: float(np.mean(correct(predictions))) for way, predictions in ways.items()}
     return {"accuracy": measure(row, metrics.accuracy(correct(said["aligned"]), keys))}
