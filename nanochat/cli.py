@@ -388,12 +388,12 @@ def policy_server(
     import asyncio
 
     from nanochat.policy import Policy, Served
-    from nanochat.serving.openpi import run
+    from nanochat.serving.openpi import serve_policy
     from nanochat.training.run import pick_device
 
     policy = Policy.load(checkpoint, pick_device(device))
     served = Served(policy, execute, max_change, hold)
-    asyncio.run(run(served, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
+    asyncio.run(serve_policy(served, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
 
 
 def train(words: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from nanochat.assistant import resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
 from nanochat.robot_gpt import RobotGPT, action_prompt
-from nanochat.safety import SafeActions, stand_still
+from nanochat.safety import SafeActions, hold_still
 from nanochat.vision.images import open_image
 
 HOLDS = ("still", "last")
@@ -102,7 +102,7 @@ class Served:
     def limits(self) -> SafeActions:
         config = self.policy.model.config
         dim, scale = config.action_dim, config.action_scale
-        hold = stand_still(dim) if self.hold == "still" else [float("nan")] * dim
+        hold = hold_still(dim) if self.hold == "still" else [float("nan")] * dim
         return SafeActions(scale["low"], scale["high"], hold, max_change=self.max_change)
 
     def session(self) -> Callable[[dict], dict]:

@@ -1,4 +1,4 @@
-"""Between a network and a motor: whatever goes in, what comes out is finite, within the limits and, if asked, not too sudden."""
+"""The last check before the motors: every action is finite, within the limits and, optionally, rate-limited."""
 
 import logging
 from collections import Counter
@@ -10,15 +10,15 @@ logger = logging.getLogger(__name__)
 
 
 class SafeActions:
-    """Call it with every action on its way out. `counts` says how often it had to step in, by reason.
+    """Call it with every action before it is executed. `counts` holds how many actions were changed, by reason.
 
     low, high: (D,) limits of each dimension.
-    hold: (D,) what is sent in place of an action that cannot be used; NaN stands for "as it was last sent" (the fingers of a hand
-        that is told how far to move: 0, 0, 0, nan). Default: the middle between the limits.
-    max_change: (D,) or a number, the most that a dimension may change from one action to the next; None for no limit.
-    max_age_s: the oldest observation, in seconds, that may still be acted on; None for any age.
+    hold: (D,) sent instead of an unusable action; NaN repeats the last value sent in that dimension (a gripper in a robot with
+        relative actions: 0, 0, 0, nan). Default: the middle between the limits.
+    max_change: (D,) or a number, the largest change of a dimension between consecutive actions; None for no limit.
+    max_age_s: the oldest observation, in seconds, whose action is used; None for any age.
 
-    Raises ValueError for limits that are none; a call raises nothing, whatever the action.
+    Raises ValueError for invalid limits. A call never raises, whatever the action.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SafeActions:
     ):
         self.low, self.high = np.array(low, np.float64), np.array(high, np.float64)
         if self.low.ndim != 1 or self.low.shape != self.high.shape or not np.all(self.low <= self.high):
-            raise ValueError(f"limits must be two lists of one length, low <= high, got {low} and {high}")
+            raise ValueError(f"limits must be two lists of equal length with low <= high, got {low} and {high}")
         if not np.isfinite([self.low, self.high]).all():
             raise ValueError(f"limits must be finite, got {low} and {high}")
         self.hold = (self.low + self.high) / 2 if hold is None else np.array(hold, np.float64)
@@ -49,7 +49,7 @@ class SafeActions:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, action, age_s: float | None = None) -> np.ndarray:
-        """action: (D,) as the network has it. age_s: of the observation that it answers, in seconds. Returns (D,) float32."""
+        """action: (D,), the output of a network. age_s: age of its observation in seconds. Returns (D,) float32."""
         values, reason = self.checked(action, age_s)
         if reason:
             self.warn(reason)
@@ -57,25 +57,25 @@ class SafeActions:
         values = np.clip(values, self.low, self.high)
         if self.max_change is not None and self.last is not None:
             limited = np.clip(values, self.last - self.max_change, self.last + self.max_change)
-            self.counts["slowed down"] += int((limited != values).any())
+            self.counts["rate limited"] += int((limited != values).any())
             values = limited
         self.last = values
-        # float32 may round up, and beyond a limit
+        # rounding to float32 can exceed a limit
         return np.clip(values.astype(np.float32), rounded(self.low, np.inf), rounded(self.high, -np.inf))
 
     def checked(self, action, age_s: float | None) -> tuple[np.ndarray | None, str]:
-        """The action as numbers, and why it cannot be used, or an empty string."""
-        # an age that is NaN or negative (a clock that was set back) is no proof of freshness
+        """(the action as float64 or None, the reason it is unusable or "")."""
+        # NaN or a negative age (the clock was changed) does not prove that the observation is fresh
         if self.max_age_s is not None and not (age_s is not None and 0 <= age_s <= self.max_age_s):
             return None, "stale observation"
         try:
             array = np.asarray(action)
-            # numpy would make numbers of dates, of text, and of complex ones by half
+            # numpy would also convert dates, text, and the real part of complex numbers
             values = array.astype(np.float64) if array.dtype.kind in "biufO" else None
-        except Exception:  # objects turn themselves into numbers, and may raise anything
+        except Exception:  # the conversion methods of an object can raise anything
             values = None
         if values is None:
-            return None, "no numbers"
+            return None, "not numeric"
         if values.shape != self.low.shape:
             return None, "wrong shape"
         return values, "" if np.isfinite(values).all() else "not finite"
@@ -85,19 +85,19 @@ class SafeActions:
         return np.where(np.isnan(self.hold), last, self.hold)
 
     def warn(self, reason: str) -> None:
-        """The first time and then ever more seldom: a robot at 80 steps a second would fill the disk."""
+        """Logs occurrence 1, 10, 100 and then every 1000th: at 80 steps per second a full log would fill the disk."""
         self.counts[reason] += 1
         if self.counts[reason] in (1, 10, 100) or self.counts[reason] % 1000 == 0:
-            logger.warning("action held back (%s), %d times so far", reason, self.counts[reason])
+            logger.warning("unusable action replaced (%s), %d times so far", reason, self.counts[reason])
 
 
 def rounded(limit: np.ndarray, towards: float) -> np.ndarray:
-    """The float32 next to each limit that is not beyond it. towards: where inside is."""
+    """The nearest float32 of each limit that does not exceed it. towards: the direction of the allowed range, inf or -inf."""
     near = limit.astype(np.float32)
     beyond = near < limit if towards > 0 else near > limit
     return np.where(beyond, np.nextafter(near, np.float32(towards)), near)
 
 
-def stand_still(action_dim: int) -> list[float]:
-    """`hold` for actions that say how far to move: nothing moves, and the last number, the fingers, is as it was last sent."""
+def hold_still(action_dim: int) -> list[float]:
+    """`hold` for relative actions: zero motion, and the last dimension (the gripper) keeps the value last sent."""
     return [0.0] * (action_dim - 1) + [float("nan")]

@@ -1,4 +1,4 @@
-"""Whatever a network says, what leaves is finite, in the limits, and not too sudden."""
+"""Every action that leaves is finite, within the limits and rate-limited, whatever the network outputs."""
 
 import logging
 
@@ -14,7 +14,7 @@ from nanochat.safety import SafeActions
 
 class Stubborn:
     def __float__(self):
-        raise RuntimeError("not a number, and rude about it")
+        raise RuntimeError("not a number")
 
 
 LOW, HIGH = np.array([-1.0, -0.1, 0.3]), np.array([1.0, 0.7, 0.3])
@@ -44,15 +44,15 @@ def test_no_step_is_larger_than_allowed(actions, most):
 
 
 @given(hnp.arrays(np.float64, 3, elements=st.floats(-1, 1)))
-def test_what_is_safe_passes_unchanged(action):
+def test_a_safe_action_is_not_changed(action):
     action = np.clip(action, LOW, HIGH)
     safe = SafeActions(LOW, HIGH, max_change=3.0)
     np.testing.assert_allclose(safe(action), action, atol=1e-6)
     assert not safe.counts.total()
 
 
-def test_limits_hold_in_float32_as_well():
-    safe = SafeActions([-0.1], [0.3])  # the nearest float32 of each lies beyond it
+def test_limits_hold_after_rounding_to_float32():
+    safe = SafeActions([-0.1], [0.3])  # the nearest float32 of each limit exceeds it
     assert float(safe([-5.0])[0]) >= -0.1 and float(safe([5.0])[0]) <= 0.3
 
 
@@ -63,26 +63,26 @@ def test_limits_hold_in_float32_as_well():
         ([0, np.inf, 0], "not finite"),
         ([0, 0], "wrong shape"),
         (None, "wrong shape"),
-        ("up", "no numbers"),
-        (["1", "1", "1"], "no numbers"),
-        ([10**400, 0, 0], "no numbers"),
-        (np.array([1j, 1, 1]), "no numbers"),
-        (np.array([1, 1, 1], "M8[s]"), "no numbers"),
-        (np.array([Stubborn()] * 3), "no numbers"),
-        (torch.ones(3, requires_grad=True), "no numbers"),
+        ("up", "not numeric"),
+        (["1", "1", "1"], "not numeric"),
+        ([10**400, 0, 0], "not numeric"),
+        (np.array([1j, 1, 1]), "not numeric"),
+        (np.array([1, 1, 1], "M8[s]"), "not numeric"),
+        (np.array([Stubborn()] * 3), "not numeric"),
+        (torch.ones(3, requires_grad=True), "not numeric"),
     ],
 )
-def test_what_cannot_be_used_holds_and_is_counted(action, reason, caplog):
+def test_an_unusable_action_is_replaced_and_counted(action, reason, caplog):
     safe = SafeActions([-1] * 3, [1] * 3, hold=[0, 0, np.nan])
     safe([0.5, 0.5, 0.9])
     with caplog.at_level(logging.WARNING):
         held = safe(action if action is not None else np.zeros((2, 3)))
-    np.testing.assert_allclose(held, [0, 0, 0.9], atol=1e-6)  # no motion, and the fingers as they were
+    np.testing.assert_allclose(held, [0, 0, 0.9], atol=1e-6)  # no motion, and the gripper keeps its value
     assert safe.counts == {reason: 1}
     assert reason in caplog.text
 
 
-def test_the_log_is_not_flooded(caplog):
+def test_few_log_lines_for_many_unusable_actions(caplog):
     safe = SafeActions([-1], [1])
     with caplog.at_level(logging.WARNING):
         for _ in range(999):
@@ -94,10 +94,10 @@ def test_each_dimension_has_its_own_rate():
     safe = SafeActions([-1, -1], [1, 1], max_change=[0.1, 0.5])
     sent = [safe(action) for action in ([0, 0], [1, 1], [1, 1], [-1, -1], [0.05, 0.5])]
     np.testing.assert_allclose(sent, [[0, 0], [0.1, 0.5], [0.2, 1], [0.1, 0.5], [0.05, 0.5]], atol=1e-6)
-    assert safe.counts == {"slowed down": 3}
+    assert safe.counts == {"rate limited": 3}
 
 
-def test_limits_are_not_moved_from_outside():
+def test_limits_are_copied():
     low = np.array([-1.0])
     safe = SafeActions(low, [1])
     low[:] = -9
@@ -105,7 +105,7 @@ def test_limits_are_not_moved_from_outside():
 
 
 @pytest.mark.parametrize("age", [None, 0.3, float("nan"), -1.0])
-def test_a_stale_observation_is_not_acted_on(age):
+def test_the_action_of_a_stale_observation_is_replaced(age):
     safe = SafeActions([-1], [1], max_age_s=0.2)
     assert safe([0.8], age_s=age) == 0 and safe.counts == {"stale observation": 1}
     assert safe([0.8], age_s=0.1)[0] == pytest.approx(0.8)
@@ -125,6 +125,6 @@ def test_a_stale_observation_is_not_acted_on(age):
         dict(low=[0], high=[1], max_age_s=-1),
     ],
 )
-def test_limits_that_are_none_are_refused(settings):
+def test_invalid_limits_are_refused(settings):
     with pytest.raises(ValueError, match="must"):
         SafeActions(**settings)

@@ -1,4 +1,4 @@
-"""The policy server over loopback, driven by openpi's own client and attacked by a raw one."""
+"""The policy server over loopback: with openpi's own client, and with a raw client that sends invalid messages."""
 
 import asyncio
 import re
@@ -32,12 +32,12 @@ OBSERVATION = {
 
 
 class Echo:
-    """Answers with what it was shown, so that both directions are seen."""
+    """Returns parts of the observation, so that both directions are checked."""
 
     metadata = {"chunk": 2, "name": "echo"}
 
     def __init__(self):
-        self.go = threading.Event()  # what a "slow" observation waits for
+        self.go = threading.Event()  # a "slow" observation waits for it
 
     def session(self):
         calls = []
@@ -48,6 +48,8 @@ class Echo:
                 raise KeyError("a secret path")
             if observation["prompt"] == "refuse":
                 raise ValueError('"observation/state" must be\n2 finite numbers')
+            if observation["prompt"] == "empty":
+                raise ValueError
             if observation["prompt"] == "slow":
                 assert self.go.wait(20)
             if observation["prompt"] == "nothing":
@@ -64,7 +66,7 @@ class Echo:
 
 @pytest.fixture
 def serving():
-    """Starts servers in a thread of their own; yields a function that returns the port."""
+    """Yields a function that starts a server in another thread and returns its port."""
     loop, servers = asyncio.new_event_loop(), []
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -109,21 +111,26 @@ def test_openpis_client_drives_it(serving):
     assert (first["calls"], second["calls"]) == (1, 2)
 
 
-def test_a_bad_observation_is_told_in_a_line_and_the_talk_goes_on(serving):
+def test_a_wrong_observation_gets_one_line_and_the_connection_stays_open(serving):
     client = openpi(serving())
     with pytest.raises(RuntimeError, match='"observation/state" must be 2 finite numbers$'):
         client.infer(OBSERVATION | {"prompt": "refuse"})
     assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
 
 
+def test_an_error_without_a_text_is_named_by_its_type(serving):
+    with pytest.raises(RuntimeError, match=r"invalid observation \(ValueError\)$"):
+        openpi(serving()).infer(OBSERVATION | {"prompt": "empty"})
+
+
 @pytest.mark.parametrize(
     "prompt, logged", [("raise", "a secret path"), ("nothing", "NoneType"), ("objects", "cannot send a ndarray")]
 )
-def test_the_peer_is_told_nothing_of_our_insides(serving, caplog, prompt, logged):
+def test_internal_errors_are_not_exposed(serving, caplog, prompt, logged):
     client = openpi(serving())
     with pytest.raises(RuntimeError, match="^Error in inference server:\ninternal error$"):
         client.infer(OBSERVATION | {"prompt": prompt})
-    assert logged in caplog.text  # but our own log is
+    assert logged in caplog.text
     assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
 
 
@@ -135,19 +142,19 @@ def test_two_robots_do_not_share_a_session(serving):
     )
 
 
-def test_the_loop_answers_while_the_network_works(serving, caplog):
+def test_the_event_loop_answers_while_the_model_runs(serving, caplog):
     policy = Echo()
     port = serving(policy)
     slow, other = raw(port), raw(port)
     slow.send(packed(OBSERVATION | {"prompt": "slow"}))
     other.send(packed(OBSERVATION))
     assert other.ping().wait(5)
-    with pytest.raises(TimeoutError):  # observations are answered in turn
+    with pytest.raises(TimeoutError):  # observations are answered one at a time
         other.recv(timeout=0.1)
-    slow.close()  # in the middle of the work
+    slow.close()  # while its observation is processed
     policy.go.set()
     assert b"actions" in other.recv(timeout=10)
-    assert "failed" not in caplog.text  # that somebody leaves is no error
+    assert "failed" not in caplog.text  # a client that disconnects is not an error
 
 
 def packed(value):
@@ -186,7 +193,7 @@ ARRAY = {b"__ndarray__": True, b"data": b"12345678", b"dtype": "<f4", b"shape": 
         msgpack.packb({1: 2}),
     ],
 )
-def test_what_is_no_observation_is_refused_and_the_talk_goes_on(serving, message):
+def test_an_invalid_message_is_refused_and_the_connection_stays_open(serving, message):
     connection = raw(serving())
     connection.send(message)
     answer = connection.recv(timeout=10)
@@ -196,23 +203,23 @@ def test_what_is_no_observation_is_refused_and_the_talk_goes_on(serving, message
 
 
 @pytest.mark.parametrize(
-    "array, told",
+    "array, message",
     [
-        (ARRAY | {b"shape": [3]}, "has not 8 bytes"),
-        (ARRAY | {b"shape": [-1]}, "whole numbers"),
-        (ARRAY | {b"shape": [2.0]}, "whole numbers"),
+        (ARRAY | {b"shape": [3]}, "does not match its 8 bytes"),
+        (ARRAY | {b"shape": [-1]}, "non-negative integers"),
+        (ARRAY | {b"shape": [2.0]}, "non-negative integers"),
         (ARRAY | {b"shape": [2] + [1] * 40}, "at most 8 axes"),
         (ARRAY | {b"data": "12345678"}, "needs bytes"),
         (ARRAY | {b"dtype": ["<f4"]}, "booleans, integers or floats"),
-        ({b"__npgeneric__": True, b"data": "7", b"dtype": "<f4"}, "needs a number"),
+        ({b"__npgeneric__": True, b"data": "7", b"dtype": "<f4"}, "needs a number as its data"),
     ],
 )
-def test_the_peer_is_told_what_is_wrong_with_an_array(array, told):
-    with pytest.raises(ValueError, match=told):
+def test_the_error_says_what_is_wrong_with_an_array(array, message):
+    with pytest.raises(ValueError, match=message):
         unpack(packed({"a": array}))
 
 
-def test_text_is_told_apart_from_garbage():
+def test_text_has_its_own_error():
     with pytest.raises(ValueError, match="got text"):
         unpack("text")
 
@@ -226,15 +233,15 @@ def test_arrays_arrive_as_they_were_sent():
             assert found["number"] == sent.sum()
 
 
-def test_a_long_type_is_not_parsed(monkeypatch):
+def test_a_long_dtype_is_not_parsed(monkeypatch):
     asked = []
     monkeypatch.setattr(np, "dtype", lambda *a, **k: asked.append(a))
     with pytest.raises(ValueError, match="booleans, integers or floats"):
         unpack(msgpack.packb({"a": ARRAY | {b"dtype": "f4," * 10_000 + "f4"}}))
-    assert not asked  # numpy's parser takes seconds for a few million
+    assert not asked  # numpy's parser needs seconds for a few million characters
 
 
-def test_the_log_of_a_refusal_is_short(serving, caplog):
+def test_the_log_line_of_a_refusal_is_short(serving, caplog):
     caplog.set_level("INFO", "nanochat")
     connection = raw(serving())
     connection.send(packed({"a": ARRAY | {b"shape": ["x\n" * 100_000]}}))
@@ -242,7 +249,7 @@ def test_the_log_of_a_refusal_is_short(serving, caplog):
     assert "refused" in caplog.text and max(len(record.getMessage()) for record in caplog.records) < 600
 
 
-def test_who_says_nothing_is_sent_away(serving, monkeypatch):
+def test_an_idle_connection_is_closed(serving, monkeypatch):
     monkeypatch.setattr(module, "IDLE_S", 0.2)
     connection = raw(serving())
     connection.send(packed(OBSERVATION))
@@ -260,7 +267,7 @@ def test_messages_have_a_size_limit(serving, monkeypatch):
     assert error.value.rcvd.code == 1009
 
 
-def test_a_token_keeps_strangers_out(serving):
+def test_a_wrong_token_is_refused(serving):
     port = serving(token="sesame")
     for headers in ({}, {"Authorization": "Api-Key open"}, {"Authorization": "Bearer sesame"}):
         with pytest.raises(InvalidStatus) as error:
@@ -269,7 +276,7 @@ def test_a_token_keeps_strangers_out(serving):
     assert openpi(port, api_key="sesame").infer(OBSERVATION)["calls"] == 1
 
 
-def test_two_tokens_are_none(serving):
+def test_two_tokens_are_refused(serving):
     with socket.create_connection(("127.0.0.1", serving(token="sesame")), timeout=10) as peer:
         peer.sendall(
             b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -278,7 +285,7 @@ def test_two_tokens_are_none(serving):
         assert peer.recv(100).startswith(b"HTTP/1.1 401")
 
 
-def test_web_pages_stay_out(serving):
+def test_browsers_are_refused(serving):
     with pytest.raises(InvalidStatus) as error:
         connect(f"ws://127.0.0.1:{serving()}", origin="http://evil.example")
     assert error.value.response.status_code == 403
@@ -289,7 +296,7 @@ def test_health_check(serving):
         assert answer.status == 200
 
 
-def test_not_more_than_so_many_connections(serving, monkeypatch):
+def test_the_number_of_connections_is_limited(serving, monkeypatch):
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 1)
     port = serving()
     first = raw(port)
@@ -297,7 +304,7 @@ def test_not_more_than_so_many_connections(serving, monkeypatch):
         connect(f"ws://127.0.0.1:{port}")
     assert error.value.response.status_code == 503
     first.close()
-    for _ in range(50):  # the place is free again, as soon as the server has seen it
+    for _ in range(50):  # the server needs a moment to notice
         try:
             raw(port)
             return
@@ -306,24 +313,24 @@ def test_not_more_than_so_many_connections(serving, monkeypatch):
     pytest.fail("a closed connection still counts")
 
 
-def test_an_open_door_is_warned_of(serving, caplog):
+def test_an_open_server_without_a_token_logs_a_warning(serving, caplog):
     serving(host="0.0.0.0")
     assert "set a token" in caplog.text
 
 
 SERVES = """
 import asyncio, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
-from nanochat.serving.openpi import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job SIGINT is ignored
+from nanochat.serving.openpi import serve_policy
 class Idle:
     metadata = {"chunk": 2, "name": "echo"}
     def session(self): return lambda observation: {}
-asyncio.run(run(Idle(), "127.0.0.1", 0, None))
+asyncio.run(serve_policy(Idle(), "127.0.0.1", 0, None))
 """
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
-def test_a_server_that_is_stopped_says_goodbye(number, code):
+def test_a_stopped_server_closes_its_connections(number, code):
     with subprocess.Popen([sys.executable, "-c", SERVES], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             connection = raw(int(re.search(rb":(\d+);", process.stdout.readline())[1]))

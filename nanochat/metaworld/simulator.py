@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.safety import SafeActions, stand_still
+from nanochat.safety import SafeActions, hold_still
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # nearer than Meta-World's own, as published evaluations move it
@@ -132,7 +132,7 @@ class Arm:
 
 def arm_limits() -> SafeActions:
     """What may be sent to an `Arm`."""
-    return SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, stand_still(ACTION_DIM))
+    return SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, hold_still(ACTION_DIM))
 
 
 def import_metaworld():

@@ -1,8 +1,8 @@
-"""A policy behind a socket: openpi's protocol (Physical Intelligence), so that `openpi-client` from PyPI drives it unchanged.
+"""The websocket protocol of openpi (Physical Intelligence): the unmodified `openpi-client` from PyPI can drive a robot with it.
 
-A client connects by websocket and is sent the policy's metadata. Then each binary message is an observation, a msgpack map whose
-arrays are maps themselves ("__ndarray__", "data", "dtype", "shape"), and each answer a map of actions with "server_timing". What
-cannot be answered is told in one line of text, which the client raises as an error; details stay in this side's log.
+A client connects and receives the policy's metadata. Then each binary message is an observation, a msgpack map in which an array
+is a map of "__ndarray__", "data", "dtype" and "shape"; each answer is a map of actions and "server_timing". An error is sent as
+one line of text, which the client raises. Internal errors are not exposed: their details go to the server's log only.
 """
 
 import asyncio
@@ -26,11 +26,13 @@ logger = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "::1", "localhost")
 MAX_MESSAGE = 16 * 2**20  # bytes: a few camera frames
 MAX_CONNECTIONS = 8
-MAX_QUEUE = 1  # messages read ahead; the client waits for each answer before it asks again
-MAX_ITEMS = 1024  # of a list or map in a message
-MAX_VALUES = 10_000  # of all lists and maps of a message: small ones take a hundred times their bytes in memory
-IDLE_S = 600  # seconds without an observation, after which a connection is closed
-# numpy would also read comma lists as structures, and takes seconds for a long one
+MAX_QUEUE = 1  # messages read ahead; the client waits for each answer before the next observation
+MAX_ITEMS = 1024  # items in one list or map of a message
+MAX_VALUES = (
+    10_000  # items in all lists and maps of a message: an item needs up to 100 times its message size in memory
+)
+IDLE_S = 600  # a connection without an observation for this many seconds is closed
+# A fixed table, because np.dtype also parses comma-separated lists, and needs seconds for a long one
 DTYPES = {
     dtype.str: dtype
     for order in "<>"
@@ -38,58 +40,64 @@ DTYPES = {
 }
 
 
-class Servable(Protocol):
-    """metadata: what clients are told. session: what answers one connection's observations; may raise ValueError for them."""
+class RobotPolicy(Protocol):
+    """What the server needs, such as serving.policy.SafePolicy.
+
+    metadata: sent to every client when it connects.
+    session: returns a new function for one connection, observation -> answer; its ValueErrors are sent to the client.
+    """
 
     metadata: dict
 
     def session(self) -> Callable[[dict], dict]: ...
 
 
-async def start_server(policy: Servable, host: str = "127.0.0.1", port: int = 8000, token: str | None = None) -> Server:
-    """Serve until the returned server is closed. port 0 is a free one. token: clients must know it (`api_key` of the client).
+async def start_server(
+    policy: RobotPolicy, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
+) -> Server:
+    """Serve until the returned server is closed. port: 0 for any free port. token: what clients must send (their `api_key`).
 
-    Raises OSError where the address cannot be had.
+    Raises OSError if the address is not available.
     """
     if host not in LOCAL and token is None:
-        logger.warning("anybody who can reach %s port %d can move this robot: set a token", host, port)
-    worker = ThreadPoolExecutor(1)  # the network runs beside the loop, one observation at a time
+        logger.warning("everyone who can reach %s port %d can move this robot: set a token", host, port)
+    worker = ThreadPoolExecutor(1)  # the model runs outside the event loop, one observation at a time
     connections: set[ServerConnection] = set()
 
     def admit(connection: ServerConnection, request):
-        """Before the handshake: health checks, and who may come in."""
+        """Before the handshake: health checks, the token, and the number of connections."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         given = ", ".join(request.headers.get_all("Authorization"))
         if token is not None and not hmac.compare_digest(given.encode(), f"Api-Key {token}".encode()):
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "a token is needed\n")
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing token\n")
         if len(connections) >= MAX_CONNECTIONS:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
-    async def talk(connection: ServerConnection) -> None:
+    async def handle(connection: ServerConnection) -> None:
         connections.add(connection)
         try:
-            await converse(connection, policy, worker)
+            await answer_observations(connection, policy, worker)
         except ConnectionClosed:
-            logger.info("%s has gone", connection.remote_address)
+            logger.info("%s disconnected", connection.remote_address)
         finally:
             connections.discard(connection)
 
     return await serve(
-        talk,
+        handle,
         host,
         port,
         process_request=admit,
-        origins=[None],  # browsers name theirs: no web page may reach a server on its reader's machine
+        origins=[None],  # browsers always send an origin: no web page can connect to a server on its visitor's machine
         compression=None,
         max_size=MAX_MESSAGE,
         max_queue=MAX_QUEUE,
     )
 
 
-async def converse(connection: ServerConnection, policy: Servable, worker: ThreadPoolExecutor) -> None:
-    """Answer the observations of one connection until it is closed."""
+async def answer_observations(connection: ServerConnection, policy: RobotPolicy, worker: ThreadPoolExecutor) -> None:
+    """Answer the observations of one connection, in order, until it closes."""
     act, loop, previous_ms = policy.session(), asyncio.get_running_loop(), None
     await connection.send(msgpack.packb(policy.metadata, default=pack_array))
     while True:
@@ -106,9 +114,9 @@ async def converse(connection: ServerConnection, policy: Servable, worker: Threa
 
 
 def answer_to(message: bytes | str, act: Callable[[dict], dict], previous_ms: float | None) -> bytes | str:
-    """The actions for an observation, packed, or the line that says why there are none. Runs beside the loop.
+    """The packed actions for an observation, or one line of text with the error. Runs outside the event loop.
 
-    previous_ms: what the connection's last answer took from the arrival of its observation to its departure.
+    previous_ms: how long the connection's previous answer took, from receiving its observation to sending it.
     """
     try:
         observation, since = unpack(message), time.perf_counter()
@@ -118,19 +126,19 @@ def answer_to(message: bytes | str, act: Callable[[dict], dict], previous_ms: fl
             timing["prev_total_ms"] = previous_ms
         return msgpack.packb(actions | {"server_timing": timing}, default=pack_array)
     except ValueError as error:
-        line = " ".join(str(error).split())[:500]
-        logger.info("refused: %s", line)
+        line = " ".join(str(error).split())[:500] or f"invalid observation ({type(error).__name__})"
+        logger.info("refused an observation: %s", line)
         return line
-    except Exception:  # whatever it is, the peer is told no more than that
+    except Exception:  # does not expose internal errors to the client
         logger.exception("the policy failed")
         return "internal error"
 
 
-async def run(policy: Servable, host: str, port: int, token: str | None) -> None:
-    """Serve until SIGTERM, or until the task is cancelled, as by Ctrl-C; clients are told that the server goes."""
+async def serve_policy(policy: RobotPolicy, host: str, port: int, token: str | None) -> None:
+    """Serve until SIGTERM or until the task is cancelled (Ctrl-C). Open connections are closed with code 1001, going away."""
     server = await start_server(policy, host, port, token)
     address = ", ".join(f"ws://{name[0]}:{name[1]}" for name in (s.getsockname() for s in server.sockets))
-    print(f"serving {address}; Ctrl-C ends it", flush=True)
+    print(f"serving {address}; press Ctrl-C to stop", flush=True)
     with suppress(NotImplementedError):  # Windows
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     try:
@@ -144,16 +152,16 @@ async def run(policy: Servable, host: str, port: int, token: str | None) -> None
 
 
 def unpack(message: bytes | str) -> dict:
-    """An observation. Raises ValueError for anything but a map of plain values and arrays of numbers."""
+    """The observation in a message. Raises ValueError for anything but a map of plain values and numeric arrays."""
     if isinstance(message, str):
-        raise ValueError("an observation is a binary msgpack message, got text")
+        raise ValueError("an observation must be a binary msgpack message, got text")
     values = 0
 
     def counted(item: dict | list):
         nonlocal values
         values += len(item)
         if values > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values outside of arrays")
+            raise ValueError(f"the message has more than {MAX_VALUES} values outside of arrays")
         return unpack_array(item) if isinstance(item, dict) else item
 
     try:
@@ -166,38 +174,38 @@ def unpack(message: bytes | str) -> dict:
             max_ext_len=0,
         )
     except ValueError as error:
-        raise ValueError(f"this is no observation in msgpack: {error or type(error).__name__}") from error
+        raise ValueError(f"the message is not valid msgpack: {str(error) or type(error).__name__}") from error
     except (TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise ValueError(f"this is no observation in msgpack: {type(error).__name__}") from error
+        raise ValueError(f"the message is not valid msgpack: {type(error).__name__}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"an observation is a map, got {type(found).__name__}")
+        raise ValueError(f"an observation must be a map, got {type(found).__name__}")
     return found
 
 
 def unpack_array(item: dict):
-    """A map that stands for an array or a number of numpy's becomes one; any other stays."""
+    """Decode a map that encodes a numpy array or scalar; return any other map unchanged. Raises ValueError."""
     if b"__ndarray__" in item:
         dtype, data, shape = checked_dtype(item.get(b"dtype")), item.get(b"data"), item.get(b"shape")
         if not isinstance(data, bytes) or not isinstance(shape, (list, tuple)) or len(shape) > 8:
             raise ValueError("an array needs bytes and a shape of at most 8 axes")
         if not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError("the shape of an array is of whole numbers from 0")
+            raise ValueError("the shape of an array must be non-negative integers")
         if math.prod(shape) * dtype.itemsize != len(data):
-            raise ValueError(f"an array of shape {shape} and type {dtype} has not {len(data)} bytes")
+            raise ValueError(f"an array of shape {shape} and type {dtype} does not match its {len(data)} bytes of data")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in item:
         value = item.get(b"data")
         if not isinstance(value, (bool, int, float)):
-            raise ValueError("a number of numpy's needs a number")
+            raise ValueError("a numpy scalar needs a number as its data")
         return checked_dtype(item.get(b"dtype")).type(value)
     return item
 
 
 def checked_dtype(name) -> np.dtype:
-    """Booleans, integers and floats; an object array would run code of the peer's choice."""
+    """The dtype of a boolean, integer or float type name. Others are refused: unpacking an object array can run code."""
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ValueError(f"arrays are of booleans, integers or floats, got the type {str(name)[:40]!r}")
+        raise ValueError(f"arrays must hold booleans, integers or floats, got the type {str(name)[:40]!r}")
     return dtype
 
 

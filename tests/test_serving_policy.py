@@ -1,0 +1,122 @@
+"""SafePolicy between a fake agent and a robot: what it reads and what it sends."""
+
+import numpy as np
+import pytest
+
+from nanochat.serving.policy import SafePolicy, act_on
+
+GOOD = {
+    "observation/image": np.zeros((4, 6, 3), np.uint8),
+    "observation/state": np.array([0.1, 0.2], np.float32),
+    "prompt": "open the door",
+}
+
+
+class Scripted:
+    """An agent that answers with prepared chunks and keeps what it was asked. Actions have 4 numbers within -1..0.6."""
+
+    metadata = {"action_head": "continuous", "chunk": 3, "action_dim": 4, "state_dim": 2, "image_size": 64}
+    action_range = ([-1.0] * 4, [0.6] * 4)
+
+    def __init__(self, *values):
+        self.values, self.calls = iter(values), []
+
+    def act(self, images, states, instructions):
+        self.calls.append((images, states, instructions))
+        return np.full((1, 3, 4), next(self.values), np.float32)
+
+
+def test_the_agent_gets_the_parts_of_the_observation():
+    agent = Scripted(0.5)
+    chunk = act_on(agent, GOOD)
+    ((image,), states, instructions) = agent.calls[0]
+    np.testing.assert_array_equal(image, GOOD["observation/image"])
+    np.testing.assert_array_equal(states, [GOOD["observation/state"]])
+    assert states.dtype == np.float32 and instructions == ["open the door"]
+    np.testing.assert_array_equal(chunk, np.full((3, 4), 0.5, np.float32))
+
+
+def test_lerobot_names_and_lists_of_numbers_work_too():
+    agent = Scripted(0.5)
+    act_on(agent, {"observation.image": GOOD["observation/image"], "observation.state": [0.1, 0.2], "prompt": "open"})
+    np.testing.assert_allclose(agent.calls[0][1], [[0.1, 0.2]])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"observation/image": np.zeros((4, 6, 3))},
+            r'"observation/image" must be .* got shape \(4, 6, 3\) of float64',
+        ),
+        ({"observation/image": np.zeros((4, 6, 1), np.uint8)}, '"observation/image" must'),
+        ({"observation/image": np.zeros((4, 6), np.uint8)}, '"observation/image" must'),
+        ({"observation/image": "a.png"}, '"observation/image" must .* got str'),
+        ({"observation/image": None}, '"observation/image" must .* got nothing'),
+        ({"observation/state": np.array([0.1, np.nan])}, '"observation/state" must be 2 finite numbers'),
+        ({"observation/state": np.zeros(3)}, r'"observation/state" must be 2 finite numbers, got shape \(3,\)'),
+        ({"observation/state": np.zeros((1, 2))}, '"observation/state" must'),
+        ({"observation/state": None}, '"observation/state" must .* got nothing'),
+        ({"observation/state": ["a", "b"]}, '"observation/state" must .* got a list of 2'),
+        ({"observation/state": {"x": 1}}, '"observation/state" must .* got dict'),
+        ({"prompt": "  "}, '"prompt" must'),
+        ({"prompt": 3}, '"prompt" must'),
+        ({"prompt": "x" * 501}, '"prompt" must'),
+    ],
+)
+def test_the_error_names_the_wrong_key(change, message):
+    agent = Scripted(0.5)
+    with pytest.raises(ValueError, match=message):
+        act_on(agent, GOOD | change)
+    assert not agent.calls
+
+
+def test_actions_stay_within_the_range_of_the_training_data():
+    act = SafePolicy(Scripted(5.0, -5.0)).session()
+    np.testing.assert_allclose(act(GOOD)["actions"], 0.6)
+    np.testing.assert_allclose(act(GOOD)["actions"], -1.0)
+
+
+def test_hold_still_sends_no_motion_and_keeps_the_gripper():
+    act = SafePolicy(Scripted(0.5, np.nan), hold="still").session()
+    np.testing.assert_allclose(act(GOOD)["actions"], 0.5)
+    np.testing.assert_allclose(act(GOOD)["actions"], [[0, 0, 0, 0.5]] * 3)
+
+
+def test_hold_last_repeats_the_previous_action():
+    act = SafePolicy(Scripted(np.nan, 0.5, np.inf), hold="last").session()
+    with pytest.raises(ValueError, match="no previous action"):
+        act(GOOD)
+    for _ in range(2):
+        np.testing.assert_allclose(act(GOOD)["actions"], 0.5)
+
+
+def test_max_change_is_measured_from_the_last_action_that_was_sent():
+    policy = SafePolicy(Scripted(0.0, 0.5, -0.5), execute=2, max_change=0.1)
+    act = policy.session()
+    sent = np.concatenate([act(GOOD)["actions"] for _ in range(3)])
+    assert policy.metadata == Scripted.metadata | {"chunk": 2}
+    assert sent.shape == (6, 4) and sent.dtype == np.float32
+    np.testing.assert_allclose(sent[:, 0], [0, 0, 0.1, 0.2, 0.1, 0.0], atol=1e-6)
+
+
+def test_sessions_do_not_share_their_last_action():
+    policy = SafePolicy(Scripted(0.5, np.nan), hold="last")
+    first, second = policy.session(), policy.session()
+    first(GOOD)
+    with pytest.raises(ValueError, match="no previous action"):
+        second(GOOD)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(execute=0), "execute must lie in 1..3"),
+        (dict(execute=4), "execute must lie in 1..3"),
+        (dict(max_change=0), "max_change must be more than 0"),
+        (dict(hold="middle"), "hold must be one of still, last"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SafePolicy(Scripted(), **settings)
