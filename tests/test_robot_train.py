@@ -10,16 +10,18 @@ from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.data.columns import png
-from nanochat.data.demonstrations import Frames, action_batch, question_batch, shift_pictures
+from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode, write_dataset
 from nanochat.evaluation import questions as exam
 from nanochat.evaluation.questions import answer
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
 from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.questions import draw_asked, task_name
 from nanochat.policy import Policy
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.recipes import Robot
-from nanochat.training.robots import RobotRun, build_robot, make_tokenizer, open_frames, train_robot
+from nanochat.training.robot_batches import action_batch, question_batch, shift_pictures
+from nanochat.training.robots import RobotRun, build_robot, make_tokenizer, read_data, train_robot
 
 SIZE = 32
 TINY = dict(
@@ -62,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(folder):
-    data, _ = open_frames(Robot(data=str(folder), **TINY))
+    data, _ = read_data(Robot(data=str(folder), **TINY))
     recipe = Robot(data=str(folder), **TINY)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(recipe, data)
@@ -73,7 +75,7 @@ def built(folder):
 
 
 def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
-    data, val = open_frames(Robot(data=str(folder), **TINY))
+    data, val = read_data(Robot(data=str(folder), **TINY))
     assert len(data) == 154 * 6 and len(val) == 6 * 6
     assert set(val.by_task) == set(data.by_task) == {"reach", "push"}
     seen = {data.state[frame].tobytes() for frame in range(len(data))}
@@ -81,7 +83,9 @@ def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
 
 
 def test_tasks_are_drawn_alike_however_many_frames_they_have():
-    data = Frames([toy_episode(0, length=60), toy_episode(2, length=60), toy_episode(1, length=3)], SIZE)
+    data = Demonstrations(
+        [toy_episode(0, length=60), toy_episode(2, length=60), toy_episode(1, length=3)], SIZE, task_name
+    )
     drawn = data.draw(4000, np.random.default_rng(0))
     share = np.mean([data.task(frame) == "push" for frame in drawn])
     assert 0.45 < share < 0.55
@@ -90,7 +94,7 @@ def test_tasks_are_drawn_alike_however_many_frames_they_have():
 
 def test_chunks_stop_at_the_episodes_end():
     episodes = [toy_episode(0), toy_episode(1)]
-    data = Frames(episodes, SIZE)
+    data = Demonstrations(episodes, SIZE)
     chunks, inside = data.chunks([0, 10, 12], 4)
     assert inside.tolist() == [[True] * 4, [True, True, False, False], [True] * 4]
     assert (chunks[1] == episodes[0].columns["action"][0]).all()  # nothing of the next episode
@@ -120,7 +124,7 @@ def test_bins_behind_the_end_are_not_learnt(built):
 
 def test_only_answers_are_learnt_of_questions(built):
     data, tokenizer, models = built
-    batch = question_batch(data, data.draw_asked(16, np.random.default_rng(0)), models["continuous"], tokenizer,
+    batch = question_batch(data, draw_asked(data, 16, np.random.default_rng(0)), models["continuous"], tokenizer,
                            np.random.default_rng(0))  # fmt: skip
     assert sum(batch.counts) == len(batch.frames)
     for idx, targets in zip(batch.idx, batch.targets, strict=True):
@@ -227,12 +231,12 @@ def test_one_of_several_cameras_is_chosen(tmp_path):
         }
     write_dataset(folder, episodes, 10, "toy", (SIZE, 2 * SIZE, 3))
     for asked, name in (("", "observation.images.left"), ("observation.images.right",) * 2):
-        data, _ = open_frames(Robot(data=str(folder), camera=asked, **TINY))
+        data, _ = read_data(Robot(data=str(folder), camera=asked, **TINY))
         (picture,) = data.images([0])
         assert picture.shape == (SIZE, SIZE, 3) and tuple(picture[SIZE // 2, SIZE // 2]) == cameras[name]
         assert tuple(picture[0, 0]) == (114, 114, 114)  # letterboxed
     with pytest.raises(ValueError, match="has no camera front: its cameras are observation.images.left, observation"):
-        open_frames(Robot(data=str(folder), camera="front", **TINY))
+        read_data(Robot(data=str(folder), camera="front", **TINY))
 
 
 def test_data_that_nobody_can_act_on_is_refused(tmp_path):
@@ -240,7 +244,7 @@ def test_data_that_nobody_can_act_on_is_refused(tmp_path):
     for episode in episodes:
         episode.columns["torque"] = episode.columns.pop("action")
     write_dataset(tmp_path / "mute", episodes, 10, "toy", (SIZE, SIZE, 3))
-    with pytest.raises(ValueError, match='column "action", and the data has observation.state, torque'):
+    with pytest.raises(ValueError, match='column "action"; the data has observation.state, torque'):
         train_robot(Robot(data=str(tmp_path / "mute"), out=str(tmp_path / "run"), **TINY))
 
 

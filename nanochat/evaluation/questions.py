@@ -7,22 +7,22 @@ for no, is 50 % for any answer that does not look.
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 from rich.table import Table
 
 from nanochat.assistant import Assistant, resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
-from nanochat.data.demonstrations import Frames, question_messages, task_of
-from nanochat.data.lerobot import RobotDataset
+from nanochat.data.demonstrations import Demonstrations, open_demonstrations
 from nanochat.data.sample import written_whole
 from nanochat.evaluation.metrics import accuracy, exact_match
+from nanochat.metaworld.questions import draw_asked, has_scene, question_messages, questions, task_name
 from nanochat.metaworld.scene import Question
-from nanochat.training.robots import chosen_camera, held_out
 
 NEW_TOKENS = 40  # a description has 25
 WAYS = ("aligned", "shuffled", "blind")
@@ -37,29 +37,25 @@ def run(
     episodes, where things get done. split: "val" and "fit" are the episodes that training keeps back, and the others; any
     other name is all. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
     model, tokenizer, training = load_checkpoint(resolve_checkpoint(checkpoint), device)
-    assistant, dataset = Assistant(model, tokenizer), RobotDataset(folder)
+    assistant = Assistant(model, tokenizer)
     if not assistant.tokens_per_image:
         raise ValueError(f"{checkpoint} is a text model without eyes: these questions are about pictures")
     recipe = training.get("recipe", {})
-    trained_on, cameras = recipe.get("data"), chosen_camera(dataset, recipe.get("camera", ""))
-    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == dataset.folder.resolve():
+    trained_on, source = recipe.get("data"), open_demonstrations(folder, recipe.get("camera", ""), task_name)
+    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == source.folder.resolve():
         console.print(
             "[yellow]The model was trained on these episodes: --split val are those that it was not.[/yellow]"
         )
-    numbers = range(len(dataset))
-    if split in ("fit", "val"):
-        kept_back = held_out([task_of(info) for info in dataset.episodes])
-        numbers = [n for n in numbers if (n in kept_back) == (split == "val")]
-    with Progress(console=console) as progress:
-        read = progress.track(numbers, description="reading episodes")
-        data = Frames((dataset.episode(n, cameras) for n in read), model.config.vision_image_size)
-    if not data.has_scene:
+    data = source.read(
+        split, model.config.vision_image_size, partial(track, description="reading episodes", console=console)
+    )
+    if not has_scene(data):
         raise ValueError(
-            f"{folder} holds no state of a simulator, so nobody knows the answers: record it with nanochat demos"
+            f"{folder} has no simulator state, which answers are computed from: record a dataset with nanochat record"
         )
     rng = np.random.default_rng(seed)
-    frames = list(dict.fromkeys(data.draw_asked(n_frames, rng)))
-    asked = [found for frame in frames for found in data.questions(frame, rng)]
+    frames = list(dict.fromkeys(draw_asked(data, n_frames, rng)))
+    asked = [found for frame in frames for found in questions(data, frame, rng)]
     said = {way: [] for way in WAYS}
     with Progress(console=console) as progress:
         for start in progress.track(range(0, len(asked), batch_size), description="answering"):
@@ -75,7 +71,7 @@ def run(
     return result
 
 
-def answer(assistant: Assistant, data: Frames, part: list) -> dict[str, list[str]]:
+def answer(assistant: Assistant, data: Demonstrations, part: list) -> dict[str, list[str]]:
     """Greedy answers to a batch in each way; "shuffled" shows the pictures of the batch's next frame."""
     numbers = sorted({frame for frames, _ in part for frame in frames})
     seen = dict(zip(numbers, assistant.look(list(data.images(numbers))), strict=True))

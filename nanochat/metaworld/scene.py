@@ -26,6 +26,7 @@ CAMERA_AXES = np.array(
 FOCAL_LENGTH = 0.5 / tan(radians(60) / 2)  # in picture sides; 60 degrees is cam_fovy
 
 HAND, OPENING, OBJECT = slice(0, 3), 3, slice(4, 7)  # of the observation
+OBJECT_POSITIONS = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second object and goal, x, y, z each
 GRID = 8  # cells a side: the arm's work fills a quarter of the picture
 # Openings in episodes of all 50 experts: 0.26..0.30 with nothing between the fingers, up to 0.75 round objects, 0.9..1 where
 # the fingers are told to open, fewest frames at 0.75..0.85. Only the plug of peg-unplug-side is held at 0.9.

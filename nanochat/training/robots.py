@@ -9,35 +9,27 @@ gets is pictures, its own state, and words.
 """
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from rich.progress import Progress
+from rich.progress import track
 
 from nanochat.actions import Scale
 from nanochat.assistant import resolve_checkpoint
 from nanochat.checkpoint import load_checkpoint
-from nanochat.data.demonstrations import (
-    ActionBatch,
-    Frames,
-    QuestionBatch,
-    action_batch,
-    question_batch,
-    shift_pictures,
-    task_of,
-)
-from nanochat.data.lerobot import RobotDataset, bridge_sample
+from nanochat.data.demonstrations import Demonstrations, open_demonstrations
 from nanochat.gpt import IGNORE_INDEX
-from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
-from nanochat.metaworld.scene import PHRASES
+from nanochat.metaworld.questions import draw_asked, has_scene, object_positions, task_name, tokenizer_texts
 from nanochat.policy import Policy
 from nanochat.robot_gpt import ACT, BINS, STATE, RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import hide
 from nanochat.training.recipes import Robot
+from nanochat.training.robot_batches import ActionBatch, QuestionBatch, action_batch, question_batch, shift_pictures
 from nanochat.training.run import (
     DTYPES,
     Run,
@@ -54,16 +46,14 @@ from nanochat.training.run import (
     trained_parameters,
 )
 
-VAL_SHARE = 0.04  # of each task's episodes, but one at least
 VAL_FRAMES = 256
-PLACES = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second object and goal in Meta-World's observation
 
 
 @full_gpu_explained("lower images_per_step or questions_per_step, or set gradient_checkpointing")
 def train_robot(recipe: Robot) -> Path:
     """Run the recipe to its end (or go on with it) and return the checkpoint folder. Raises as `train.train` does."""
     out, device = begin(recipe)
-    data, val = open_frames(recipe)
+    data, val = read_data(recipe)
     if recipe.resume:
         model, tokenizer, before = load_checkpoint(out, device)
         check_same(recipe, started_recipe(recipe), before["step"], (recipe.steps, before["steps"]))
@@ -86,66 +76,28 @@ def train_robot(recipe: Robot) -> Path:
     return RobotRun(recipe, out, model, tokenizer, data, val, recipe.steps, before).go()
 
 
-def open_frames(recipe: Robot) -> tuple[Frames, Frames]:
-    """(training, validation) frames of a LeRobot dataset, or of a folder of BridgeData frames: a few episodes of each task, if
-    it has several, are kept back; if none has, a few of all."""
-    if (Path(recipe.data).expanduser() / "frames.jsonl").is_file():
-        episodes = list(bridge_sample(recipe.data))
-        tasks, read = [task_of(episode) for episode in episodes], episodes.__getitem__
-    else:
-        dataset = RobotDataset(recipe.data)
-        cameras = chosen_camera(dataset, recipe.camera)
-        tasks, read = [task_of(info) for info in dataset.episodes], lambda n: dataset.episode(n, cameras)
-    kept_back = held_out(tasks)
-    training = [n for n in range(len(tasks)) if n not in kept_back]
-    with Progress(console=console) as progress:
-        bar = progress.add_task("reading episodes", total=len(tasks))
-        both = [
-            Frames((progress.advance(bar) or read(n) for n in numbers), recipe.image_size)
-            for numbers in (training, sorted(kept_back))
-        ]
-    return both[0], both[1]
+def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
+    """(training, validation) demonstrations of the recipe."""
+    folder = open_demonstrations(recipe.data, recipe.camera, task_name)
+    if len(folder.cameras) > 1:
+        console.print(f"camera {folder.camera}; the data has {', '.join(folder.cameras)}")
+    reading = partial(track, description="reading episodes", console=console)
+    return folder.read("fit", recipe.image_size, reading), folder.read("val", recipe.image_size, reading)
 
 
-def chosen_camera(dataset: RobotDataset, name: str) -> list[str]:
-    """The camera of that name; without a name the first, if there is any. Raises ValueError for a name that is not there."""
-    known = ", ".join(dataset.cameras) or "none"
-    if name and name not in dataset.cameras:
-        raise ValueError(f"{dataset.folder} has no camera {name}: its cameras are {known}")
-    chosen = [name] if name else dataset.cameras[:1]
-    if len(dataset.cameras) > 1:
-        console.print(f"looking through {chosen[0]}; cameras of the data: {known}")
-    return chosen
-
-
-def held_out(tasks: list[str]) -> set[int]:
-    """The numbers of the episodes to validate with. Raises ValueError for a single episode."""
-    if len(tasks) < 2:
-        raise ValueError(f"training takes at least 2 episodes, one of them to validate with, found {len(tasks)}")
-    by_task: dict[str, list[int]] = {}
-    for number, task in enumerate(tasks):
-        by_task.setdefault(task, []).append(number)
-    groups = [numbers for numbers in by_task.values() if len(numbers) > 1] or [list(range(len(tasks)))]
-    return {number for numbers in groups for number in numbers[-max(1, round(VAL_SHARE * len(numbers))) :]}
-
-
-def make_tokenizer(recipe: Robot, data: Frames) -> Tokenizer:
+def make_tokenizer(recipe: Robot, data: Demonstrations) -> Tokenizer:
     if recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer).expanduser())
     else:
         texts = list(data.by_task)
-        if data.has_scene:  # all of Meta-World's words, so that a model can go on with more tasks than it began with
-            rng = np.random.default_rng(0)
-            texts = [*OBJECTS.values(), *(text for known in INSTRUCTIONS.values() for text in known)]
-            texts += [phrase for phrases in PHRASES.values() for phrase in phrases]
-            for frame in data.draw_asked(2000, rng):
-                texts += data.question(frame, rng)[1:]
+        if has_scene(data):
+            texts = tokenizer_texts(data, 2000, np.random.default_rng(0))
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
     tokenizer.add_special_tokens([STATE, ACT, *BINS])
     return tokenizer
 
 
-def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
+def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Demonstrations) -> RobotGPT:
     encoder = open_encoder(recipe)
     config = RobotGPTConfig(
         vision_embedding_dim=recipe.glance_dim,
@@ -165,7 +117,7 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Frames) -> RobotGPT:
     return model
 
 
-def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[RobotGPT, Tokenizer, dict]:
+def go_on_from(recipe: Robot, data: Demonstrations, device: torch.device) -> tuple[RobotGPT, Tokenizer, dict]:
     """The weights and words of `start_from`, with the scales of other demonstrations, and another head if the recipe says so; and
     the state of the run that begins."""
     old, tokenizer, training = load_checkpoint(resolve_checkpoint(recipe.start_from), device)
@@ -190,15 +142,16 @@ def go_on_from(recipe: Robot, data: Frames, device: torch.device) -> tuple[Robot
 class SceneHead(nn.Module):
     """A linear layer from all glances at a picture to places in metres, scaled."""
 
-    def __init__(self, data: Frames, width: int):
+    def __init__(self, data: Demonstrations, width: int):
         super().__init__()
-        self.scale = Scale.fit(data.environment_state[:, PLACES])
-        self.linear = nn.Linear(width, len(PLACES))
+        positions = object_positions(data)
+        self.scale = Scale.fit(positions)
+        self.linear = nn.Linear(width, positions.shape[1])
 
-    def loss(self, vectors: torch.Tensor, environment_state: np.ndarray) -> torch.Tensor:
-        """Mean L1 distance. vectors: (n, N, D) of the pictures, environment_state: (n, 39)."""
-        places = torch.from_numpy(self.scale.normalize(environment_state[:, PLACES])).to(vectors.device)
-        return F.l1_loss(self.linear(vectors.flatten(1)), places)
+    def loss(self, vectors: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+        """Mean L1 distance. vectors: (n, N, D) of the pictures, positions: (n, 12) as `object_positions` has them."""
+        targets = torch.from_numpy(self.scale.normalize(positions)).to(vectors.device)
+        return F.l1_loss(self.linear(vectors.flatten(1)), targets)
 
 
 class RobotRun(Run):
@@ -210,7 +163,7 @@ class RobotRun(Run):
         return "actions: nats per number" if bins else "actions: L1, in half ranges"
 
     def make_helper(self) -> nn.Module | None:
-        if not (self.recipe.scene_loss and self.data.has_scene):
+        if not (self.recipe.scene_loss and has_scene(self.data)):
             return None
         config = self.model.config
         head = SceneHead(self.data, config.vision_tokens_per_image * config.vision_embedding_dim)
@@ -224,15 +177,15 @@ class RobotRun(Run):
         frames = data.draw(recipe.images_per_step, rng)
         actions = action_batch(data, frames, model, self.tokenizer, rng)
         tokens, shown = actions.idx.numel(), list(frames)
-        if data.has_scene and recipe.questions_per_step:
-            asked = data.draw_asked(recipe.questions_per_step, rng)
+        if has_scene(data) and recipe.questions_per_step:
+            asked = draw_asked(data, recipe.questions_per_step, rng)
             questions = question_batch(data, asked, model, self.tokenizer, rng)
             shown += questions.frames
         images = shift_pictures(data.images(shown), recipe.shift, rng)
         vectors = self.look(images)  # one pass for all
         loss = torch.zeros((), device=model.device)
         if self.helper is not None:
-            loss = recipe.scene_loss * self.helper.loss(vectors, data.environment_state[shown])
+            loss = recipe.scene_loss * self.helper.loss(vectors, object_positions(data, shown))
         share = recipe.decoder_gradient
         seen = hide(share * vectors + (1 - share) * vectors.detach(), rng, recipe.blind_share)
         acting = self.acting_loss(actions, seen[: len(frames)])
@@ -279,13 +232,13 @@ class RobotRun(Run):
         model, size = self.model, self.recipe.images_per_step
         model.eval()
         rng = np.random.default_rng(0)
-        acted, asked = self.val.draw(VAL_FRAMES, rng), self.val.draw_asked(VAL_FRAMES, rng)
+        acted, asked = self.val.draw(VAL_FRAMES, rng), draw_asked(self.val, VAL_FRAMES, rng)
         sums: dict[str, list[float]] = {}
         for start in range(0, VAL_FRAMES, size):
             actions = action_batch(self.val, acted[start : start + size], model, self.tokenizer, None)
             for way, vectors in self.three_looks(acted[start : start + size]).items():
                 sums.setdefault(way, []).append(self.acting_loss(actions, vectors).item())
-            if self.val.has_scene:
+            if has_scene(self.val):
                 questions = question_batch(self.val, asked[start : start + size], model, self.tokenizer, rng)
                 for way, vectors in self.three_looks(questions.frames).items():
                     right = self.answering_loss(questions, vectors)[1]
