@@ -1,0 +1,53 @@
+"""What a small computer needs loads no torch: each module is imported in a process in which torch cannot be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = """
+import importlib, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "ultralytics"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+DATA = sorted(f"nanochat.data.{path.stem}" for path in (ROOT / "nanochat/data").glob("[!_]*.py"))
+MODULES = [
+    "nanochat.files", "nanochat.sampling", "nanochat.tokenizer", "nanochat.actions", "nanochat.conversation",
+    "nanochat.safety", "nanochat.vision", "nanochat.vision.images", "nanochat.vision.detections", "nanochat.data", *DATA,
+    "nanochat.metaworld.instructions", "nanochat.metaworld.scene", "nanochat.serving.policy", "nanochat.serving.openpi",
+    "nanochat.flags", "nanochat.training.recipes", "nanochat.cli",
+]  # fmt: skip
+
+
+def run_blocked(*words):
+    return subprocess.run([sys.executable, "-c", BLOCKED, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_without_torch(module):
+    if module == "nanochat.serving.openpi":
+        pytest.importorskip("websockets")
+    done = run_blocked(module)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["torch", "torch.nn", "nanochat.gpt"])
+def test_the_block_works(module):
+    done = run_blocked(module)
+    assert done.returncode == 1 and "is blocked" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ask", "--help"], ["train", "--help"], ["train", "robot", "--help"]])
+def test_help_loads_no_torch(words):
+    code = BLOCKED.replace(
+        "for name in", f"sys.argv = ['nanochat', *{words!r}]\nfrom nanochat.cli import main\nmain()\nfor name in"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: nanochat" in done.stdout, done.stderr
