@@ -1,4 +1,7 @@
-"""What to train, on what, and how: one dataclass a recipe. Every field is a flag: nanochat train easy_vqa --steps 100."""
+"""What to train, on what, and how: one dataclass per recipe. Every field is a flag: nanochat train easy_vqa --steps 100.
+
+The text below a field is its help. This module imports no torch, so that --help answers at once.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,79 +20,89 @@ AT_LEAST = {
 }  # fmt: skip
 SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
 
+DType = Literal["float32", "bfloat16"]
+BatchNorm = Literal["frozen", "train"]
+Flip = Literal["none", "horizontal", "both"]
+ActionHead = Literal["continuous", "bins"]
+
 
 @dataclass
 class Recipe:
-    """What all recipes have. Those below change the defaults where their data asks for it."""
+    """Fields of all recipes. The recipes below change defaults where their data needs it."""
 
     data: str = ""
-    "What to learn from: a path, or a name that the recipe knows."
+    "Training data: a path, or a name that the recipe knows."
     start_from: str = ""
-    "A checkpoint to go on from with other data: its weights, words and shape (the fields of eyes and words then come from it)."
+    "Checkpoint to start from instead of random weights. Its tokenizer and its shape replace the fields for them."
 
-    # eyes
     encoder: str = "yolov9t.yaml"
-    "Official name, .pt path, .yaml for random weights, or a checkpoint folder, whose encoder is taken."
+    "Vision encoder: an official name, a .pt path, a .yaml for random weights, or a checkpoint folder whose encoder is used."
     layer: str = "p3"
-    "Map of the encoder that the words see: head, p3, p4, p5, an index, or several joined by +."
+    "Map of the encoder that the decoder reads: head, p3, p4, p5, the number of a module, or several joined by +."
     image_size: int = 224
-    "Square input of the encoder in pixels, a multiple of 32."
+    "Side of the encoder's square input in pixels, a multiple of 32."
     vision_tokens: int = 16
-    "Vectors per picture."
+    "Vision tokens per picture."
     train_encoder: bool = False
-    "Train the encoder too."
-    batchnorm: Literal["frozen", "train"] = "frozen"
+    "Train the encoder as well."
+    batchnorm: BatchNorm = "frozen"
     "Statistics of the encoder's BatchNorm while it trains: frozen for pretrained weights, train for random ones."
 
-    # words
     vocab_size: int = 4096
-    "Bytes, merges and the words of a conversation, at most; a small text has fewer merges. Of robots, bins come on top."
+    "Vocabulary: bytes, merges and special tokens together, at most; a small text gives fewer merges."
     tokenizer: str = ""
-    "A tokenizer.json (`nanochat tokenizer`, or of a checkpoint) instead of one that is learnt from the data."
+    "A tokenizer.json to use (from `nanochat tokenizer` or a checkpoint); by default one is trained on the data."
     sequence_len: int = 128
     "Context in tokens, vision tokens included."
     n_layer: int = 4
+    "Blocks of the decoder."
     n_head: int = 4
+    "Attention heads of each block."
     n_embd: int = 256
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    "Of the decoder's activations; bfloat16 is faster where the processor has instructions for it."
+    "Width of the decoder, a multiple of 2 * n_head."
+    dtype: DType = "float32"
+    "Dtype of the activations and the embedding table; bfloat16 is faster where the processor has instructions for it."
 
-    # steps
     images_per_step: int = 32
+    "Pictures per optimiser step."
     gradient_checkpointing: bool = False
     "Recompute the decoder's blocks in the backward pass: less memory, more time."
     blind_share: float = 0.05
-    "Share of training rows whose picture is hidden, so that the blind row of a table is the model's honest guess."
+    "Share of the training rows whose picture is masked, so that the blind score of a report is the model's best guess."
     decoder_gradient: float = 1.0
-    "Share of the decoder's gradient that reaches the encoder: beside a loss of its own most of it is noise."
+    "Share of the decoder's gradient that reaches the encoder. With a loss of the encoder's own, a small share is best."
 
-    # optimisers: Muon on matrices, AdamW on the rest
     matrix_lr: float = 0.02
+    "Peak learning rate of the decoder's matrices (Muon)."
     embedding_lr: float = 5e-3
+    "Peak learning rate of the token embeddings (AdamW)."
     head_lr: float = 5e-3
-    "Of the output table and the positions of vision tokens."
+    "Peak learning rate of output heads and vision-token positions (AdamW)."
     encoder_lr: float = 1e-3
+    "Peak learning rate of the encoder (AdamW)."
     weight_decay: float = 0.0
-    "Of the matrices."
+    "Weight decay of the decoder's matrices."
     encoder_decay: float = 0.05
-    "The same of the encoder."
+    "Weight decay of the encoder."
     warmup_steps: int = 50
+    "Steps in which the learning rates rise from zero."
     cooldown: float = 0.5
     "Share of the run in which the learning rates fall to zero."
 
-    # run
     out: str = ""
     "Checkpoint folder; default runs/RECIPE."
     resume: bool = False
-    "Go on with the run in `out`."
+    "Resume the run in --out. Flags you omit keep their saved values."
     seed: int = 0
+    "Seed of the weights, the order of the data and the augmentation."
     device: str = "auto"
+    "cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
     threads: int | None = None
-    "Of the CPU; None: as many as it has cores. A small model is fastest with 1, above all beside other work."
+    "CPU threads; default one per core. A small model is fastest with 1, above all when other programs run."
     eval_every: int = 250
     "Steps between validations."
     save_every: int = 250
-    "Steps between checkpoints: what a kill can lose."
+    "Steps between checkpoints: what a killed run can lose."
 
     def check(self) -> None:
         """Raises ValueError for a number out of range."""
@@ -105,41 +118,46 @@ class Recipe:
 
 @dataclass
 class PictureRecipe(Recipe):
-    """Questions about pictures, and captions. `vision_tokens`: 1 is the mean of the map, a square number is a grid."""
+    """Questions about pictures, and captions."""
 
     data: str = ""
     "Dataset name or path: easy_vqa, captions.csv or its folder, .jsonl, LLaVA .json, .parquet, or hf:owner/name."
     train_split: str = "fit"
+    "Split to train on."
     val_split: str = "val"
+    "Split to validate on."
     val_images: int = 400
     "Validation pictures, at most."
     strict: bool = False
-    "Refuse data with missing pictures instead of leaving their rows out."
+    "Refuse data with missing pictures instead of skipping their rows."
     cache: str = ""
-    "Folder where an encoder's features are kept that is not trained; default OUT/../features."
+    "Folder for the vision vectors of a frozen encoder, which are computed once; default OUT/../features."
     encoder_device: str | None = None
-    "Another device for the encoder, to leave memory to the decoder."
+    "Device of the encoder if it is not --device, to leave memory to the decoder."
 
-    flip: Literal["none", "horizontal", "both"] = "none"
-    "Random mirroring of training pictures (a trained encoder only)."
+    vision_tokens: int = 16
+    "Vision tokens per picture: 1 is the mean of the map, a square number is a grid."
+    flip: Flip = "none"
+    "Random mirroring of training pictures (needs a trained encoder)."
     jitter: float = 0.0
-    "Random shift of training pictures, as a share of their side, and zoom by as much (a trained encoder only)."
+    "Random shift of training pictures, as a share of their side, and zoom by as much (needs a trained encoder)."
     word_dropout: float = 0.0
-    "Share of the words, of questions and answers, that are hidden in training: against learning small texts by heart."
+    "Share of the text tokens that are replaced in training; prevents learning small texts by heart."
     word_loss: float = 0.0
-    "Weight of the loss that teaches the encoder answer words directly (see words.py); a trained encoder only."
+    "Weight of an auxiliary loss that predicts answer words from the vision vectors (needs a trained encoder)."
 
     epochs: float = 10.0
+    "Passes over the training pictures."
     steps: int | None = None
-    "Instead of epochs."
+    "Optimiser steps, instead of --epochs."
     questions_per_image: int = 4
-    "Questions (or captions) of one picture in a step, drawn at random; they share one encoder pass."
+    "Questions (or captions) of one picture per step, drawn at random; they share one encoder pass."
     device_batch_size: int | None = None
-    "Pictures in memory at a time; a step accumulates gradients until it has images_per_step."
+    "Pictures in memory at a time; a step accumulates gradients until it has --images-per-step."
     reward_steps: int = 0
-    "Steps after the others in which the model learns from the score of its own captions (see rewards.py)."
+    "Steps at the end in which captions that the model samples are rewarded by their BLEU score."
     reward_lr: float = 0.05
-    "Learning rates of these steps, as a share of the peak rates."
+    "Learning rates of the reward steps, as a share of the peak rates."
 
     def check(self) -> None:
         super().check()
@@ -155,8 +173,8 @@ class EasyVQA(PictureRecipe):
     layer: str = "4"
     image_size: int = 64
     train_encoder: bool = True
-    batchnorm: Literal["frozen", "train"] = "train"
-    flip: Literal["none", "horizontal", "both"] = "both"
+    batchnorm: BatchNorm = "train"
+    flip: Flip = "both"
     vocab_size: int = 320
     sequence_len: int = 64
     n_layer: int = 2
@@ -179,11 +197,11 @@ class Flickr8k(PictureRecipe):
     encoder: str = ""
     layer: str = "p5+p4+p3+8"
     train_encoder: bool = True
-    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    flip: Flip = "horizontal"
     jitter: float = 0.1
     sequence_len: int = 96
     n_layer: int = 3
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: DType = "bfloat16"
     epochs: float = 10
     images_per_step: int = 24
     questions_per_image: int = 3
@@ -198,7 +216,7 @@ class Flickr8k(PictureRecipe):
 class Daquar(PictureRecipe):
     """Questions about indoor photographs. Needs a folder with train.jsonl and images: --data DIR.
 
-    Few pictures: best with the encoder of a model that has seen others, --encoder runs/flickr8k."""
+    The data has few pictures: best with the encoder of a model that was trained on more, --encoder runs/flickr8k."""
 
     encoder: str = ""
     layer: str = "p5+p4+p3+8"
@@ -218,12 +236,12 @@ class Daquar(PictureRecipe):
 class Folder(PictureRecipe):
     """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH.
 
-    The whole model learns from nothing, so that no download is needed. With weights at hand, --encoder WEIGHTS.pt
-    --batchnorm frozen --layer p5+p4+p3 starts from what they know."""
+    The whole model starts from random weights, so nothing is downloaded. To start from a pretrained encoder:
+    --encoder WEIGHTS.pt --batchnorm frozen --layer p5+p4+p3."""
 
     layer: str = "6"
     train_encoder: bool = True
-    batchnorm: Literal["frozen", "train"] = "train"
+    batchnorm: BatchNorm = "train"
     encoder_lr: float = 3e-3
     word_loss: float = 1.0
     decoder_gradient: float = 0.05
@@ -233,46 +251,54 @@ class Folder(PictureRecipe):
 class Robot(Recipe):
     """A robot policy that also answers questions, from demonstrations in the LeRobot layout: --data DIR.
 
-    `nanochat demos` makes some; see nanochat/robot/train.py."""
+    `nanochat record` makes some in a simulator."""
 
     data: str = ""
     "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
     camera: str = ""
-    "Its name, such as observation.images.front; default the first of the data."
+    "Name of the camera, such as observation.images.front; default the first of the data."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
     vision_tokens: int = 12
     train_encoder: bool = True
-    batchnorm: Literal["frozen", "train"] = "train"
+    batchnorm: BatchNorm = "train"
     vocab_size: int = 1024
+    "Vocabulary: bytes, merges and special tokens together, at most. The 256 action bins come on top."
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: DType = "bfloat16"
     images_per_step: int = 64
+    "Frames per optimiser step whose actions are learnt."
     encoder_lr: float = 2e-3
     decoder_gradient: float = 0.05
     blind_share: float = 0.03
     steps: int = 4500
+    "Optimiser steps."
     eval_every: int = 300
     save_every: int = 300
     threads: int | None = 1
 
-    action_head: Literal["continuous", "bins"] = "continuous"
-    "A chunk of numbers at once, or a token for each number."
+    action_head: ActionHead = "continuous"
+    "How actions are written: continuous gives a whole chunk at once, bins one token per number."
     glance_dim: int = 64
-    "Numbers of each of the vision_tokens."
+    "Width of each vision token before it is projected."
     chunk: int = 10
-    "Actions that are given at once."
+    "Actions per prediction."
     questions_per_step: int = 16
-    "Frames that are asked about in a step, beside the images_per_step that are acted on (a simulator's data only)."
+    "Questions per optimiser step, in addition to the frames (only for data of a simulator)."
     question_loss: float = 0.3
-    "Weight of the answers beside the actions (a simulator's data only)."
+    "Weight of the questions' loss; the actions' loss has weight 1 (only for data of a simulator)."
     shift: int = 4
     "Random shift of training pictures, in pixels."
     scene_loss: float = 1.0
-    "Weight of the loss that teaches the encoder where things are, where the data tells it (a simulator's)."
+    "Weight of an auxiliary loss that predicts object positions from the vision vectors (only for data of a simulator)."
 
 
 RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder, "robot": Robot}
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """The name of a recipe on the command line."""
+    return next(name for name, kind in RECIPES.items() if kind is type(recipe))

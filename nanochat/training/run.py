@@ -4,7 +4,6 @@
 """
 
 import math
-import re
 import signal
 import threading
 import time
@@ -19,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.checkpoint import load_encoder, load_resume, read_json, read_manifest, readable, save_checkpoint
+from nanochat.devices import pick_device  # noqa: F401
 from nanochat.evaluation.validation import describe, history_files
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.optimizers import learning_rate_factor, load_optimizers, make_optimizers, optimizer_tensors
-from nanochat.training.recipes import RECIPES, Recipe
+from nanochat.training.recipes import Recipe, recipe_name
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.weights import one_line
 
@@ -308,20 +308,3 @@ def set_training(model: MultimodalGPT, recipe: Recipe) -> None:
 
 def trained_parameters(model) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N. Raises ValueError for anything else, and for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu")
-    return device
-
-
-def recipe_name(recipe: Recipe) -> str:
-    """As the command line calls it."""
-    return next(name for name, kind in RECIPES.items() if kind is type(recipe))

@@ -1,0 +1,18 @@
+"""Which device a model runs on, from what a user typed."""
+
+import re
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (the first GPU, else the CPU), cpu, cuda or cuda:N. Raises ValueError for any other name, and for a GPU that this
+    machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+    return device
