@@ -1,6 +1,6 @@
-"""Motor commands as numbers that a network likes, and as words.
+"""Actions and states as numbers in -1..1, and actions as tokens. No torch.
 
-Every dimension is scaled so that its 1st and 99th percentile in the demonstrations are -1 and 1. As words (RT-2; OpenVLA,
+Every dimension is scaled so that its 1st and 99th percentile in the demonstrations are -1 and 1. As tokens (RT-2; OpenVLA,
 Kim et al. 2024, arXiv 2406.09246) that range is cut into 256 bins, and a bin is a token.
 """
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 N_BINS = 256
-LEAST_RANGE = 1e-3  # a dimension that hardly moves is not blown up to the full range: its noise would be
+STATE, ACT = "<|state|>", "<|act|>"  # special tokens
+BINS = tuple(f"<|action_{i}|>" for i in range(N_BINS))
+LEAST_RANGE = 1e-3  # a dimension that hardly moves is not scaled up to the full range: its noise would be
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Scale:
 
     @property
     def half(self) -> np.ndarray:
-        """Half the range; 1 for a dimension that is as good as constant, which then stays near 0."""
+        """Half the range; 1 for a dimension that is nearly constant, which then stays near 0."""
         half = (np.asarray(self.high) - np.asarray(self.low)) / 2
         return np.where(half < LEAST_RANGE / 2, 1.0, half)
 
@@ -50,11 +52,11 @@ class Scale:
         return ((values - self.center) / self.half).astype(np.float32)
 
     def restore(self, values: np.ndarray) -> np.ndarray:
-        """What `normalize` undid."""
+        """The inverse of `normalize`."""
         return (values * self.half + self.center).astype(np.float32)
 
     def to_bins(self, values: np.ndarray) -> np.ndarray:
-        """(..., D) in physical units -> (..., D) int64 in 0..255; beyond the percentiles, the outermost bins."""
+        """(..., D) in physical units -> (..., D) int64 in 0..255; values beyond the percentiles get the outermost bins."""
         share = (np.clip(self.normalize(values), -1, 1) + 1) / 2
         return np.minimum((share * N_BINS).astype(np.int64), N_BINS - 1)
 

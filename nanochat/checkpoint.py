@@ -14,25 +14,25 @@ import json
 import os
 import shutil
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
-from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
+from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.tokenizer import Tokenizer
+from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
 
 FORMAT_VERSION = 1
 RESUME = "resume.safetensors"
 REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
-MODELS = {
-    "gpt": (GPTConfig, GPT),
-    "multimodal_gpt": (MultimodalGPTConfig, MultimodalGPT),
-    "robot_gpt": (RobotGPTConfig, RobotGPT),
-}
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"default": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}  # models in the package, by name
+# `kind` of a model -> its class, imported when a checkpoint needs it
+MODELS = {"gpt": "nanochat.gpt:GPT", "multimodal_gpt": "nanochat.multimodal_gpt:MultimodalGPT",
+          "robot_gpt": "nanochat.robot_gpt:RobotGPT"}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -85,13 +85,12 @@ def save_checkpoint(
 
 
 def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: dict[str, bytes]) -> None:
-    kind = next(name for name, (_, kind) in MODELS.items() if kind is type(model))
     encoder = getattr(model, "vision_encoder", None)
-    config = {"model": kind, "config": asdict(model.config), "encoder": encoder.architecture if encoder else None}
-    weights = {name: stored(tensor, dtype) for name, tensor in model.state_dict().items()}
+    config = {"model": model.kind, "config": asdict(model.config), "encoder": encoder.architecture if encoder else None}
+    weights = {name: to_store(tensor, dtype) for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     if resume is not None:
-        save_file({name: stored(tensor, None) for name, tensor in resume.items()}, folder / RESUME)
+        save_file({name: to_store(tensor, None) for name, tensor in resume.items()}, folder / RESUME)
     texts = {
         "config.json": json.dumps(config, indent=1),
         "tokenizer.json": tokenizer.to_json(),
@@ -110,7 +109,7 @@ def write_files(folder: Path, model, tokenizer, training, resume, dtype, extra: 
         sync(path)
 
 
-def stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def to_store(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = tensor.detach().cpu().contiguous()
     if dtype is None or not tensor.is_floating_point():
         return tensor
@@ -180,13 +179,13 @@ def sha256(path: Path) -> str:
 # ---- loading ----
 
 
-def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, dict]:
-    """(model in evaluation mode on `device`, tokenizer, training.json) of a folder or a hub name "owner/name".
+def load_checkpoint(name: str | Path, device="cpu") -> tuple[GPT, Tokenizer, dict]:
+    """(model in evaluation mode on `device`, tokenizer, training.json). name: see `locate`.
 
-    Weights become float32, whatever they were stored in. Raises CheckpointError where a file is missing, truncated or
-    altered, or where the format is newer than this version reads.
+    Weights become float32, whatever they were stored in; activations are bfloat16 on a GPU that supports it, else float32.
+    Raises CheckpointError where a file is missing, truncated or altered, or where the format is newer than this version reads.
     """
-    place = locate(folder)
+    place = locate(name)
     before = identity(place)
     try:
         loaded = read_folder(place, device)
@@ -196,15 +195,31 @@ def load_checkpoint(folder: str | Path, device="cpu") -> tuple[GPT, Tokenizer, d
     else:
         if identity(place) == before:
             return loaded
-    return load_checkpoint(folder, device)  # a training run has just put a newer one in its place
+    return load_checkpoint(name, device)  # a training run has just replaced it
 
 
-def load_encoder(folder: str | Path, device="cpu"):
-    """The encoder that a checkpoint carries. Raises CheckpointError where there is none, as in a text model."""
-    encoder = getattr(load_checkpoint(folder, device)[0], "vision_encoder", None)
+def encoder_of(name: str | Path | None, device="cpu", trust_pickle: bool = False) -> Encoder:
+    """The encoder behind a flag: the one that a checkpoint carries (see `locate`), or one of `vision.encoder.open_encoder`.
+
+    Raises CheckpointError for a checkpoint without an encoder, and what `open_encoder` raises.
+    """
+    if name is None or not is_checkpoint(name):
+        return open_encoder(name, device=device, trust_pickle=trust_pickle)
+    encoder = getattr(load_checkpoint(name, device)[0], "vision_encoder", None)
     if encoder is None:
-        raise CheckpointError(f"the checkpoint {folder} carries no encoder: choose another one")
+        raise CheckpointError(f"the checkpoint {name} has no encoder: it is a text model, choose another one")
     return encoder
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a name means a checkpoint, and not an encoder's file or official name."""
+    return str(name) in SHIPPED or Path(name).expanduser().is_dir() or is_hub_name(name)
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """ "owner/name", and not a path."""
+    text = str(name)
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
@@ -226,7 +241,8 @@ def read_folder(folder: Path, device) -> tuple[GPT, Tokenizer, dict]:
             f"{folder}: the weights do not fit config.json: {' '.join(str(error).split())[:300]}"
         ) from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return model.to(device).eval(), tokenizer, read_json(folder / "training.json")
+    model.to(device).set_compute_dtype(default_compute_dtype(model.device))
+    return model.eval(), tokenizer, read_json(folder / "training.json")
 
 
 def build(folder: Path) -> GPT:
@@ -238,17 +254,16 @@ def build(folder: Path) -> GPT:
             f"{folder}: config.json has the model {kind!r} and a config of type {type(config).__name__}, expected one of "
             f"{', '.join(MODELS)} and an object"
         )
-    config_class, model_class = MODELS[kind]
-    known = {field.name for field in fields(config_class)}
+    module, class_name = MODELS[kind].split(":")
+    model_class = getattr(import_module(module), class_name)
+    known = {field.name for field in fields(model_class.config_class)}
     unknown = sorted(set(config) - known)
     if unknown:
         raise CheckpointError(f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)}")
     try:
-        model = model_class(config_class(**config))
+        model = model_class(model_class.config_class(**config))
         if encoder is not None:
-            from nanochat.vision import YOLOv9Plus  # here, so that text models load without ultralytics
-
-            model.attach_encoder(YOLOv9Plus.from_architecture(encoder))
+            model.attach_encoder(encoder_from_architecture(encoder))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: config.json does not describe a model: {error}") from error
     return model
@@ -319,30 +334,11 @@ def read_json(path: Path) -> dict:
 
 
 def locate(name: str | Path) -> Path:
-    """A local folder, or the cached download of a hub name."""
-    folder = readable(Path(name).expanduser().resolve())
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    """The folder of a checkpoint: a model that ships ("default", "robot"), a local folder, or the cached download of a hub name
+    "owner/name". The only place that resolves checkpoint names."""
+    folder = readable(Path(SHIPPED.get(str(name), name)).expanduser().resolve())
+    if folder.exists() or not is_hub_name(name):
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from nanochat.hub import download
 
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[*REQUIRED, "manifest.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"there is no folder {name}, and the hub does not give it: {reason}") from error
-
-
-def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
-    """Verify a checkpoint and upload it; returns its address. Raises CheckpointError if it is damaged, OSError where the hub
-    is out of reach or refuses it."""
-    from huggingface_hub import HfApi
-
-    folder = locate(folder)
-    verify(folder)
-    api, files = HfApi(), [*REQUIRED, "manifest.json"]
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files))
-    except Exception as error:  # those of the HTTP library, as without a network, are no OSErrors
-        raise OSError(f"{repo_id} could not be uploaded: {' '.join(str(error).split())}") from error
+    return download(str(name))

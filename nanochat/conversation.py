@@ -1,16 +1,31 @@
-"""Messages with pictures in them -> token ids, and which of them are to be learnt. Plain Python.
+"""Messages -> token ids, and which of them are learnt. The only place that knows the prompt format. Plain Python.
 
 <|bos|> <|user_start|> <|image|>*N what is this? <|user_end|> <|assistant_start|> a cup <|assistant_end|> ...
+<|bos|> <|user_start|> <|image|>*N <|state|> open the door <|user_end|> <|assistant_start|> and an action head's tokens
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanochat.actions import STATE
+
+IMAGE = "<|image|>"
+
+
+def user_message(question: str, n_images: int = 0) -> dict:
+    """Pictures first, then the question."""
+    return {"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": question}]}
+
+
+def action_message(instruction: str) -> dict:
+    """What a policy is asked: a picture, the robot's state and an instruction."""
+    return {"role": "user", "content": [{"type": "image"}, {"type": "state"}, {"type": "text", "text": instruction}]}
+
 
 @dataclass
 class Rendered:
-    """ids and mask have one entry a token; mask is 1 where the token is to be learnt: the assistant's text and the end of its
-    turn. Each picture takes tokens_per_image ids."""
+    """ids and mask have one entry a token; mask is 1 where the token is learnt: the assistant's text and the end of its turn.
+    Each picture takes tokens_per_image ids."""
 
     ids: list[int]
     mask: list[int]
@@ -20,10 +35,10 @@ class Rendered:
 def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_completion: bool = False) -> Rendered:
     """Token ids of a conversation.
 
-    messages: {"role": "system" | "user" | "assistant", "content": str or a list of {"type": "image"} and
-        {"type": "text", "text": ...} parts}. A system message comes first, if at all, and is put before the first user
-        message, as nanochat does. Users and assistant take turns; only users show pictures.
-    for_completion: the last message is the user's, and the row ends where the assistant is to speak.
+    messages: {"role": "system" | "user" | "assistant", "content": str or a list of parts}, a part being {"type": "image"},
+        {"type": "state"} (of a robot) or {"type": "text", "text": ...}. A system message comes first, if at all, and is put
+        before the first user message, as nanochat does. User and assistant take turns; only users show pictures and states.
+    for_completion: the last message is the user's, and the row ends where the assistant's answer begins.
 
     Raises ValueError naming the message that breaks these rules.
     """
@@ -34,7 +49,6 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
         out.ids.extend(ids)
         out.mask.extend([learnt] * len(ids))
 
-    image = tokenizer.special("<|image|>")
     add([tokenizer.special("<|bos|>")], 0)
     for role, parts in turns:
         learnt = int(role == "assistant")
@@ -43,10 +57,12 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
             if kind == "image":
                 if tokens_per_image < 1:
                     raise ValueError(
-                        f"a picture is shown to a model without eyes: tokens_per_image is {tokens_per_image}"
+                        f"this is a text model and cannot read pictures: tokens_per_image is {tokens_per_image}"
                     )
                 out.n_images += 1
-                add([image] * tokens_per_image, 0)
+                add([tokenizer.special(IMAGE)] * tokens_per_image, 0)
+            elif kind == "state":
+                add([tokenizer.special(STATE)], 0)
             else:
                 add(tokenizer.encode(text), learnt)
         add([tokenizer.special(f"<|{role}_end|>")], learnt)
@@ -56,7 +72,7 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
 
 
 def checked_turns(messages: Sequence[dict], for_completion: bool) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(role, [("image", "") or ("text", words), ...]) of each turn, the system message merged into the first."""
+    """(role, [("image", ""), ("state", "") or ("text", text), ...]) of each turn, the system message merged into the first."""
     if not messages:
         raise ValueError("a conversation needs at least one message, got none")
     turns = [(message_role(i, message), message_parts(i, message)) for i, message in enumerate(messages)]
@@ -92,14 +108,15 @@ def message_parts(i: int, message: dict) -> list[tuple[str, str]]:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image" and message["role"] == "user":
-            parts.append(("image", ""))
-        elif kind == "image":
-            raise ValueError(f"message {i} is from the {message['role']} and shows a picture: only users can")
+        if kind in ("image", "state") and message["role"] == "user":
+            parts.append((kind, ""))
+        elif kind in ("image", "state"):
+            raise ValueError(f"message {i} is from the {message['role']} and has a part of type {kind}: only users can")
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append(("text", part["text"]))
         else:
             raise ValueError(
-                f'message {i} has a part {part!r}, expected {{"type": "image"}} or {{"type": "text", "text": ...}}'
+                f'message {i} has a part {part!r}, expected {{"type": "image"}}, {{"type": "state"}} or '
+                f'{{"type": "text", "text": ...}}'
             )
     return parts

@@ -1,14 +1,23 @@
 """Generation with a key/value cache. Token ids in, token ids out: strings are the tokenizer's business.
 
-One prefill for the whole prompt (pictures included), then one token at a time. Rows of a batch may have different lengths
-and stop at different times. A cache can be kept between calls (a chat's turns) or rewound (many questions, one picture).
+    engine = Engine(model)
+    row = engine.add(prompt, max_new_tokens=20)      # rows may be added and dropped while others run
+    while row in engine.rows:
+        token = engine.step().get(row)
+
+A prompt is read in one pass (pictures included), then each step reads one token of every running row. Rows have their own
+length, sampling and stop ids. A row can continue a cache that its owner keeps: a chat's turns, or many questions about one
+picture.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from nanochat.gpt import Inputs
 from nanochat.sampling import Sampling, choose
 
 
@@ -26,6 +35,18 @@ class KVCache:
         self.max_len = max_len
         self.lengths = [0] * batch_size
 
+    @classmethod
+    def joined(cls, first: "KVCache", second: "KVCache") -> "KVCache":
+        """A new cache with the rows of both, `first` in front."""
+        whole = object.__new__(cls)
+        whole.max_len = max(first.max_len, second.max_len)
+        whole.lengths = [*first.lengths, *second.lengths]
+        whole.k, whole.v = (
+            torch.cat([F.pad(part, (0, 0, 0, whole.max_len - part.size(3))) for part in parts], dim=1)
+            for parts in ((first.k, second.k), (first.v, second.v))
+        )
+        return whole
+
     @property
     def longest(self) -> int:
         return max(self.lengths)
@@ -35,9 +56,9 @@ class KVCache:
         return min(self.lengths) == max(self.lengths)
 
     def plan(self, T: int) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
-        """Where T new tokens a row will stand, and what they may see.
+        """Positions of T new tokens in each row, and what they may attend to.
 
-        Returns positions (a slice when the rows are level, else (B, T) int64) and a boolean mask that broadcasts to
+        Returns positions (a slice when all rows have one length, else (B, T) int64) and a boolean mask that broadcasts to
         (B, H, T, seen), or None where plain causal attention, or no restriction for a single token, is right.
         """
         self.end = self.longest + T
@@ -45,24 +66,24 @@ class KVCache:
             raise ValueError(f"the cache holds {self.max_len} tokens and {self.end} are needed: make it larger")
         if self.uniform:
             start = self.lengths[0]
-            self.where = slice(start, self.end)
+            self.positions = slice(start, self.end)
             if T == 1 or start == 0:
-                return self.where, None
+                return self.positions, None
             query = torch.arange(start, self.end, device=self.k.device)
-            return self.where, torch.arange(self.end, device=self.k.device) <= query[:, None]  # (T, seen)
+            return self.positions, torch.arange(self.end, device=self.k.device) <= query[:, None]  # (T, seen)
         starts = torch.tensor(self.lengths, device=self.k.device)
-        self.where = starts[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
-        mask = torch.arange(self.end, device=self.k.device) <= self.where[..., None]  # (B, T, seen)
-        return self.where, mask[:, None]
+        self.positions = starts[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
+        mask = torch.arange(self.end, device=self.k.device) <= self.positions[..., None]  # (B, T, seen)
+        return self.positions, mask[:, None]
 
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, H_kv, T, D) where `plan` said; return all that is seen, (B, H_kv, seen, D)."""
+        """Store k, v (B, H_kv, T, D) at the planned positions; return all that is cached, (B, H_kv, seen, D)."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if isinstance(self.where, slice):
-                store[:, :, self.where] = new
+            if isinstance(self.positions, slice):
+                store[:, :, self.positions] = new
             else:
                 rows = torch.arange(new.size(0), device=new.device)[:, None]
-                store.transpose(1, 2)[rows, self.where] = new.transpose(1, 2).to(store.dtype)
+                store.transpose(1, 2)[rows, self.positions] = new.transpose(1, 2).to(store.dtype)
         return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
 
     def advance(self, T: int) -> None:
@@ -82,109 +103,197 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
 
+@dataclass
+class Row:
+    """One answer in the making. unread: tokens that the cache does not hold yet: the prompt, then the last token."""
+
+    ids: list[int]  # prompt and answer so far, for the repetition penalty
+    unread: list[int]
+    left: int  # tokens that may still come
+    sampling: Sampling
+    rng: np.random.Generator
+    stop_ids: frozenset[int]
+    images: torch.Tensor | None  # (M, D), until the prompt has been read
+    states: torch.Tensor | None  # (S, state_dim)
+    cache: KVCache | None  # of the caller, to continue
+
+
 class Engine:
-    """Generates with any model that has `config`, `device`, `compute_dtype` and GPT's embed / trunk / logits."""
+    """A batch of rows that come and go, for any model with `config`, `device`, `compute_dtype`, `hidden` and `logits`.
+
+    rows: number -> Row, those that are waiting or running. A row leaves when it has ended or is dropped.
+    """
 
     def __init__(self, model):
         self.model = model
+        self.rows: dict[int, Row] = {}
+        self.lines: list[int] = []  # the row behind each line of the cache; rows that are not in it wait to be read
+        self.cache: KVCache | None = None
+        self.added = 0
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
         config = self.model.config
         return KVCache(config, batch_size, max_len or config.sequence_len, self.model.device, self.model.compute_dtype)
 
-    def stream(
+    # ---- rows come and go
+
+    def add(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompt: Sequence[int],
         max_new_tokens: int,
         *,
         sampling: Sampling | None = None,
         stop_ids: Iterable[int] = (),
-        vision_embeddings=None,
+        images: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Iterator[dict[int, int]]:
-        """Yield one {row: token id} a step, for the rows that are still running.
+        sample: int = 0,
+    ) -> int:
+        """Add a row; the next `step` reads its prompt. Returns the row's number.
 
-        prompts: token ids of each row. A token of `stop_ids` ends its row and is not yielded.
-        vision_embeddings: as MultimodalGPT.forward takes them, for the placeholders in the prompts.
-        cache: continue what it holds; the prompts are then only what is new. The last token yielded has not been through
-        the model, so it belongs to the next prompt. Lines of a given cache are kept when their row ends (and filled on
-        with tokens that are not yielded: rewind them); those of the engine's own are dropped.
-        Raises ValueError for empty prompts, ids out of range, and more tokens than the context holds.
+        prompt: token ids. stop_ids: each of these ends the row and is not returned.
+        images: (M, D) or (n, N, D) vision vectors for the placeholders in the prompt. states: (S, state_dim), normalised, for
+        its <|state|> tokens. cache: of one row, to be continued; the prompt is then only what is new. While the row runs alone,
+        that cache is filled in place. The last token of an answer has not been read, so it belongs to the next prompt.
+        sample: tells answers to the same prompt and seed apart.
+        Raises ValueError for an empty prompt, ids out of range, more tokens than fit the context, and vision vectors that do
+        not match the placeholders.
         """
-        prompts = [list(prompt) for prompt in prompts]
-        sampling, stop_ids = sampling or Sampling(), frozenset(stop_ids)
-        own_cache = cache is None
-        self.check(prompts, max_new_tokens, [0] * len(prompts) if own_cache else cache.lengths)
-        if own_cache:
-            cache = self.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        logits = self.prefill(prompts, vision_embeddings, cache)
+        if cache is not None and len(cache.lengths) != 1:
+            raise ValueError(f"a cache continues one row, this one has {len(cache.lengths)}")
+        prompt, held = list(prompt), cache.longest if cache is not None else 0
+        self.check(prompt, max_new_tokens, held)
+        if images is not None:
+            placeholders = prompt.count(self.model.config.vision_token_id)
+            images = self.model.checked_vectors(images.flatten(0, -2), placeholders)
+        sampling = sampling or Sampling()
+        number, self.added = self.added, self.added + 1
+        self.rows[number] = Row(
+            prompt, prompt[:], max_new_tokens, sampling, sampling.generator(sample), frozenset(stop_ids), images, states, cache
+        )  # fmt: skip
+        return number
 
-        rows = list(range(len(prompts)))  # the row behind each line of the cache and of the logits
-        rngs = [sampling.generator(row) for row in rows]
-        finished = set()
-        for step in range(max_new_tokens):
-            chosen = {
-                row: choose(line, sampling, rngs[row], prompts[row]) for row, line in zip(rows, logits, strict=True)
-            }
-            finished |= {row for row, token in chosen.items() if token in stop_ids}
-            if len(finished) == len(prompts):
-                return
-            yield {row: token for row, token in chosen.items() if row not in finished}
-            if step + 1 == max_new_tokens:
-                return
-            for row, token in chosen.items():
-                prompts[row].append(token)
-            if own_cache and finished.intersection(rows):
-                cache.keep_rows([line for line, row in enumerate(rows) if row not in finished])
-                rows = [row for row in rows if row not in finished]
-            logits = self.logits([prompts[row][-1:] for row in rows], cache)
+    def drop(self, *numbers: int) -> None:
+        """Forget rows, running or waiting. A number that is not there (any more) is ignored."""
+        for number in numbers:
+            self.rows.pop(number, None)
+        kept = [line for line, number in enumerate(self.lines) if number in self.rows]
+        if not kept:
+            self.cache = None
+        elif len(kept) < len(self.lines):
+            self.cache.keep_rows(kept)
+        self.lines = [self.lines[line] for line in kept]
 
-    def generate(self, prompts, max_new_tokens: int, **options) -> list[list[int]]:
-        """Like `stream`, but returns the new ids of each row."""
-        rows = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, **options):
-            for row, token in step.items():
-                rows[row].append(token)
-        return rows
+    @torch.inference_mode()
+    def step(self) -> dict[int, int]:
+        """One token for every row: {row: token id}. Rows that hit a stop id are left out; ended rows leave `rows`."""
+        logits = self.read(self.lines, self.cache) if self.lines else {}
+        waiting = [number for number in self.rows if number not in self.lines]
+        for numbers, cache in self.prefills(waiting):
+            logits |= self.read(numbers, cache)
+            self.cache = cache if self.cache is None else KVCache.joined(self.cache, cache)
+            self.lines = [*self.lines, *numbers]
+        said, ended = {}, []
+        for number, line in logits.items():
+            row = self.rows[number]
+            token = choose(line, row.sampling, row.rng, row.ids)
+            row.left -= 1
+            if token not in row.stop_ids:
+                said[number] = token
+                row.ids.append(token)
+                row.unread = [token]
+            if token in row.stop_ids or row.left == 0:
+                ended.append(number)
+        self.drop(*ended)
+        return said
 
-    def check(self, prompts: list[list[int]], max_new_tokens: int, held: list[int]) -> None:
+    def prefills(self, waiting: list[int]) -> Iterator[tuple[list[int], KVCache]]:
+        """Rows that are read together, and their cache: new rows in one batch, a row that continues a cache on its own."""
+        new = [number for number in waiting if self.rows[number].cache is None]
+        if new:
+            longest = max(len(self.rows[number].unread) + self.rows[number].left for number in new)
+            yield new, self.new_cache(len(new), longest)
+        for number in waiting:
+            if self.rows[number].cache is not None:
+                yield [number], self.rows[number].cache
+
+    def read(self, numbers: list[int], cache: KVCache) -> dict[int, np.ndarray]:
+        """Read the unread tokens of rows, line by line of the cache. Returns the logits after each row's last token, (V,)."""
+        rows = [self.rows[number] for number in numbers]
+        lengths = [held + len(row.unread) for held, row in zip(cache.lengths, rows, strict=True)]
+        last = [len(row.unread) - 1 for row in rows]
+        hidden = self.model.hidden(self.inputs(rows), cache)
+        cache.rewind(lengths)  # padding lies behind a row's end
+        # only one position a row goes through the vocabulary-wide head
+        hidden = hidden[:, -1] if min(last) == max(last) else hidden[torch.arange(len(rows)), last]
+        for row in rows:
+            row.images = row.states = None
+        return dict(zip(numbers, self.model.logits(hidden).cpu().numpy(), strict=True))
+
+    def inputs(self, rows: list[Row]) -> Inputs:
+        config, device = self.model.config, self.model.device
+        # padding is any id that is no <|state|>: what it writes lies behind the row's end and is overwritten
+        idx = pad_rows([row.unread for row in rows], int(getattr(config, "state_token_id", None) == 0)).to(device)
+        inputs = Inputs(idx)
+        if any(row.images is not None for row in rows):
+            shown = torch.tensor([row.images is not None for row in rows], device=device)
+            lengths = torch.tensor([len(row.unread) for row in rows], device=device)
+            in_row = torch.arange(idx.size(1), device=device) < lengths[:, None]
+            inputs.places = (idx == config.vision_token_id) & shown[:, None] & in_row  # (B, T)
+            inputs.images = torch.cat([row.images for row in rows if row.images is not None]).to(device)
+        if any(row.states is not None for row in rows):
+            inputs.states = torch.cat([row.states for row in rows if row.states is not None]).to(device)
+        return inputs
+
+    def check(self, prompt: list[int], max_new_tokens: int, held: int) -> None:
         config = self.model.config
-        if not prompts or not all(prompts):
+        if not prompt:
             raise ValueError("every prompt needs at least one token, got an empty one")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if len(prompts) != len(held):
-            raise ValueError(f"{len(prompts)} prompts for a cache of {len(held)} rows")
-        for row, prompt in enumerate(prompts):
-            bad = [token for token in prompt if not 0 <= token < config.vocab_size]
-            if bad:
-                raise ValueError(f"row {row}: token id {bad[0]} is outside the vocabulary 0..{config.vocab_size - 1}")
-        longest = max(n + len(prompt) for n, prompt in zip(held, prompts, strict=True))
-        if longest + max_new_tokens > config.sequence_len:
+        if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary 0..{config.vocab_size - 1}")
+        if held + len(prompt) + max_new_tokens > config.sequence_len:
             raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of "
+                f"a prompt of {held + len(prompt)} tokens and {max_new_tokens} new ones do not fit the context of "
                 f"{config.sequence_len} tokens: shorten the prompt or lower max_new_tokens"
             )
 
-    def prefill(self, prompts: list[list[int]], vision_embeddings, cache: KVCache) -> np.ndarray:
-        """Run whole prompts through the model; returns each row's logits after its last token, (B, V) float32."""
-        longest = max(map(len, prompts))
-        lengths = [n + len(prompt) for n, prompt in zip(cache.lengths, prompts, strict=True)]
-        # Padding is any id that is no image placeholder; what it writes lies behind the row's end and is overwritten.
-        pad = 0 if getattr(self.model.config, "vision_token_id", None) != 0 else 1
-        rows = [prompt + [pad] * (longest - len(prompt)) for prompt in prompts]
-        last = [len(prompt) - 1 for prompt in prompts]
-        logits = self.logits(rows, cache, last, vision_embeddings)
-        cache.rewind(lengths)
-        return logits
+    # ---- whole answers
 
-    @torch.inference_mode()
-    def logits(self, rows: list[list[int]], cache: KVCache, last: list[int] | None = None, vision_embeddings=None):
-        """Feed rows of one length; returns the logits after position `last` of each (default: the end), (B, V) numpy."""
-        model = self.model
-        idx = torch.tensor(rows, device=model.device)  # (B, T)
-        x = model.embed(idx) if vision_embeddings is None else model.embed(idx, vision_embeddings)
-        x = model.trunk(x, cache)
-        # only one position a row goes through the vocabulary-wide head
-        x = x[:, -1] if last is None else x[torch.arange(len(rows)), last]
-        return model.logits(x).cpu().numpy()
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, images=None, states=None, **options
+    ) -> Iterator[dict[int, int]]:
+        """Yield one {row: token id} a step, for the prompts that are still running, numbered from 0.
+
+        images, states: a tensor or None for each prompt; options: as `add` takes them, the same for all prompts.
+        Raises ValueError, here and not at the first step, where `add` does.
+        """
+        if not prompts:
+            raise ValueError("every prompt needs at least one token, got no prompts")
+        if options.get("cache") is not None and len(prompts) > 1:
+            raise ValueError(f"a cache continues one row, got {len(prompts)} prompts")
+        nothing = [None] * len(prompts)
+        images, states = (nothing if given is None else given for given in (images, states))
+        engine = Engine(self.model)  # of its own, so that steps of others are not consumed
+        for sample, (prompt, image, state) in enumerate(zip(prompts, images, states, strict=True)):
+            engine.add(prompt, max_new_tokens, images=image, states=state, sample=sample, **options)
+        return (said for said in engine.steps() if said)
+
+    def steps(self) -> Iterator[dict[int, int]]:
+        while self.rows:
+            yield self.step()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
+        """Like `stream`, but returns the new ids of each prompt."""
+        rows = [[] for _ in prompts]
+        for said in self.stream(prompts, max_new_tokens, **options):
+            for row, token in said.items():
+                rows[row].append(token)
+        return rows
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """(B, T) int64, padded on the right: attention is causal, so nothing attends to what is behind a row's end."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])

@@ -1,6 +1,11 @@
-"""The text decoder: a GPT as karpathy/nanochat had it in October 2025, whose parameter names and maths are kept so that
-its checkpoints load. It knows nothing of images; `forward` is split into embed / trunk / head so that
-MultimodalGPT replaces the first step alone.
+"""The text decoder: a GPT as karpathy/nanochat had it in October 2025. Parameter names and maths are kept, so its
+checkpoints load.
+
+    Inputs ── embed ──> (B, T, C) ── blocks ──> hidden (B, T, C) ── logits ──> (B, T, vocab_size)
+
+`hidden` is the only forward pass of the project: training, validation, generation and both action heads call it. A model
+that also reads pictures or robot states overrides `embed` and nothing else. `hidden` compiles and exports: it checks no
+values. `forward` is the checked entry point for callers from outside.
 
 Rotary positions (half-split, base 10,000), norm on queries and keys, RMSNorm without parameters (also after the embedding
 and before the head), ReLU² MLP four times as wide, no biases, untied head, grouped-query attention, soft-capped logits.
@@ -16,6 +21,20 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_CAP = 15.0
 ROTARY_BASE = 10_000.0
 IGNORE_INDEX = -1  # a target that is not trained on
+
+
+@dataclass
+class Inputs:
+    """What one forward pass reads. The text model uses `idx` only.
+
+    idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings. images: (M, D) those
+    vectors, in reading order, M = places.sum(). states: (S, state_dim) normalised robot states, in reading order.
+    """
+
+    idx: torch.Tensor
+    places: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 @dataclass
@@ -58,7 +77,7 @@ def rotary_tables(length: int, head_dim: int, device=None) -> tuple[torch.Tensor
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn channel i and channel i + D/2 of x (B, T, H, D) by the angle of their position, clockwise as in nanochat."""
+    """Rotate channels i and i + D/2 of x (B, T, H, D) by the angle of their position, clockwise as in nanochat."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -82,20 +101,20 @@ class CausalSelfAttention(nn.Module):
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def rotated(self, x, cos, sin):
-        """Queries (B, T, H, D) and keys (B, T, H_kv, D) as they meet: rotated to their positions, then normed."""
+    def queries_and_keys(self, x, cos, sin):
+        """(B, T, H, D) and (B, T, H_kv, D): rotated to their positions, then normed."""
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         return norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
 
-    def forward(self, x, cos, sin, mask, kv_cache):
+    def forward(self, x, cos, sin, mask, cache):
         B, T, C = x.shape
-        q, k = (t.transpose(1, 2) for t in self.rotated(x, cos, sin))  # (B, H, T, D)
+        q, k = (t.transpose(1, 2) for t in self.queries_and_keys(x, cos, sin))  # (B, H, T, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        if kv_cache is not None:
-            k, v = kv_cache.insert(self.layer, k, v)  # (B, H_kv, T_seen, D)
-        # No mask: either whole rows from position 0 (causal), or one token that may look at all that is cached.
+        if cache is not None:
+            k, v = cache.insert(self.layer, k, v)  # (B, H_kv, T_seen, D)
+        # No mask: either whole rows from position 0 (causal), or one token that may attend to all cached ones.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
         )
@@ -118,13 +137,16 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, kv_cache):
-        x = x + self.attn(norm(x), cos, sin, mask, kv_cache)
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.attn(norm(x), cos, sin, mask, cache)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
     """Decoder-only transformer. Call `init_weights()` after building one to train."""
+
+    kind = "gpt"  # as config.json of a checkpoint names it
+    config_class = GPTConfig
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -144,9 +166,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """nanochat's start: matrices scaled by fan-in and fan-out, embeddings N(0, 1), zero head and zero residual
-        outputs, so that a new model is the identity and says nothing. On a GPU that runs bfloat16 the embedding
-        table, and with it the activations, are bfloat16."""
+        """nanochat's initialisation: matrices scaled by fan-in and fan-out, embeddings N(0, 1), zero head and zero residual
+        outputs, so that a new model is the identity and all its logits are equal."""
         for module in self.modules():
             if isinstance(module, Linear):
                 fan_out, fan_in = module.weight.shape
@@ -156,8 +177,7 @@ class GPT(nn.Module):
             block.mlp.c_proj.weight.zero_()
         self.lm_head.weight.zero_()
         self.transformer.wte.weight.normal_(0.0, 1.0)
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
-            self.transformer.wte.to(dtype=torch.bfloat16)
+        self.set_compute_dtype(default_compute_dtype(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -165,25 +185,100 @@ class GPT(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The activations' dtype is the embedding table's; the other weights follow it (see `Linear`)."""
+        """Dtype of the activations. It is the embedding table's; the other weights are cast where they are used."""
         return self.transformer.wte.weight.dtype
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        self.transformer.wte.to(dtype=dtype)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the optimiser settings that suit them, in the order of `named_parameters`:
+        "matrices" between hidden states (Muon), "embeddings", "outputs" (heads and tables) and "encoder" (all AdamW)."""
+        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "outputs": [], "encoder": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[self.param_group(name, parameter)].append(parameter)
+        return groups
+
+    def param_group(self, name: str, parameter: nn.Parameter) -> str:
+        """The group of one parameter. A model with further parts overrides this for their names."""
+        if name.startswith("transformer.wte."):
+            return "embeddings"
+        return "outputs" if name.startswith("lm_head.") or parameter.dim() != 2 else "matrices"
+
+    # ---- the forward pass
+
+    def embed(self, inputs: Inputs) -> torch.Tensor:
+        """(B, T) ids -> (B, T, C) in the compute dtype."""
+        return self.transformer.wte(inputs.idx)
+
+    def hidden(self, inputs: Inputs, cache=None) -> torch.Tensor:
+        """Final hidden states (B, T, C), normed. cache: an `engine.KVCache`; the inputs then continue what it holds.
+
+        Raises ValueError for rows longer than `sequence_len`. Values are not checked here, see `forward`.
+        """
+        x = self.embed(inputs)
+        T = x.size(1)
+        # `positions` is a slice when all rows have the same length so far, else (B, T)
+        positions, mask = (slice(0, T), None) if cache is None else cache.plan(T)
+        end = T if cache is None else cache.longest + T
+        if end > self.config.sequence_len:
+            raise ValueError(
+                f"{end} tokens do not fit the context of {self.config.sequence_len} (sequence_len): "
+                "shorten the prompt, use fewer images or vision tokens, or ask for fewer new tokens"
+            )
+        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # (T, 1, D) or (B, T, 1, D)
+        x = norm(x)
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        return norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., vocab_size) float32 in (-15, 15)."""
+        return LOGIT_CAP * torch.tanh(self.lm_head(hidden).float() / LOGIT_CAP)
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats of (B, T) targets, already shifted, given hidden states (B, T, C).
+
+        Targets of -1 are not learnt. reduction: "mean" or "sum" is a scalar, "none" is (B * T,) with 0 where the target is -1;
+        anything else is a ValueError.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'loss_reduction must be "mean", "sum" or "none", got {reduction!r}')
+        # Most positions of a question-and-answer row are not learnt: the vocabulary-wide product is done for the rest alone.
+        targets = targets.reshape(-1)
+        learnt = targets != IGNORE_INDEX
+        losses = F.cross_entropy(self.logits(hidden.flatten(0, 1)[learnt]), targets[learnt], reduction="none")
+        if reduction == "none":
+            return losses.new_zeros(targets.shape).masked_scatter(learnt, losses)
+        total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean
+        return total if reduction == "sum" else total / max(1, losses.numel())
+
+    # ---- the checked entry point
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         """Next-token logits, or the loss.
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, already shifted (targets[:, t] is the token after idx[:, t]),
-        -1 where nothing is to be learnt. Returns (B, T, vocab_size) float32 logits without targets; with them the mean or
-        sum of the cross-entropy in nats as a scalar, or with "none" a (B * T,) tensor with 0 where the target is -1.
+        -1 where nothing is to be learnt. Returns (B, T, vocab_size) float32 logits without targets, else `loss`.
         kv_cache: an `engine.KVCache`; idx then continues what it holds.
         Raises ValueError for ids and targets outside the vocabulary and for rows longer than `sequence_len`.
         """
-        return self.head(self.trunk(self.embed(idx), kv_cache), targets, loss_reduction)
+        self.check_ids(idx)
+        if targets is None:
+            return self.logits(self.hidden(Inputs(idx), kv_cache))
+        self.check_targets(targets, idx.shape)
+        return self.loss(self.hidden(Inputs(idx), kv_cache), targets, loss_reduction)
 
-    def embed(self, idx: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids -> (B, T, C) in the compute dtype."""
+    def check_ids(self, idx: torch.Tensor) -> None:
         if idx.dim() != 2 or idx.numel() == 0:
             raise ValueError(f"token ids must be a non-empty (B, T) tensor, got shape {tuple(idx.shape)}")
         low, high = (int(v) for v in idx.aminmax())
@@ -192,45 +287,6 @@ class GPT(nn.Module):
                 f"token ids must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}: "
                 "were they made with another tokenizer?"
             )
-        return self.transformer.wte(idx)
-
-    def trunk(self, x: torch.Tensor, kv_cache=None) -> torch.Tensor:
-        """(B, T, C) embedded tokens -> (B, T, C) final hidden states, normed."""
-        T = x.size(1)
-        # `where` is a slice when all rows stand at the same position, else (B, T) positions
-        where, mask = (slice(0, T), None) if kv_cache is None else kv_cache.plan(T)
-        end = T if kv_cache is None else kv_cache.longest + T
-        if end > self.config.sequence_len:
-            raise ValueError(
-                f"{end} tokens do not fit the context of {self.config.sequence_len} (sequence_len): "
-                "shorten the prompt, use fewer images or vision tokens, or ask for fewer new tokens"
-            )
-        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)  # (T, 1, D) or (B, T, 1, D)
-        x = norm(x)
-        for block in self.transformer.h:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, kv_cache, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, kv_cache)
-        if kv_cache is not None:
-            kv_cache.advance(T)
-        return norm(x)
-
-    def head(self, x: torch.Tensor, targets=None, loss_reduction: str = "mean") -> torch.Tensor:
-        """(B, T, C) hidden states -> logits or loss, as `forward` says."""
-        if targets is None:
-            return self.logits(x)
-        if loss_reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'loss_reduction must be "mean", "sum" or "none", got {loss_reduction!r}')
-        self.check_targets(targets, x.shape[:2])
-        # Most positions of a question-and-answer row are not learnt: the vocabulary-wide product is done for the rest alone.
-        targets = targets.reshape(-1)
-        learnt = targets != IGNORE_INDEX
-        losses = F.cross_entropy(self.logits(x.flatten(0, 1)[learnt]), targets[learnt], reduction="none")
-        if loss_reduction == "none":
-            return losses.new_zeros(targets.shape).masked_scatter(learnt, losses)
-        total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean
-        return total if loss_reduction == "sum" else total / max(1, losses.numel())
 
     def check_targets(self, targets: torch.Tensor, shape: tuple[int, int]) -> None:
         if targets.shape != shape:
@@ -242,6 +298,7 @@ class GPT(nn.Module):
                 f"got {low}..{high}"
             )
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., vocab_size) float32 in (-15, 15)."""
-        return LOGIT_CAP * torch.tanh(self.lm_head(x).float() / LOGIT_CAP)
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that supports it, else float32. A training recipe sets its own (`set_compute_dtype`)."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

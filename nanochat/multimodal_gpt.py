@@ -1,26 +1,27 @@
-"""A GPT that sees: image placeholders in the token row are replaced by projected vision vectors.
+"""A GPT that reads pictures: placeholders in the token row are replaced by projected vision vectors.
+
+    images ── look ──> (B, N, D) vectors ── inputs ──> Inputs ── hidden ──> (B, T, C) ── logits or loss
 
 Only the embedding step differs from GPT; attention, head, loss and cache are inherited as they are.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Linear, norm
+from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
+from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
 from nanochat.sampling import Sampling
-from nanochat.vision import YOLOv9Plus
+from nanochat.vision.encoder import Encoder, evaluating, open_encoder, read_pixels
 
 
 @dataclass
 class MultimodalGPTConfig(GPTConfig):
     vision_embedding_dim: int = (
-        84  # channels of the encoder's map: 4 box values + 80 class scores for the default layer
+        84  # channels of the encoder's map; the default layer has 4 box values + 80 class scores
     )
     use_vision_projection: bool = True  # False: the vectors already have n_embd channels and go in as they are
     vision_tokens_per_image: int = 1  # 1 is the pooled vector; a square number is an h x h grid of the map
@@ -49,47 +50,11 @@ class MultimodalGPTConfig(GPTConfig):
         grid_side(self.vision_tokens_per_image)
 
 
-def grid_side(n_tokens: int) -> int:
-    """Side of the square grid with that many cells."""
-    side = isqrt(max(0, n_tokens))
-    if n_tokens < 1 or side * side != n_tokens:
-        raise ValueError(
-            f"vision_tokens_per_image must be a square number (1, 4, 9, 16, 25, ...): "
-            f"the map is pooled to a square grid; got {n_tokens}"
-        )
-    return side
-
-
-def pool_to_tokens(maps: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """(B, C, H, W) maps -> (B, n_tokens, C): averages over an h x h grid, row by row from the top left."""
-    return F.adaptive_avg_pool2d(maps, grid_side(n_tokens)).flatten(2).transpose(1, 2)
-
-
-class VisionProjector(nn.Module):
-    """Two layers with ReLU², as in the GPT's MLP, from the encoder's channels to the model's: (..., D) -> (..., C).
-
-    Vectors are RMS-normed first, since the scale of a detector's maps says nothing to a language model. Cells of a grid get a
-    learnt position each, starting at zero: along the row of tokens, rotary positions tell left from right but not up.
-    Kept and run in float32 whatever the input's dtype; the caller casts the result.
-    """
-
-    def __init__(self, vision_dim: int, n_embd: int, n_tokens: int = 1):
-        super().__init__()
-        self.c_fc = Linear(vision_dim, 4 * n_embd)
-        self.c_proj = Linear(4 * n_embd, n_embd)
-        self.position = nn.Parameter(torch.zeros(n_tokens, n_embd)) if n_tokens > 1 else None
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        x = norm(vectors.to(self.c_fc.weight.dtype))
-        x = self.c_proj(F.relu(self.c_fc(x)).square())
-        if self.position is None:
-            return x
-        # vectors come as whole images, so the flat list is a multiple of the grid
-        return (x.view(-1, *self.position.shape) + self.position).view(x.shape)
-
-
 class MultimodalGPT(GPT):
-    """GPT with a vision projector and, once attached or first needed, a YOLOv9 encoder inside the module tree."""
+    """GPT with a vision projector and, once attached or first needed, an encoder inside the module tree."""
+
+    kind = "multimodal_gpt"
+    config_class = MultimodalGPTConfig
 
     def __init__(self, config: MultimodalGPTConfig):
         super().__init__(config)
@@ -98,22 +63,24 @@ class MultimodalGPT(GPT):
             if config.use_vision_projection
             else nn.Identity()
         )
-        self.vision_encoder: YOLOv9Plus | None = None
+        self.vision_encoder: Encoder | None = None
+
+    # ---- from pictures to vectors
 
     @property
     def map_channels(self) -> int:
-        """Of the encoder's map, before it is pooled."""
+        """Channels of the encoder's map, before it is pooled."""
         return self.config.vision_embedding_dim
 
     def pool(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) maps -> (B, vision_tokens_per_image, vision_embedding_dim)."""
         return pool_to_tokens(maps, self.config.vision_tokens_per_image)
 
-    def attach_encoder(self, encoder: YOLOv9Plus) -> None:
+    def attach_encoder(self, encoder: Encoder) -> None:
         """Make `encoder` part of the model (state dict, `.to()`, training). Raises ValueError where its map does not have
         the channels that the projector was built for."""
         layer, expected = self.config.vision_layer, self.map_channels
-        found = encoder.embedding_dim(layer)
+        found = encoder.channels(layer)
         if found != expected:
             raise ValueError(
                 f'the encoder\'s layer "{layer}" has {found} channels, but vision_embedding_dim is {expected}: '
@@ -121,17 +88,41 @@ class MultimodalGPT(GPT):
             )
         self.vision_encoder = encoder
 
-    @torch.no_grad()
-    def encode_images(self, images) -> torch.Tensor:
-        """One image or a list of B -> (B, vision_tokens_per_image, vision_embedding_dim), on the encoder's device.
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) RGB in 0..1, on the encoder's device -> (B, N, D) float32 vectors. Differentiable: training uses it."""
+        dtype, layer = self.compute_dtype, self.config.vision_layer
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+            maps = self.vision_encoder.maps(pixels, [layer])[layer]
+        return self.pool(maps.float())
 
-        Without an encoder, the default one (see YOLOv9Plus) is loaded onto the model's device first. Ask many questions
-        of the result: it is what `forward`, `Engine.stream` and `generate_with_image` take as vision_embeddings.
+    @torch.no_grad()
+    def look(self, images) -> torch.Tensor:
+        """One picture or a list of B -> (B, vision_tokens_per_image, vision_embedding_dim) float32, on the encoder's device.
+
+        images: anything that `vision.images.open_image` takes. Without an encoder, the default one (see
+        `vision.encoder.open_encoder`) is loaded first. Encode once and ask often: the result is what `forward`, `Engine.add`
+        and `generate_with_image` take.
         """
         if self.vision_encoder is None:
-            self.attach_encoder(YOLOv9Plus(device=self.device, image_size=self.config.vision_image_size))
-        maps = self.vision_encoder.extract_features(images, layer=self.config.vision_layer)
-        return self.pool(maps)
+            self.attach_encoder(open_encoder(device=self.device, image_size=self.config.vision_image_size))
+        pixels, _ = read_pixels(self.vision_encoder, images)
+        with evaluating(self.vision_encoder):
+            return self.see(pixels)
+
+    # ---- from vectors to the token row
+
+    def embed(self, inputs: Inputs) -> torch.Tensor:
+        x = super().embed(inputs)  # (B, T, C)
+        if inputs.images is None:
+            return x
+        projected = self.vision_projector(inputs.images)  # (M, C) float32
+        # row-major on both sides: the i-th vector goes to the i-th place
+        return x.masked_scatter(inputs.places[..., None], projected.to(x.dtype))
+
+    def param_group(self, name: str, parameter: nn.Parameter) -> str:
+        if name.startswith("vision_encoder."):
+            return "encoder"
+        return "outputs" if name == "vision_projector.position" else super().param_group(name, parameter)
 
     def forward(
         self, idx, vision_embeddings=None, vision_mask=None, targets=None, kv_cache=None, loss_reduction="mean"
@@ -144,14 +135,35 @@ class MultimodalGPT(GPT):
         target, whatever `targets` says there. Raises ValueError where places and vectors do not match in number, for a
         vector width other than vision_embedding_dim, and for NaN or infinite vectors.
         """
-        x = self.embed(idx, vision_embeddings, vision_mask)
-        if targets is not None:
-            self.check_targets(targets, idx.shape)
-            targets = self.without_images(targets, self.image_places(idx, vision_mask))
-        return self.head(self.trunk(x, kv_cache), targets, loss_reduction)
+        inputs = self.inputs(idx, vision_embeddings, vision_mask)
+        if targets is None:
+            return self.logits(self.hidden(inputs, kv_cache))
+        self.check_targets(targets, idx.shape)
+        targets = without_images(targets, self.image_places(idx, vision_mask))
+        return self.loss(self.hidden(inputs, kv_cache), targets, loss_reduction)
+
+    def inputs(self, idx: torch.Tensor, vision_embeddings=None, vision_mask=None) -> Inputs:
+        """The arguments of `forward`, checked, as `hidden` takes them."""
+        self.check_ids(idx)
+        places = self.image_places(idx, vision_mask)
+        if vision_embeddings is None:
+            if vision_mask is not None and vision_mask.any():
+                raise ValueError(
+                    f"vision_mask marks {int(vision_mask.sum())} places, but no vision_embeddings were given"
+                )
+            return Inputs(idx)
+        if isinstance(vision_embeddings, torch.Tensor) and vision_embeddings.dim() == 2:
+            vision_embeddings = vision_embeddings[:, None]  # (B, D) -> (B, 1, D)
+        wanted, found = places.sum(1).tolist(), [len(row) for row in vision_embeddings]
+        if wanted != found:
+            raise ValueError(
+                f"vision_mask marks {wanted} places in the rows of the batch, but vision_embeddings bring {found} vectors"
+            )
+        images = torch.cat([self.checked_vectors(row, len(row)) for row in vision_embeddings])
+        return Inputs(idx, places, images.to(idx.device))
 
     def image_places(self, idx: torch.Tensor, vision_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) bool: where a picture's vectors stand."""
+        """(B, T) bool: the positions of vision vectors."""
         if vision_mask is None:
             return idx == self.config.vision_token_id
         if vision_mask.shape != idx.shape or vision_mask.dtype != torch.bool:
@@ -161,52 +173,25 @@ class MultimodalGPT(GPT):
             )
         return vision_mask.to(idx.device)
 
-    @staticmethod
-    def without_images(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """targets (B, T) with -1 at every picture position and at every position whose next token is one."""
-        unlearnt = places.clone()
-        unlearnt[:, :-1] |= places[:, 1:]  # targets are shifted: targets[t] is the token at t + 1
-        return targets.masked_fill(unlearnt, IGNORE_INDEX)
-
-    def embed(self, idx, vision_embeddings=None, vision_mask=None) -> torch.Tensor:
-        x = super().embed(idx)  # (B, T, C)
-        if vision_embeddings is None:
-            if vision_mask is not None and vision_mask.any():
-                raise ValueError(
-                    f"vision_mask marks {int(vision_mask.sum())} places, but no vision_embeddings were given"
-                )
-            return x
-        places = self.image_places(idx, vision_mask)
-        vectors = self.flat_vectors(vision_embeddings, places)  # (M, D)
-        projected = self.vision_projector(vectors)  # float32
-        # row-major on both sides, and the counts agree row by row: the i-th vector goes to the i-th place
-        return x.masked_scatter(places[..., None], projected.to(x.dtype))
-
-    def flat_vectors(self, vision_embeddings, places: torch.Tensor) -> torch.Tensor:
-        """All vectors (M, D) of a batch in row order, checked against the places (B, T) that they are to fill."""
-        width = self.config.vision_embedding_dim
-        if isinstance(vision_embeddings, torch.Tensor) and vision_embeddings.dim() == 2:
-            vision_embeddings = vision_embeddings[:, None]  # (B, D) -> (B, 1, D)
-        rows = list(vision_embeddings)
-        for row in rows:
-            if row.dim() != 2 or row.size(-1) != width:
-                raise ValueError(
-                    f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
-                    f"got a row of shape {tuple(row.shape)}, and vision_embedding_dim is {width}"
-                )
-        wanted, found = places.sum(1).tolist(), [row.size(0) for row in rows]
-        if wanted != found:
+    def checked_vectors(self, vectors: torch.Tensor, n_places: int) -> torch.Tensor:
+        """Vision vectors (M, D) of one row. Raises ValueError where they do not fit the row's places or this model."""
+        width, n_tokens = self.config.vision_embedding_dim, self.config.vision_tokens_per_image
+        if vectors.dim() != 2 or vectors.size(-1) != width:
             raise ValueError(
-                f"vision_mask marks {wanted} places in the rows of the batch, but vision_embeddings bring {found} vectors"
+                f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
+                f"got a row of shape {tuple(vectors.shape)}, and vision_embedding_dim is {width}"
             )
-        vectors = torch.cat(rows).to(places.device)
-        if self.config.vision_tokens_per_image > 1 and len(vectors) % self.config.vision_tokens_per_image:
+        if len(vectors) != n_places:
+            raise ValueError(f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given")
+        if len(vectors) % n_tokens:
             raise ValueError(
-                f"{len(vectors)} vision vectors are no whole number of images of {self.config.vision_tokens_per_image} each"
+                f"{len(vectors)} vision vectors are not a whole number of images of {n_tokens} vectors each"
             )
         if not torch.isfinite(vectors).all():
             raise ValueError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
         return vectors
+
+    # ---- generation
 
     def generate_with_image(
         self,
@@ -222,30 +207,35 @@ class MultimodalGPT(GPT):
     ) -> list[int] | Iterator[int]:
         """Continue a prompt about one picture (or a list of pictures).
 
-        image: anything that `vision.images.open_image` takes; or give vision_embeddings (n_images, N, D) from
-        `encode_images`, to ask again without looking again. Placeholders in prompt_tokens say where pictures stand; a
-        prompt without any gets them in front. `sampling`: further fields of `sampling.Sampling`. Returns the new
-        token ids as a list, or one by one with stream=True.
+        image: anything that `vision.images.open_image` takes; or give vision_embeddings (n_images, N, D) from `look`, to
+        ask again without encoding again. Placeholders in prompt_tokens are the places of the pictures; a prompt without any
+        gets them in front. `sampling`: further fields of `sampling.Sampling`. Returns the new token ids as a list, or one
+        by one with stream=True.
         """
         if vision_embeddings is None:
             if image is None:
-                raise ValueError("generate_with_image needs an image, or vision_embeddings from encode_images")
-            vision_embeddings = self.encode_images(image)
+                raise ValueError("generate_with_image needs an image, or vision_embeddings from look()")
+            vision_embeddings = self.look(image)
         prompt = list(prompt_tokens)
         if self.config.vision_token_id not in prompt:
             n_images = vision_embeddings.size(0)
             prompt = [self.config.vision_token_id] * (n_images * self.config.vision_tokens_per_image) + prompt
-        engine = Engine(self)
-        engine.check([prompt], max_new_tokens, [0])  # here, since a stream would complain only when it is read
-        steps = engine.stream(
+        steps = Engine(self).stream(
             [prompt],
             max_new_tokens,
             sampling=Sampling(temperature=temperature, **sampling),
             stop_ids=stop_ids,
-            vision_embeddings=[vision_embeddings.flatten(0, 1)],
+            images=[vision_embeddings],
         )
         tokens = (step[0] for step in steps)
         return tokens if stream else list(tokens)
+
+
+def without_images(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """targets (B, T) with -1 at every vision position and at every position whose next token is one."""
+    unlearnt = places.clone()
+    unlearnt[:, :-1] |= places[:, 1:]  # targets are shifted: targets[t] is the token at t + 1
+    return targets.masked_fill(unlearnt, IGNORE_INDEX)
 
 
 def create_multimodal_gpt(config: MultimodalGPTConfig, device="cpu") -> MultimodalGPT:

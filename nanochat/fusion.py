@@ -1,0 +1,70 @@
+"""How vision reaches the text: an encoder's map is pooled to a few vectors, which are projected to the model's width.
+
+map (B, D, H, W) ── pool_to_tokens, or Glances ──> (B, N, D) ── VisionProjector ──> (B, N, C), N tokens of the row
+"""
+
+from math import isqrt
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.gpt import Linear, norm
+
+GLANCE_GRID = 8  # cells a side that a glance tells apart
+
+
+def grid_side(n_tokens: int) -> int:
+    """Side of the square grid with that many cells. Raises ValueError for a number that is not square."""
+    side = isqrt(max(0, n_tokens))
+    if n_tokens < 1 or side * side != n_tokens:
+        raise ValueError(
+            f"vision_tokens_per_image must be a square number (1, 4, 9, 16, 25, ...): "
+            f"the map is pooled to a square grid; got {n_tokens}"
+        )
+    return side
+
+
+def pool_to_tokens(maps: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """(B, C, H, W) maps -> (B, n_tokens, C): averages over an h x h grid, row by row from the top left."""
+    return F.adaptive_avg_pool2d(maps, grid_side(n_tokens)).flatten(2).transpose(1, 2)
+
+
+class Glances(nn.Module):
+    """(B, C, H, W) -> (B, N, D): N linear functions of the whole map, pooled to GLANCE_GRID x GLANCE_GRID cells.
+
+    A robot's camera does not move, so a place in the picture is a place in the world: with its own weights for every cell, a
+    glance reads positions off the map. Soft-argmax keypoints and a grid of cells as tokens were slower to learn it.
+    """
+
+    def __init__(self, channels: int, n_tokens: int, width: int):
+        super().__init__()
+        self.n_tokens = n_tokens
+        self.linear = nn.Linear(channels * GLANCE_GRID * GLANCE_GRID, n_tokens * width)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        cells = F.adaptive_avg_pool2d(maps, GLANCE_GRID).flatten(1)  # (B, C * GLANCE_GRID * GLANCE_GRID)
+        return self.linear(cells).unflatten(-1, (self.n_tokens, -1))
+
+
+class VisionProjector(nn.Module):
+    """Two layers with ReLU², as in the GPT's MLP, from the encoder's channels to the model's: (..., D) -> (..., C).
+
+    Vectors are RMS-normed first, since the scale of a detector's maps says nothing to a language model. Cells of a grid get a
+    learnt position each, starting at zero: along the row of tokens, rotary positions tell left from right but not up.
+    Kept and run in float32 whatever the input's dtype; the caller casts the result.
+    """
+
+    def __init__(self, vision_dim: int, n_embd: int, n_tokens: int = 1):
+        super().__init__()
+        self.c_fc = Linear(vision_dim, 4 * n_embd)
+        self.c_proj = Linear(4 * n_embd, n_embd)
+        self.position = nn.Parameter(torch.zeros(n_tokens, n_embd)) if n_tokens > 1 else None
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        x = norm(vectors.to(self.c_fc.weight.dtype))
+        x = self.c_proj(F.relu(self.c_fc(x)).square())
+        if self.position is None:
+            return x
+        # vectors come as whole images, so the flat list is a multiple of the grid
+        return (x.view(-1, *self.position.shape) + self.position).view(x.shape)
