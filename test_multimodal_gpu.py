@@ -19,6 +19,7 @@ from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
 from nanochat.training.optimizers import make_optimizers
 from nanochat.training.recipes import Recipe
 from nanochat.vision import YOLOv9Plus
+from nanochat.vision.encoder import read_pixels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYER = "p5"
@@ -55,7 +56,7 @@ def wake(yolo: YOLOv9Plus) -> None:
     for module in yolo.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    yolo.net.train()(yolo.pixels([scene(colour) for colour in COLOURS])[0])
+    yolo.net.train()(read_pixels(yolo, [scene(colour) for colour in COLOURS])[0])
     yolo.eval()
     for scores in yolo.net.model[-1].cv3:
         torch.nn.init.normal_(scores[-1].weight, 0.0, 0.05)
@@ -63,7 +64,7 @@ def wake(yolo: YOLOv9Plus) -> None:
 
 
 def embeds(yolo: YOLOv9Plus) -> None:
-    width = yolo.embedding_dim()
+    width = yolo.channels()
     average, largest = (yolo.get_image_embeddings(scene("red"), pool=pool) for pool in ("avg", "max"))
     features = yolo.extract_features(scene("red"))
     flat = yolo.get_image_embeddings(scene("red"), pool="flatten")
@@ -83,7 +84,7 @@ def embeds(yolo: YOLOv9Plus) -> None:
 def new_model(yolo: YOLOv9Plus):
     config = MultimodalGPTConfig(
         sequence_len=256, vocab_size=1000, n_layer=2, n_head=4, n_kv_head=4, n_embd=256,
-        vision_embedding_dim=yolo.embedding_dim(LAYER), vision_layer=LAYER, vision_image_size=320,
+        vision_embedding_dim=yolo.channels(LAYER), vision_layer=LAYER, vision_image_size=320,
     )  # fmt: skip
     model = create_multimodal_gpt(config, device="cpu")
     decoder = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_projector"))

@@ -240,7 +240,7 @@ def test_odd_pictures_work(nanochat, tmp_path, name, picture):
 
 BROKEN = {
     "empty": (b"", "is empty"),
-    "truncated": (Path(PICTURE).read_bytes()[:-40], "damaged or cut off"),
+    "truncated": (Path(PICTURE).read_bytes()[:-40], "damaged or truncated"),
     "animated": (animated("GIF"), "animated"),
     "1x1": (encoded(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     "bomb": (claims(20_000, 20_000), "larger than the limit"),

@@ -97,7 +97,7 @@ def assert_same_features(found, expected):
 @pytest.mark.parametrize("layer,n", [("p3", 4), ("p5", 1), ("head", 4)])
 def test_equal_to_direct_computation(encoder, images, tmp_path, layer, n):
     features = cached_features(encoder, images, layer, n, tmp_path / "cache", batch_size=3)
-    assert features.shape == (7, n, encoder.embedding_dim(layer)) and len(features) == 7
+    assert features.shape == (7, n, encoder.channels(layer)) and len(features) == 7
     assert_same_features(features[:], direct(encoder, images, layer, n))
 
 
@@ -105,13 +105,13 @@ def test_indexing(encoder, images, tmp_path):
     features = cached_features(encoder, images, "p5", 4, tmp_path / "cache")
     everything = features[:]
     assert everything.dtype == features.dtype == np.float32
-    assert features[2].shape == (4, encoder.embedding_dim("p5"))
+    assert features[2].shape == (4, encoder.channels("p5"))
     for index in (3, -1, [0, 2, 2], np.array([5, 1]), slice(1, 4), torch.tensor([4, 4])):
         assert np.array_equal(features[index], everything[index])
     assert torch.from_numpy(features[[1, 2]]).shape == (
         2,
         4,
-        encoder.embedding_dim("p5"),
+        encoder.channels("p5"),
     )  # writable memory: no warning
 
 
@@ -195,7 +195,7 @@ def test_a_missing_image_and_no_images(encoder, images, tmp_path):
 
 
 def constant_features(encoder, monkeypatch, value):
-    maps = torch.full((encoder.embedding_dim("p5"), 2, 2), value)
+    maps = torch.full((encoder.channels("p5"), 2, 2), value)
     monkeypatch.setattr(encoder, "extract_features", lambda images, layer: torch.stack([maps] * len(images)))
 
 

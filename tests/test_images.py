@@ -259,11 +259,11 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"hello, this is text", "is no picture in a format"),
-        (PNG[:-30], "damaged or cut off"),
+        (b"hello, this is text", "is not an image in a format"),
+        (PNG[:-30], "damaged or truncated"),
         (
             encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")[:900],
-            "damaged or cut off",
+            "damaged or truncated",
         ),
         (animated("GIF"), r"animated or has pages \(3 frames\)"),
         (animated("PNG"), r"animated or has pages \(3 frames\)"),
@@ -292,7 +292,7 @@ def test_opener_of_ultralytics_makes_no_difference(monkeypatch):
         raise ModuleNotFoundError("No module named 'pi_heif'")
 
     monkeypatch.setattr(Image, "open", opener)
-    with pytest.raises(ImageError, match="is no picture in a format"):
+    with pytest.raises(ImageError, match="is not an image in a format"):
         open_image(b"hello, this is text")
 
 
@@ -317,8 +317,8 @@ def test_refused_paths(tmp_path):
         (str(tmp_path / "nowhere.jpg"), "there is no file .*nowhere.jpg"),
         (tmp_path, "is a folder"),
         (".", "is a folder"),
-        ("a\0b", "is no path"),
-        ("~nobody-of-that-name/a.png", "is no path"),
+        ("a\0b", "is not a valid path"),
+        ("~nobody-of-that-name/a.png", "is not a valid path"),
         ("data:image/png;base64," + "A" * 5000, r"data:image/png.*\(5022 characters\) cannot be read"),
         (str(locked), "cannot be read"),
         ({"bytes": None, "path": None}, "cannot open NoneType"),

@@ -154,7 +154,7 @@ def test_generate_with_image_is_the_uncached_forward(model):
 
 
 class FakeEncoder(nn.Module):
-    def embedding_dim(self, layer):
+    def channels(self, layer):
         return {"head": 84, "p4": 96}[layer]
 
 

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from nanochat.vision import Detection, YOLOv9Plus
+from nanochat.vision.detections import draw_detections
+from nanochat.vision.encoder import read_pixels
 from nanochat.vision.images import letterbox
-from nanochat.vision.yolov9 import import_ultralytics
+from nanochat.vision.yolov9_weights import import_ultralytics
 from tests.conftest import REAL_DATA, REAL_WEIGHTS, needs_data, needs_weights
 
 NAMES = {0: "cat", 1: "dog", 2: "traffic light"}
@@ -64,7 +66,7 @@ def assert_seen(maps):
 def yolo():
     torch.manual_seed(0)
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
-    wake(encoder.net, encoder.pixels(PICTURES)[0])
+    wake(encoder.net, read_pixels(encoder, PICTURES)[0])
     return encoder
 
 
@@ -79,7 +81,7 @@ def weights(tmp_path_factory):
 
 
 def test_shapes_of_the_spec(yolo, image):
-    assert yolo.embedding_dim() == 84
+    assert yolo.channels() == 84
     features = yolo.extract_features(image)
     assert features.shape == (1, 84, 2, 2)
     torch.testing.assert_close(yolo.get_image_embeddings(image, pool="avg"), features.mean((2, 3)))
@@ -94,7 +96,7 @@ def test_another_picture_another_map(yolo, layer):
 
 
 def test_head_map_is_the_coarsest_level_of_the_decoded_predictions(yolo):
-    x, _ = yolo.pixels(PICTURES)
+    x, _ = read_pixels(yolo, PICTURES)
     with torch.no_grad():
         decoded = yolo.net(x)[0]  # (4, 84, 8*8 + 4*4 + 2*2)
     grid = yolo.extract_features(PICTURES)
@@ -111,11 +113,11 @@ def test_features_are_those_of_a_hand_registered_hook(yolo, layer):
     seen = []
     handle = yolo.net.model[index].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        yolo.net(yolo.pixels(PICTURES)[0])
+        yolo.net(read_pixels(yolo, PICTURES)[0])
     handle.remove()
     assert_seen(seen[0])
     torch.testing.assert_close(yolo.extract_features(PICTURES, layer=layer), seen[0])
-    assert yolo.embedding_dim(layer) == seen[0].size(1)
+    assert yolo.channels(layer) == seen[0].size(1)
 
 
 def test_joined_layers_lie_on_the_grid_of_the_first(yolo):
@@ -217,7 +219,7 @@ def test_batches_of_arrays_and_tensors(yolo):
 
 
 def test_pictures_are_letterboxed_into_the_square(yolo):
-    x, (fit,) = yolo.pixels(np.full((30, 60, 3), 255, np.uint8))
+    x, (fit,) = read_pixels(yolo, np.full((30, 60, 3), 255, np.uint8))
     assert x.shape == (1, 3, 64, 64) and x.dtype == torch.float32
     assert (fit.width, fit.height, fit.pad_x, fit.pad_y) == (60, 30, 0, 16)
     assert (x[:, :, 16:48] == 1).all() and torch.allclose(x[:, :, :16], torch.tensor(114 / 255))
@@ -264,7 +266,7 @@ def test_detections_equal_ultralytics_own(weights, image):
 
 def test_detections_of_a_list_are_those_of_its_pictures(weights, image):
     yolo = YOLOv9Plus(weights, image_size=64)
-    assert yolo.names == NAMES and yolo.embedding_dim() == 7
+    assert yolo.names == NAMES and yolo.channels() == 7
     images = [image.resize((300, 200)), image.resize((32, 64)), image]
     batch = yolo.detect(images, conf=0.2)
     for found, alone in zip(batch, [yolo.detect(i, conf=0.2) for i in images], strict=True):
@@ -292,24 +294,24 @@ def test_detections_are_inside_the_picture_and_drawn(weights, image):
     for d in found:
         x1, y1, x2, y2 = d.box
         assert 0 <= x1 <= x2 <= image.width and 0 <= y1 <= y2 <= image.height and d.class_name == yolo.names[d.class_id]
-    drawn = yolo.draw(image, found)
+    drawn = draw_detections(image, found)
     assert drawn.size == image.size and np.asarray(drawn).tolist() != np.asarray(image).tolist()
     assert isinstance(yolo.detect([image]), list) and isinstance(yolo.detect([image])[0], list)
 
 
 def test_drawing():
     image = Image.new("RGB", (200, 100), "white")
-    assert np.array_equal(YOLOv9Plus.draw(image, []), image)
+    assert np.array_equal(draw_detections(image, []), image)
     first = Detection((60.0, 40.0, 180.0, 90.0), 0.9, 0, "cat")
-    drawn = YOLOv9Plus.draw(image, [first])
+    drawn = draw_detections(image, [first])
     colour = drawn.getpixel((120, 90))  # the lower edge, far from the label
     assert colour != (255, 255, 255) and drawn.getpixel((60, 70)) == drawn.getpixel((180, 70)) == colour
     assert drawn.getpixel((120, 70)) == (255, 255, 255)  # inside, nothing
     above = np.asarray(drawn)[20:39, 60:100].reshape(-1, 3)
     assert (above == colour).all(1).sum() > 100  # the label stands above the box
-    other = YOLOv9Plus.draw(image, [Detection(first.box, 0.9, 1, "dog")])
+    other = draw_detections(image, [Detection(first.box, 0.9, 1, "dog")])
     assert other.getpixel((120, 90)) != colour
-    corner = YOLOv9Plus.draw(image, [Detection((0.0, 0.0, 200.0, 100.0), 0.5, 2, "a very long name of a class" * 3)])
+    corner = draw_detections(image, [Detection((0.0, 0.0, 200.0, 100.0), 0.5, 2, "a very long name of a class" * 3)])
     assert corner.size == image.size
     assert image.getpixel((60, 70)) == (255, 255, 255)  # the given picture is left alone
 
@@ -319,7 +321,7 @@ def test_the_encoder_is_a_module_that_can_be_trained(yolo, image):
     assert any(name.startswith("net.model.0.") for name in names)
     torch.manual_seed(0)
     trained = YOLOv9Plus("yolov9t.yaml", image_size=64).train()
-    x, _ = trained.pixels([image, image.rotate(180)])
+    x, _ = read_pixels(trained, [image, image.rotate(180)])
     trained(x, "p3").square().mean().backward()
     assert trained.net.model[0].conv.weight.grad.abs().sum() > 0
     before = trained.net.model[0].bn.running_mean.clone()
@@ -332,7 +334,7 @@ def test_training_mode(image):
     torch.manual_seed(0)
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
     assert not encoder.training  # to look with, unless told otherwise
-    x, _ = encoder.pixels([image, image.rotate(90)])
+    x, _ = read_pixels(encoder, [image, image.rotate(90)])
     encoder.train()
     before = encoder.net.model[0].bn.running_mean.clone()
     for layer in ("p3", "p4", "p5", 3):
@@ -346,7 +348,7 @@ def test_training_mode(image):
     # frozen BatchNorm stays as it was set, whatever is asked in between
     encoder.train()
     frozen = [m.eval() for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    encoder.embedding_dim("p3"), encoder.detect(image)
+    encoder.channels("p3"), encoder.detect(image)
     assert not any(m.training for m in frozen) and encoder.net.model[0].conv.training
 
 
@@ -382,7 +384,7 @@ def test_architecture_round_trip(yolo, cut):
     old, new = original.state_dict(), rebuilt.state_dict()
     assert rebuilt.architecture == described and new.keys() == old.keys()
     assert all(torch.equal(new[name], old[name]) for name in new)
-    assert rebuilt.embedding_dim(-1 if cut else "p5") == expected.size(1)
+    assert rebuilt.channels(-1 if cut else "p5") == expected.size(1)
     if cut:
         with pytest.raises(ValueError, match="no detection head"):
             rebuilt.detect(PICTURE)
@@ -405,8 +407,8 @@ def test_architecture_of_weights_from_a_file(weights, image, tmp_path):
         (lambda y, i: y.extract_features(i, layer=-24), "modules 0..22"),
         (lambda y, i: y.extract_features(i, layer="p3+"), "unknown layer ''"),
         (lambda y, i: y.extract_features(i, layer=None), "unknown layer 'None'"),
-        (lambda y, i: y.extract_features(i, layer=-1), "gives no map"),
-        (lambda y, i: y.embedding_dim("p7"), "unknown layer"),
+        (lambda y, i: y.extract_features(i, layer=-1), "is not a map"),
+        (lambda y, i: y.channels("p7"), "unknown layer"),
         (lambda y, i: y.truncate("p7"), "unknown layer"),
         (lambda y, i: y.encode(i, layers=[]), "nothing to do"),
         (lambda y, i: y(torch.zeros(1, 5, 64, 64), "p3"), r"\(B, 3, H, W\).*got \(1, 5, 64, 64\)"),

@@ -195,7 +195,7 @@ class PictureRun(Run):
 def build_model(recipe: PictureRecipe, tokenizer: Tokenizer, device: torch.device) -> MultimodalGPT:
     encoder = open_encoder(recipe)
     config = MultimodalGPTConfig(
-        vision_embedding_dim=encoder.embedding_dim(recipe.layer), **shape_of(recipe, tokenizer)
+        vision_embedding_dim=encoder.channels(recipe.layer), **shape_of(recipe, tokenizer)
     )
     model = create_multimodal_gpt(config, device)
     model.init_weights()

@@ -101,7 +101,7 @@ def build_robot(recipe: Robot, tokenizer: Tokenizer, data: Demonstrations) -> Ro
     encoder = open_encoder(recipe)
     config = RobotGPTConfig(
         vision_embedding_dim=recipe.glance_dim,
-        map_channels=encoder.embedding_dim(recipe.layer),
+        map_channels=encoder.channels(recipe.layer),
         action_head=recipe.action_head,
         chunk=recipe.chunk,
         state_scale=asdict(Scale.fit(data.state)),

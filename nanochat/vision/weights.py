@@ -1,7 +1,7 @@
-"""Detectors from files that strangers made: what is read, and what is refused. Nothing in such a file is ever run.
+"""Reads detectors from untrusted .pt files and model descriptions without running any code from them.
 
-Two doors lead from a downloaded file to running code, and both are shut here: a .pt file is a pickle, which calls what it
-names; and ultralytics evaluates parts of a model description as Python. Knows files and torch, not ultralytics.
+A downloaded file could run code in two ways, and both are prevented here: a .pt file is a pickle, which can call any
+function; and ultralytics evaluates parts of a model description as Python. Imports torch, not ultralytics.
 """
 
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-# What a .pt file of a detector may mention: all of it becomes StandIn
+# Globals that a detector's .pt file may name. Each of them is loaded as Placeholder
 DETECTOR_GLOBALS = re.compile(
     r"(ultralytics|torch\.nn|pathlib)\..+|builtins\.getattr|numpy\.(dtype|_?core\.multiarray\.scalar)"
 )
-# What a model description may say
+# Strings that a model description may contain
 ACTIVATION = re.compile(
     r"(torch\.)?nn\.(ReLU|ReLU6|LeakyReLU|SiLU|GELU|Mish|Hardswish|ELU|Identity)\((inplace=(True|False)|\d*\.?\d*)\)"
 )
@@ -25,14 +25,14 @@ PLAIN_STRINGS = {"nc", "None", "True", "False", "nearest", "bilinear"}
 
 
 class WeightsError(ValueError):
-    """A file or a model description that is no detector, or asks for more than one; the message says which."""
+    """A file or a model description that is not a detector, or is not safe to load. The message says which."""
 
 
-class StandIn(nn.Module):
-    """What every class in a .pt file becomes: it keeps the stored attributes, and runs none of the class's own code.
+class Placeholder(nn.Module):
+    """Loaded instead of every class in a .pt file: it keeps the stored attributes and runs none of the class's code.
 
-    Letting torch unpickle the real classes, as an allow-list would, lets the file call their constructors too, and
-    ultralytics' own evaluates strings as Python.
+    An allow-list of the real classes would not be safe: unpickling can call their constructors, and ultralytics'
+    constructor evaluates strings as Python.
     """
 
     def __init__(self, *args):
@@ -46,32 +46,34 @@ class StandIn(nn.Module):
 def read_pt(path: Path, trust_pickle: bool = False) -> tuple[dict, dict[int, str], dict[str, torch.Tensor]]:
     """(model description, class names, float32 state dict) of an ultralytics .pt file.
 
-    Only numbers and names are taken; the model is built anew from them. With trust_pickle, the file may run any code.
-    Raises WeightsError for a file that holds no detector or, without trust_pickle, asks for more than one needs.
+    Only numbers and names are read; the model is then built from them. With trust_pickle the file can run any code.
+    Raises WeightsError for a file that holds no detector and, without trust_pickle, for one that names other globals
+    than a detector needs; OSError for a file that cannot be read.
     """
     try:
-        content = torch.load(path, "cpu", weights_only=False) if trust_pickle else load_with_stand_ins(path)
+        content = torch.load(path, "cpu", weights_only=False) if trust_pickle else load_with_placeholders(path)
         model = content.get("ema") or content["model"]
         description = {key: value for key, value in model.yaml.items() if key not in ("yaml_file", "ch")}
         state = {name: tensor.float() for name, tensor in model.state_dict().items()}
         return json.loads(json.dumps(description)), class_names(model.names), state
     except (OSError, WeightsError):
         raise
-    except Exception as error:  # a broken or foreign file can raise anything
+    except Exception as error:  # a damaged or unrelated file can raise any type
         raise WeightsError(
-            f"{path} is no ultralytics detector (a .pt file with its 'model'), or is cut off: {one_line(error)}"
+            f"{path} is not an ultralytics detector (a .pt file with a 'model'), or is truncated: {one_line(error)}"
         ) from error
 
 
-def load_with_stand_ins(path: Path):
+def load_with_placeholders(path: Path):
+    """The file's content, with a Placeholder for every class. Raises WeightsError for globals that are not allowed."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     refused = sorted(name for name in names if not DETECTOR_GLOBALS.fullmatch(name))
     if refused:
         raise WeightsError(
-            f"{path} is a pickle that asks for {', '.join(refused[:3])}, which no detector needs: refused, since it could "
-            "run any code. If you trust its source, pass trust_pickle=True (--trust-pickle)"
+            f"{path} is a pickle that uses {', '.join(refused[:3])}, which no detector needs. It was not loaded, because "
+            "it could run any code. If you trust its source, pass trust_pickle=True (--trust-pickle)"
         )
-    with torch.serialization.safe_globals([(StandIn, name) for name in names]):
+    with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
         return torch.load(path, "cpu", weights_only=True)
 
 
@@ -84,43 +86,49 @@ def class_names(names) -> dict[int, str]:
 
 
 def check_architecture(description: dict, layers) -> None:
-    """Refuse a model description that could do more than describe a model.
+    """Raises WeightsError for a model description that could run code.
 
-    ultralytics evaluates `activation`, and calls whatever a row names with whatever arguments it has: so only layers, and
-    only plain arguments. layers: the module among whose globals ultralytics looks a row's name up.
+    ultralytics evaluates `activation` as Python, and calls what a row names with the row's arguments. So only plain
+    activations, layers and plain arguments are allowed. layers: the module in which ultralytics looks up a row's name.
     """
     if not isinstance(description, dict) or not all(
         isinstance(description.get(part), list) for part in ("backbone", "head")
     ):
-        raise WeightsError("no YOLO model description: expected a mapping with the lists backbone and head")
+        raise WeightsError("not a YOLO model description: expected a mapping with the lists backbone and head")
     activation = description.get("activation")
     if activation is not None and not (isinstance(activation, str) and ACTIVATION.fullmatch(activation)):
-        raise WeightsError(f"refused encoder architecture: activation {activation!r} is no plain torch.nn activation")
+        raise WeightsError(
+            f"refused encoder architecture: activation {activation!r} is not a plain torch.nn activation"
+        )
     for row in description["backbone"] + description["head"]:
         if not (isinstance(row, list) and len(row) == 4 and isinstance(row[2], str) and isinstance(row[3], list)):
             raise WeightsError(
-                f"refused encoder architecture: {str(row)[:80]} is no [from, repeats, module, arguments] row"
+                f"refused encoder architecture: {str(row)[:80]} is not a [from, repeats, module, arguments] row"
             )
         name = row[2]
         found = getattr(nn if name.startswith("nn.") else layers, name.removeprefix("nn."), None)
         is_layer = isinstance(found, type) and issubclass(found, nn.Module) and MODULE_NAME.fullmatch(name)
         if not is_layer or not found.__module__.startswith(("torch.nn.modules.", "ultralytics.nn.modules.")):
-            raise WeightsError(f"refused encoder architecture: {name!r} is no layer of torch.nn or ultralytics")
+            raise WeightsError(f"refused encoder architecture: {name!r} is not a layer of torch.nn or ultralytics")
         for value in flat(row[3]):
             if not (value is None or isinstance(value, (int, float)) or value in PLAIN_STRINGS):
-                raise WeightsError(f"refused encoder architecture: {str(value)[:80]!r} is no plain argument of {name}")
+                raise WeightsError(
+                    f"refused encoder architecture: {str(value)[:80]!r} is not a plain argument of {name}"
+                )
 
 
 def flat(value) -> Iterator:
+    """The items of nested lists."""
     if isinstance(value, list):
         for item in value:
             yield from flat(item)
     elif isinstance(value, (str, int, float, type(None))):
         yield value
     else:
-        yield repr(value)  # a mapping, say: no plain argument
+        yield repr(value)  # such as a mapping, which is not a plain argument
 
 
 def one_line(error: Exception) -> str:
+    """The message of an exception on one line of at most about 200 characters."""
     text = " ".join(str(error).split()) or repr(error)
     return text if len(text) <= 200 else text[:200] + "..."

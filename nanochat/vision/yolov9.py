@@ -1,75 +1,54 @@
-"""YOLOv9 (Wang, Yeh, Liao 2024, arXiv 2402.13616), as ultralytics builds it, turned into an encoder: feature maps of
-any layer, pooled embeddings, and detections, in one forward pass.
-
-The only file that imports ultralytics (AGPL-3.0), and only when an encoder is built. Everything else of the package
-runs without it: text models, cached features, training on them.
+"""YOLOv9 (Wang, Yeh, Liao 2024, arXiv 2402.13616) as an image encoder: the feature maps of any layer, pooled embeddings and
+detections, from one forward pass. The network itself is ultralytics' (AGPL-3.0); see yolov9_weights.py.
 """
 
-import atexit
-import colorsys
-import json
 import os
 import re
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
-from nanochat.vision.images import ImageSource, Letterbox, letterbox, open_image
-from nanochat.vision.weights import WeightsError, check_architecture, class_names, one_line, read_pt
+from nanochat.vision.detections import Detection
+from nanochat.vision.encoder import evaluating, look_at, read_pixels, usable_device
+from nanochat.vision.images import ImageSource, Letterbox, is_batch
+from nanochat.vision.weights import WeightsError, class_names, one_line
+from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
-SIZES = "tsmce"  # of the official models: yolov9t ... yolov9e
-DEFAULT_WEIGHTS = "yolov9t.pt"
-STRIDE = 32  # of the coarsest map; input sizes are multiples of it
-LEVELS = ("p3", "p4", "p5")  # what the detection head sees, at stride 8, 16 and 32
-MAX_DETECTIONS = 300  # for each picture, as in ultralytics' predict
-
-
-@dataclass(frozen=True)
-class Detection:
-    """box: x1, y1, x2, y2 in pixels of the given picture; score: 0..1."""
-
-    box: tuple[float, float, float, float]
-    score: float
-    class_id: int
-    class_name: str
+STRIDE = 32  # of the coarsest map; input sides are multiples of it
+LEVELS = ("p3", "p4", "p5")  # inputs of the detection head, at stride 8, 16 and 32
+MAX_DETECTIONS = 300  # per image, as in ultralytics' predict
 
 
 @dataclass
 class Encoded:
-    """maps: (B, C, H, W) of each layer asked for; detections: a list for each picture, or None if not asked for."""
+    """maps: {layer: (B, C, H, W)}; detections: a list for each image, or None if they were not requested."""
 
     maps: dict[str | int, torch.Tensor]
     detections: list[list[Detection]] | None
 
 
 class YOLOv9Plus(nn.Module):
-    """A YOLOv9 whose insides can be looked at.
+    """YOLOv9 as an `Encoder`: gives the output of any layer as a feature map, and detections.
 
     weights: an official name (yolov9t.pt ... yolov9e.pt; downloaded by ultralytics on first use), a path to a .pt
         file, or a .yaml for random weights ("yolov9t.yaml", or your own). Default: $NANOCHAT_YOLO_WEIGHTS, else
         yolov9t.pt.
     image_size: side of the square input in pixels, a multiple of 32.
-    trust_pickle: a .pt file is a pickle. Without this, only numbers and names are read from it, and a file that asks for
-        more is refused; with it, the file may run any code.
+    trust_pickle: a .pt file is a pickle. By default only numbers and names are read from it, and a file that asks for
+        more is refused. With trust_pickle=True the file can run any code.
 
-    Raises FileNotFoundError where there are no such weights, WeightsError for files that are no detector, ImportError
-    where ultralytics is missing, ValueError for other bad arguments, as a device that is not there.
+    Raises FileNotFoundError for weights that do not exist, WeightsError for files that hold no detector, ImportError
+    where ultralytics is missing, and ValueError for other bad arguments, such as a device that is not available.
 
-    layer: "head" is the decoded prediction map of the coarsest level: 4 box values (centre x, y, width, height, as
-    shares of the input) and a score for each class, per cell. "p3", "p4", "p5" are the maps that the head sees, at
-    stride 8, 16, 32. A number is the output of that module. "p3+p4+p5" joins maps along their channels, on the grid of
-    the first.
+    `layer` in the methods below: "head" is the decoded prediction map of the coarsest level: per cell 4 box values
+    (centre x, y, width, height, as fractions of the input) and a score for each class. "p3", "p4", "p5" are the inputs
+    of the detection head, at stride 8, 16 and 32. A number is the output of that module. "p3+p4+p5" concatenates maps
+    along their channels, on the grid of the first.
     """
 
     def __init__(
@@ -83,51 +62,61 @@ class YOLOv9Plus(nn.Module):
         super().__init__()
         device = usable_device(device)
         weights = str(weights or os.environ.get("NANOCHAT_YOLO_WEIGHTS") or DEFAULT_WEIGHTS)
-        if weights.endswith((".yaml", ".yml")):
-            self.set_up(read_yaml(weights), None, image_size)
-        else:
-            path = find_weights(weights)
-            import_ultralytics()
-            yaml, names, state = read_pt(path, trust_pickle)
-            self.set_up(yaml, names, image_size)
+        description, names, state = load_weights(weights, trust_pickle)
+        self.set_up(description, names, image_size)
+        if state is not None:
             try:
                 self.net.load_state_dict(state)
             except RuntimeError as error:
                 raise WeightsError(
-                    f"{path} does not fit its own architecture: fused or pruned? {one_line(error)}"
+                    f"{weights} does not fit its own architecture: fused or pruned? {one_line(error)}"
                 ) from error
         self.to(device)
 
     @classmethod
     def from_architecture(cls, architecture: dict, device: str | torch.device = "cpu") -> "YOLOv9Plus":
-        """An encoder of the shape that `architecture` tells, with random weights: load a state dict into it next.
+        """An encoder with random weights, from the `architecture` of another one. Load a state dict into it next.
 
-        It may come from a stranger's checkpoint: what it says is checked, and runs no code of theirs (WeightsError).
+        The architecture may come from an untrusted checkpoint. It is checked, and none of its content is run as code.
+        Raises WeightsError for one that is incomplete or unsafe.
         """
         if not isinstance(architecture, dict) or not {"yaml", "names", "image_size", "n_layers"} <= architecture.keys():
-            raise WeightsError("no encoder architecture: expected the keys yaml, names, image_size and n_layers")
-        self = cls.__new__(cls)
+            raise WeightsError(
+                "incomplete encoder architecture: expected the keys yaml, names, image_size and n_layers"
+            )
+        self = cls.__new__(cls)  # __init__ would look for weights
         nn.Module.__init__(self)
         self.set_up(architecture["yaml"], class_names(architecture["names"]), architecture["image_size"])
         n, n_layers = architecture["n_layers"], len(self.net.model)
         if type(n) is not int or not 0 < n <= n_layers:
-            raise WeightsError(f"no encoder architecture: n_layers is {n!r}, expected 1..{n_layers}")
+            raise WeightsError(f"wrong encoder architecture: n_layers is {n!r}, expected 1..{n_layers}")
         self.net.model = self.net.model[:n]
         return self.to(device)
 
-    def set_up(self, yaml: dict, names: dict[int, str] | None, image_size: int) -> None:
-        self.image_size = checked_size(image_size)
-        self.yaml = yaml
-        self.net = build(yaml, None if names is None else len(names))
+    def set_up(self, description: dict, names: dict[int, str] | None, image_size: int) -> None:
+        self.image_size = image_size
+        self.yaml = description
+        self.net = build(description, None if names is None else len(names))
         self.names = names or dict(self.net.names)
         self.levels = dict(zip(LEVELS, self.net.model[-1].f, strict=True))  # kept when the head is cut off
         self.eval()
 
     @property
+    def image_size(self) -> int:
+        return self._image_size
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        self._image_size = checked_size(size)
+
+    @property
     def architecture(self) -> dict:
-        """JSON-able: all that `from_architecture` needs."""
+        """JSON-able: everything that `from_architecture` needs."""
         names = {str(i): name for i, name in self.names.items()}
-        return {"yaml": self.yaml, "names": names, "image_size": self.image_size, "n_layers": len(self.net.model)}
+        return {
+            "kind": "yolov9", "yaml": self.yaml, "names": names, "image_size": self.image_size,
+            "n_layers": len(self.net.model),
+        }  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -137,16 +126,16 @@ class YOLOv9Plus(nn.Module):
     def has_head(self) -> bool:
         return type(self.net.model[-1]).__name__ == "Detect"
 
-    # ---- which layer
+    # ---- layers
 
     def index_of(self, part: str) -> int:
-        """The module behind one layer name. Raises ValueError for one that is not there."""
+        """The number of the module behind one layer name. Raises ValueError for a layer that does not exist."""
         n = len(self.net.model)
         if part == "head":
             if not self.has_head:
                 raise ValueError(
-                    f"this encoder was cut after layer {n - 1} and has no detection head: it gives maps of the layers "
-                    f"0..{n - 1}, and no detections"
+                    f"this encoder was truncated after layer {n - 1} and has no detection head: it gives maps of the "
+                    f"layers 0..{n - 1}, and no detections"
                 )
             return n - 1
         if part in self.levels:
@@ -161,60 +150,59 @@ class YOLOv9Plus(nn.Module):
             raise ValueError(f"there is no layer {part} (module {index}): this encoder has modules 0..{n - 1}")
         return index
 
-    def embedding_dim(self, layer: str | int = "head") -> int:
-        """Channels of the layer's map: what vision_embedding_dim must be."""
+    def channels(self, layer: str | int = "head") -> int:
+        """Channels of the layer's map: the required vision_embedding_dim. Raises ValueError for an unknown layer."""
         weight = next(self.net.parameters())
         with torch.no_grad(), evaluating(self):
             return self(weight.new_zeros(1, 3, 2 * STRIDE, 2 * STRIDE), layer).size(1)
 
     def truncate(self, layer: str | int) -> "YOLOv9Plus":
-        """Drop the modules behind `layer`: a smaller encoder, without detections unless the layer is the head."""
+        """Drop the modules after `layer`, in place: a smaller encoder, without detections unless the layer is "head"."""
         self.net.model = self.net.model[: max(map(self.index_of, parts_of(layer))) + 1]
         return self
 
-    # ---- forward
-
-    def pixels(self, images: ImageSource | Sequence[ImageSource]) -> tuple[torch.Tensor, list[Letterbox]]:
-        """One picture or a list of B -> (B, 3, S, S) RGB in 0..1 on the encoder's device, and how each was fitted."""
-        weight, size = next(self.net.parameters()), self.image_size
-        fitted = [letterbox(open_image(image), size) for image in as_list(images)]
-        squares = np.stack([square for square, _ in fitted])
-        x = torch.from_numpy(squares).to(weight.device).permute(0, 3, 1, 2).to(weight.dtype) / 255
-        return x.contiguous(), [fit for _, fit in fitted]
+    # ---- forward pass
 
     def forward(self, pixels: torch.Tensor, layer: str | int = "head") -> torch.Tensor:
-        """(B, 3, S, S) in 0..1 -> the layer's map (B, C, H, W). Differentiable: this is what training goes through."""
-        return self.run(pixels, [layer])[0][layer]
+        """(B, 3, H, W) in 0..1 -> the layer's map (B, C, H', W'). Differentiable. Raises ValueError, see `maps`."""
+        return self.maps(pixels, [layer])[layer]
 
-    def run(
-        self, pixels: torch.Tensor, layers: Sequence[str | int], head: bool = False
-    ) -> tuple[dict[str | int, torch.Tensor], torch.Tensor | None]:
-        """One pass, as far as it is needed. Returns {layer: map} and, with `head`, the predictions (B, 4 + nc, cells)."""
+    def maps(self, pixels: torch.Tensor, layers: Sequence[str | int]) -> dict[str | int, torch.Tensor]:
+        """(B, 3, H, W) in 0..1 -> {layer: map (B, C, H', W')} from one forward pass. Differentiable.
+
+        Raises ValueError for pixels of another shape, sides that are not multiples of 32, an unknown layer, a layer
+        whose output is not a map, and for "head" in training mode.
+        """
+        outputs = self.run_parts(pixels, {part for layer in layers for part in parts_of(layer)})
+        return assemble(outputs, layers, *pixels.shape[2:])
+
+    def run_parts(self, pixels: torch.Tensor, parts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """One forward pass, which stops after the last module needed: {part: map (B, C, H', W')}.
+
+        "head" gives the predictions (B, 4 + n_classes, cells of all levels) instead of a map.
+        """
         if pixels.dim() != 4 or pixels.size(1) != 3 or any(side % STRIDE for side in pixels.shape[2:]):
             raise ValueError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
-        parts = {part for layer in layers for part in parts_of(layer)} | ({"head"} if head else set())
         indices = {part: self.index_of(part) for part in parts}
-        caught: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         hooks = [
-            self.net.model[index].register_forward_hook(catch_into(caught, index)) for index in set(indices.values())
+            self.net.model[index].register_forward_hook(store_output(outputs, index)) for index in set(indices.values())
         ]
         last = max(indices.values())
         try:
-            # `embed` makes ultralytics stop behind that module; what it returns then is of no use here
+            # `embed` makes ultralytics stop after that module; the value it returns is not used
             self.net(pixels, embed=[last] if last < len(self.net.model) - 1 else None)
         finally:
             for hook in hooks:
                 hook.remove()
-        predictions = predictions_of(caught[indices["head"]]) if "head" in parts else None
-        maps = {
-            part: prediction_map(predictions, *pixels.shape[2:]) if part == "head" else checked_map(caught[index], part)
+        return {
+            part: predictions_of(outputs[index]) if part == "head" else checked_map(outputs[index], part)
             for part, index in indices.items()
         }
-        return {layer: join([maps[part] for part in parts_of(layer)]) for layer in layers}, predictions
 
-    # ---- what people call
+    # ---- images in, maps and detections out
 
-    @torch.no_grad()  # not inference_mode: its tensors could not be used in training a projector later
+    @torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
     def encode(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -223,9 +211,10 @@ class YOLOv9Plus(nn.Module):
         conf: float = 0.25,
         iou: float = 0.7,
     ) -> Encoded:
-        """Maps of several layers, and detections if asked for, from one forward pass over all the pictures.
+        """Maps of several layers and, if requested, detections, from one forward pass over all images.
 
-        conf, iou: see `detect`. Always in evaluation mode, whatever mode the encoder is in.
+        conf, iou: see `detect`. Runs in evaluation mode, whatever the encoder's mode is. Raises ImageError for an image
+        that cannot be opened, ValueError for an unknown layer, thresholds outside 0..1, or nothing to compute.
         """
         layers = [layers] if isinstance(layers, (str, int)) else list(layers)
         for name, value in (("conf", conf), ("iou", iou)):
@@ -233,19 +222,21 @@ class YOLOv9Plus(nn.Module):
                 raise ValueError(f"{name} must lie in 0..1, got {value}")
         if not layers and not detect:
             raise ValueError("nothing to do: name at least one layer, or set detect=True")
+        parts = {part for layer in layers for part in parts_of(layer)} | ({"head"} if detect else set())
+        pixels, fits = read_pixels(self, images)
         with evaluating(self):
-            x, fits = self.pixels(images)
-            maps, predictions = self.run(x, layers, head=detect)
-        return Encoded(maps, self.to_detections(predictions, fits, conf, iou) if detect else None)
+            outputs = self.run_parts(pixels, parts)
+        maps = assemble(outputs, layers, *pixels.shape[2:])
+        return Encoded(maps, self.to_detections(outputs["head"], fits, conf, iou) if detect else None)
 
     def extract_features(self, images: ImageSource | Sequence[ImageSource], layer: str | int = "head") -> torch.Tensor:
-        """One picture or a list -> (B, C, H, W), unpooled."""
-        return self.encode(images, [layer]).maps[layer]
+        """One image or a list of B -> the layer's map (B, C, H, W), not pooled. Raises as `encode` does."""
+        return look_at(self, images, lambda pixels: self(pixels, layer))
 
     def get_image_embeddings(
         self, images: ImageSource | Sequence[ImageSource], pool: str = "avg", layer: str | int = "head"
     ) -> torch.Tensor:
-        """One picture or a list -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten"."""
+        """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". Raises as `encode` does."""
         if pool not in ("avg", "max", "flatten"):
             raise ValueError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
         features = self.extract_features(images, layer)
@@ -256,20 +247,21 @@ class YOLOv9Plus(nn.Module):
     def detect(
         self, images: ImageSource | Sequence[ImageSource], conf: float = 0.25, iou: float = 0.7
     ) -> list[Detection] | list[list[Detection]]:
-        """Objects of one picture as a list of Detection, best first; for a list of pictures, a list of such lists.
+        """Objects in one image, highest score first; for a list of images, a list of such lists.
 
-        conf: least score. iou: boxes of a class that overlap more are taken for the same object.
+        conf: minimum score. iou: of two boxes of a class that overlap more, the one with the lower score is dropped.
+        Raises as `encode` does.
         """
         found = self.encode(images, [], detect=True, conf=conf, iou=iou).detections
-        return found if isinstance(images, (list, tuple)) or is_batch(images) else found[0]
+        return found if is_batch(images) else found[0]
 
     def to_detections(
         self, predictions: torch.Tensor, fits: list[Letterbox], conf: float, iou: float
     ) -> list[list[Detection]]:
-        """Non-maximum suppression, and boxes back into each picture's own pixels."""
+        """Predictions (B, 4 + n_classes, cells) -> non-maximum suppression -> boxes in each image's own pixels."""
         from ultralytics.utils.nms import non_max_suppression
 
-        # the time limit is there to be never reached: past it, ultralytics gives the remaining pictures no boxes at all
+        # a time limit that is never reached: after it, ultralytics returns no boxes for the remaining images
         kept = non_max_suppression(
             predictions.float(), conf, iou, max_det=MAX_DETECTIONS, nc=len(self.names), max_time_img=60.0
         )
@@ -283,70 +275,32 @@ class YOLOv9Plus(nn.Module):
             )
         return result
 
-    @staticmethod
-    def draw(image: ImageSource, detections: Sequence[Detection]) -> Image.Image:
-        """A copy of the picture with boxes, classes and scores drawn in, in proportion to its size."""
-        picture = open_image(image).copy()
-        pen = ImageDraw.Draw(picture)
-        side = max(picture.size)
-        thick, font = max(2, side // 250), ImageFont.load_default(size=max(10, side // 40))
-        for detection in sorted(detections, key=lambda d: d.score):  # the surest on top
-            colour = class_colour(detection.class_id)
-            pen.rectangle(detection.box, outline=colour, width=thick)
-            label = f"{detection.class_name} {detection.score:.2f}"
-            _, _, width, height = pen.textbbox((0, 0), label, font=font)
-            left, top = detection.box[:2]
-            x = max(0, min(left, picture.width - width - 2 * thick))
-            y = top - height - thick if top > height + thick else top  # above the box where there is room, else inside
-            pen.rectangle((x, y, x + width + 2 * thick, y + height + thick), fill=colour)
-            pen.text((x + thick, y), label, fill="white", font=font)
-        return picture
-
-
-# ---- small helpers ----
-
 
 def checked_size(size: int) -> int:
+    """`size` if it is a usable side of the input in pixels. Raises ValueError otherwise."""
     if not isinstance(size, int) or size < STRIDE or size % STRIDE:
         raise ValueError(f"image_size must be a positive multiple of {STRIDE}, got {size!r}")
     return size
 
 
-def usable_device(name: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without this kind
-        raise ValueError(f"the device {name} cannot be used ({one_line(error)}): use cpu, or another one") from error
-
-
-def is_batch(images) -> bool:
-    return isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 and len(images) != 1
-
-
-def as_list(images) -> list[ImageSource]:
-    if isinstance(images, (list, tuple)) or is_batch(images):
-        if len(images) == 0:
-            raise ValueError("there are no pictures: the list is empty")
-        return list(images)
-    return [images]
-
-
 def parts_of(layer: str | int) -> list[str]:
+    """The single layers of a joined one: "p3+p4" -> ["p3", "p4"]."""
     return str(layer).split("+")
 
 
-def catch_into(caught: dict[int, torch.Tensor], index: int):
-    owner = threading.get_ident()  # another thread's pass through the same modules must not end up in ours
+def store_output(outputs: dict[int, torch.Tensor], index: int):
+    """A forward hook that stores the module's output in outputs[index]."""
+    owner = threading.get_ident()  # ignore passes of other threads through the same module
 
     def hook(module, inputs, output):
         if threading.get_ident() == owner:
-            caught[index] = output
+            outputs[index] = output
 
     return hook
 
 
 def predictions_of(output) -> torch.Tensor:
-    """The detection head's output -> predictions (B, 4 + nc, cells): x, y, w, h in pixels of the input, then scores."""
+    """The detection head's output -> predictions (B, 4 + n_classes, cells): x, y, w, h in input pixels, then scores."""
     if isinstance(output, dict):
         raise ValueError("the detection head decodes in evaluation mode only: call eval(), or train on another layer")
     return output[0] if isinstance(output, (tuple, list)) else output
@@ -354,20 +308,33 @@ def predictions_of(output) -> torch.Tensor:
 
 def checked_map(output, layer: str) -> torch.Tensor:
     if not isinstance(output, torch.Tensor) or output.dim() != 4:
-        raise ValueError(f"layer {layer} gives no map (B, C, H, W): choose another")
+        raise ValueError(f"the output of layer {layer} is not a map (B, C, H, W): choose another layer")
     return output
 
 
+def assemble(
+    outputs: dict[str, torch.Tensor], layers: Sequence[str | int], height: int, width: int
+) -> dict[str | int, torch.Tensor]:
+    """Outputs of single layers -> {layer: map} for layers that may be joined. height, width: of the input in pixels."""
+    maps = {
+        part: prediction_map(output, height, width) if part == "head" else output for part, output in outputs.items()
+    }
+    return {layer: join([maps[part] for part in parts_of(layer)]) for layer in layers}
+
+
 def prediction_map(predictions: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 4 + nc, cells of all levels) -> (B, 4 + nc, H / 32, W / 32): the coarsest level, boxes as shares of H, W."""
+    """(B, 4 + n_classes, cells of all levels) -> (B, 4 + n_classes, H / 32, W / 32).
+
+    Takes the coarsest level; boxes become fractions of the input's height and width.
+    """
     rows, columns = height // STRIDE, width // STRIDE
-    coarsest = predictions[..., -rows * columns :].unflatten(-1, (rows, columns))  # levels lie one behind the other
+    coarsest = predictions[..., -rows * columns :].unflatten(-1, (rows, columns))  # the levels follow each other
     sides = predictions.new_tensor([width, height, width, height]).view(4, 1, 1)
     return torch.cat([coarsest[:, :4] / sides, coarsest[:, 4:]], 1)
 
 
 def join(maps: list[torch.Tensor]) -> torch.Tensor:
-    """Maps on one grid, the first one's: coarser ones repeat their cells, finer ones are averaged."""
+    """Concatenate maps along channels on the first one's grid: coarser maps are repeated, finer ones averaged."""
     size = maps[0].shape[-2:]
     fitted = [
         m if m.shape[-2:] == size
@@ -376,124 +343,3 @@ def join(maps: list[torch.Tensor]) -> torch.Tensor:
         for m in maps
     ]  # fmt: skip
     return fitted[0] if len(fitted) == 1 else torch.cat(fitted, 1)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block: one look must not move BatchNorm's statistics."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-def class_colour(class_id: int) -> tuple[int, int, int]:
-    """Colours that stay apart: hues a golden angle from each other, dark enough for white text."""
-    return tuple(int(255 * v) for v in colorsys.hsv_to_rgb((class_id * 0.618034 + 0.02) % 1, 0.85, 0.75))
-
-
-# ---- building and loading ----
-
-
-def import_ultralytics():
-    """ultralytics, quiet and private: left alone, it writes into the home folder, asks the network, installs packages."""
-    os.environ.setdefault("YOLO_OFFLINE", "true")
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
-    os.environ.setdefault("YOLO_VERBOSE", "false")
-    if "YOLO_CONFIG_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="nanochat-yolo-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["YOLO_CONFIG_DIR"] = folder
-    pillow_open = Image.open
-    try:
-        import ultralytics.nn.tasks
-    except ImportError as error:
-        if any(name in str(error) for name in ("libGL", "libgthread", "libglib", "libxcb", "libX11")):
-            raise ImportError(
-                f"OpenCV, which ultralytics uses, lacks a system library ({error}): "
-                "on Debian or Ubuntu, apt-get install libgl1 libglib2.0-0"
-            ) from error
-        raise ImportError(
-            f"the encoder needs ultralytics ({error}): pip install ultralytics. Everything else works without it"
-        ) from error
-    finally:
-        # it puts its own there, which wants to install a package for any file that is no image
-        Image.open = pillow_open
-    return ultralytics
-
-
-def build(yaml: dict, n_classes: int | None) -> nn.Module:
-    """A DetectionModel with random weights. Raises WeightsError for anything but a three-level detector."""
-    tasks = import_ultralytics().nn.tasks
-    check_architecture(yaml, tasks)
-    default = tasks.Conv.default_act  # building a ReLU model must not turn later SiLU models into ReLU ones
-    try:
-        net = tasks.DetectionModel(deepcopy(yaml), nc=n_classes, verbose=False)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"ultralytics cannot build this model: {one_line(error)}") from error
-    finally:
-        tasks.Conv.default_act = default
-    head = net.model[-1]
-    if type(head).__name__ != "Detect" or net.stride.tolist() != [8, 16, 32] or getattr(head, "end2end", False):
-        raise WeightsError(
-            f"this model ends in {type(head).__name__} at strides {net.stride.tolist()}, expected a detector like YOLOv9's: "
-            "Detect at strides 8, 16 and 32, without a one-to-one head"
-        )
-    return net
-
-
-def read_yaml(name: str) -> dict:
-    """A model description: a file, or the name of an official one. Raises FileNotFoundError or ValueError."""
-    package = import_ultralytics()
-    from ultralytics.utils import YAML
-
-    path = Path(name).expanduser()
-    if not path.is_file():
-        if name not in [f"yolov9{size}.yaml" for size in SIZES]:
-            raise FileNotFoundError(
-                f"there is no model description {name}: give a path, or one of "
-                + ", ".join(f"yolov9{size}.yaml" for size in SIZES)
-            )
-        path = Path(package.__file__).parent / "cfg/models/v9" / name
-    try:
-        return json.loads(json.dumps(YAML.load(path)))  # it goes into the config.json of checkpoints
-    except OSError:
-        raise
-    except Exception as error:  # of the YAML library, which only ultralytics imports
-        raise WeightsError(f"{path} is no YAML model description: {one_line(error)}") from error
-
-
-def find_weights(name: str) -> Path:
-    """A file on disk; official names are fetched if need be. Raises FileNotFoundError, with the ways out."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    reason = f"there is no file {name}"
-    if name in [f"yolov9{size}.pt" for size in SIZES]:
-        try:
-            return download(name)
-        except (OSError, MemoryError) as error:  # MemoryError is ultralytics' word for a full disk
-            reason = f"{name} is not here and could not be downloaded ({one_line(error)})"
-    raise FileNotFoundError(
-        f"{reason}. Ways out: a path to a YOLOv9 .pt file; NANOCHAT_YOLO_WEIGHTS set to one; a .yaml such as "
-        "yolov9t.yaml for random weights; or the encoder of a nanochat checkpoint (its folder; load_encoder in Python)"
-    )
-
-
-def download(name: str) -> Path:
-    """Official weights into the user's cache folder, where they stay. Raises OSError where the network gives none."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanochat-vision"
-    if not (folder / name).is_file():
-        import_ultralytics()
-        from ultralytics.utils.downloads import attempt_download_asset
-
-        try:  # once: more tries take minutes where there is no network
-            attempt_download_asset(folder / name, retry=0, progress=False)
-        except (OSError, MemoryError):
-            with suppress(OSError):  # the folder that it was to go into, if nothing else is there
-                folder.rmdir()
-            raise
-    return folder / name

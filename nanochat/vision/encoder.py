@@ -1,0 +1,155 @@
+"""What an image encoder is, and how the rest of the project opens and runs one.
+
+A new encoder is a class with the methods of `Encoder` in a file of its own, plus one branch in `open_encoder` and one in
+`encoder_from_architecture`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from nanochat.vision.images import ImageSource, Letterbox, as_list, square
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """An nn.Module that turns pixels into feature maps. The other methods of this protocol are those of nn.Module.
+
+    image_size: side S of the square input in pixels. Setting it raises ValueError for a size that the encoder cannot use.
+    architecture: a JSON-able dict from which `encoder_from_architecture` rebuilds the encoder without its weights.
+        "kind" names the class; it is saved in checkpoints.
+    layer: a map's name, or a module number.
+    """
+
+    image_size: int
+
+    @property
+    def architecture(self) -> dict: ...
+
+    def channels(self, layer: str | int) -> int:
+        """Channels C of the layer's map. Raises ValueError for a layer that does not exist."""
+        ...
+
+    def maps(self, pixels: torch.Tensor, layers: Sequence[str | int]) -> dict[str | int, torch.Tensor]:
+        """(B, 3, S, S) in 0..1 -> {layer: (B, C, H, W)} from one forward pass, differentiable."""
+        ...
+
+    def truncate(self, layer: str | int) -> Self:
+        """Drop the modules after `layer`, in place. Returns the encoder."""
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Self: ...
+
+
+# ---- opening an encoder
+
+
+def open_encoder(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    image_size: int = 640,
+    trust_pickle: bool = False,
+) -> Encoder:
+    """The only place that resolves the name of an encoder.
+
+    name: an official YOLOv9 name (yolov9t.pt ... yolov9e.pt), a .pt file, a .yaml for random weights, or None for
+        $NANOCHAT_YOLO_WEIGHTS, else yolov9t.pt.
+    trust_pickle: load a .pt file that contains more than a plain detector. Such a file can run any code.
+
+    Raises FileNotFoundError for an unknown name and for weights that are not there; ValueError for files that hold no
+    encoder, and for a device or image size that cannot be used; ImportError where ultralytics is missing.
+    """
+    from nanochat.vision.yolov9 import YOLOv9Plus
+
+    path = None if name is None else Path(name).expanduser()
+    if path is not None and path.is_dir():
+        raise FileNotFoundError(f"{name} is a folder, expected an encoder file (.pt or .yaml)")
+    if path is not None and path.suffix not in (".pt", ".yaml", ".yml") and not path.is_file():
+        raise FileNotFoundError(
+            f"there is no encoder {str(name)!r}: expected an official YOLOv9 name (yolov9t.pt, yolov9s.pt, yolov9m.pt, "
+            "yolov9c.pt, yolov9e.pt), a .pt file, a .yaml for random weights (yolov9t.yaml), or a nanochat checkpoint"
+        )
+    return YOLOv9Plus(name, device=device, image_size=image_size, trust_pickle=trust_pickle)
+
+
+def encoder_from_architecture(architecture: dict) -> Encoder:
+    """An encoder with random weights, from its `architecture` in a checkpoint. Load its state dict next.
+
+    The architecture may come from an untrusted checkpoint: it is checked, and none of its content is run as code.
+    Raises ValueError for an unknown kind and for an incomplete or unsafe architecture.
+    """
+    if not isinstance(architecture, dict):
+        raise ValueError(f"the encoder architecture must be a mapping, got {type(architecture).__name__}")
+    kind = architecture.get("kind", "yolov9")  # checkpoints of release 0.1 have no kind
+    if kind != "yolov9":
+        raise ValueError(f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9: is this nanochat too old for it?")
+    from nanochat.vision.yolov9 import YOLOv9Plus
+
+    return YOLOv9Plus.from_architecture(architecture)
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError where it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without this kind of device
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the device {name} cannot be used ({reason}): use cpu, or another device") from error
+
+
+# ---- from images to maps
+
+
+def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255.
+
+    Raises ValueError for another shape or dtype.
+    """
+    if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
+        raise ValueError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
+    return (torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).to(dtype) / 255).contiguous()
+
+
+def read_pixels(encoder: Encoder, images: ImageSource | Sequence[ImageSource]) -> tuple[torch.Tensor, list[Letterbox]]:
+    """One image or a list of B -> (pixels (B, 3, S, S) in the encoder's dtype and on its device, how each was fitted).
+
+    Raises ImageError for an image that cannot be opened, ValueError for an empty list.
+    """
+    squares, fits = zip(*[square(image, encoder.image_size) for image in as_list(images)], strict=True)
+    weight = next(encoder.parameters())
+    return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
+
+
+@torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
+def look_at(
+    encoder: Encoder, images: ImageSource | Sequence[ImageSource], see: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """see(pixels) for one image or a list of B, with the encoder in evaluation mode and without gradients.
+
+    see: a function of pixels (B, 3, S, S) that runs the encoder. Raises ImageError for an image that cannot be opened,
+    ValueError for an empty list.
+    """
+    pixels, _ = read_pixels(encoder, images)
+    with evaluating(encoder):
+        return see(pixels)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, so BatchNorm's statistics do not change; afterwards each module's own mode."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
