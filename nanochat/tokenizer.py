@@ -5,13 +5,13 @@ is plain text, so nobody can type a picture or another's turn.
 """
 
 import codecs
-import contextlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from nanochat.files import atomic_path
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -110,18 +110,9 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(new, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                new.unlink()
-            raise
+        """Write the JSON atomically. Raises OSError."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

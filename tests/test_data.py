@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +14,21 @@ from PIL import Image
 from nanochat.data import (
     CAPTION_PROMPT,
     DataError,
-    Sample,
-    hf,
     image_key,
     jsonl,
     limit,
-    llava,
     load_dataset,
     one_per_reference,
 )
 from nanochat.data import easy_vqa as easy_vqa_source
 from nanochat.data.sample import caption_sample, check_text, cut, find_image, vqa_sample
-from nanochat.vision.images import ImageError
 from tests.conftest import REAL_DATA, needs_data
-
-
-def png(colour=(255, 0, 0)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(out, "PNG")
-    return out.getvalue()
+from tests.data_files import png, write_lines, write_pictures
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with images/0.png .. images/19.png."""
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        (tmp_path / f"images/{i}.png").write_bytes(png((i, 0, 0)))
-    return tmp_path
-
-
-def write_lines(file: Path, *rows) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return write_pictures(tmp_path)
 
 
 def vqa_rows(n=20, each=2):
@@ -181,7 +162,7 @@ def test_jsonl_splits_of_a_folder(pictures):
     train, fit, val = (load_dataset(pictures, split).samples for split in ("train", "fit", "val"))
     assert len(val) == 4 and len(fit) == 36  # a tenth of 20 images, two questions each
     assert sorted(map(repr, fit + val)) == sorted(map(repr, train))
-    with pytest.raises(DataError, match="no test.jsonl; the splits in this folder: train"):
+    with pytest.raises(DataError, match="no test.jsonl; the splits in this folder are: train"):
         load_dataset(pictures, "test")
     write_lines(pictures / "val.jsonl", *vqa_rows(3))
     assert len(load_dataset(pictures, "val").samples) == 6
@@ -203,7 +184,7 @@ def test_jsonl_missing_pictures_are_counted_or_refused(pictures):
     assert (len(data.samples), data.skipped) == (2, 1)
     with pytest.raises(DataError, match=r"train.jsonl:2: the image .*gone.png does not exist"):
         load_dataset(file, strict=True)
-    with pytest.raises(DataError, match="no usable rows in it .1 left out"):
+    with pytest.raises(DataError, match="no usable rows .1 skipped"):
         load_dataset(write_lines(pictures / "gone.jsonl", rows[1]))
 
 
@@ -246,7 +227,7 @@ def test_jsonl_encoding(pictures):
     file.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
     assert load_dataset(file).samples[0].answer == "日本"
     file.write_bytes(row.encode() + b'\n{"image": "\xff"}\n')
-    with pytest.raises(DataError, match="train.jsonl:2: not a line of JSON"):
+    with pytest.raises(DataError, match="train.jsonl:2: expected a JSON object: .*utf-8"):
         load_dataset(file)
     file.write_bytes(b"")
     with pytest.raises(DataError, match="no usable rows"):
@@ -273,288 +254,6 @@ def test_easy_vqa_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
     with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         easy_vqa_source.load("train")
-
-
-# ---- LLaVA ----
-
-
-def llava_row(value="<image>\nWhat is it?", image="images/0.png", answer="a dog"):
-    row = {"id": "7", "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]}
-    return row if image is None else {**row, "image": image}
-
-
-def llava_file(folder, *rows):
-    file = folder / "conversations.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    return file
-
-
-def test_llava_tags_become_parts_in_place(pictures):
-    rows = [
-        llava_row(),
-        llava_row("Compare\n<image>\n<image> now", ["images/0.png", "images/1.png"]),
-        llava_row("Hello", image=None),
-    ]
-    data = load_dataset(llava_file(pictures, *rows))
-    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
-    contents = [sample.messages[0]["content"] for sample in data.samples]
-    assert contents == [[image, text("What is it?")], [text("Compare"), image, image, text("now")], "Hello"]
-    assert [len(sample.images) for sample in data.samples] == [1, 2, 0]
-    assert data.task == "vqa"
-
-
-def test_llava_image_folder_and_missing(pictures):
-    (pictures / "json").mkdir()
-    file = llava_file(pictures / "json", llava_row(), llava_row(image="images/gone.png"))
-    data = llava.load(file, image_folder=pictures)
-    assert (len(data.samples), data.skipped) == (1, 1)
-    with pytest.raises(DataError, match="row 1: the image"):
-        llava.load(file, image_folder=pictures, strict=True)
-
-
-BAD_LLAVA = [
-    llava_row("no tag"),
-    llava_row("<image>\n<image>"),
-    llava_row(image=None),
-    llava_row(image="../0.png"),
-    llava_row(answer=""),
-    llava_row(answer="an <image> in the answer"),
-    {"image": "images/0.png"},
-    {"conversations": []},
-    {"conversations": [{"from": "human", "value": "hi"}]},
-    {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "hi"}]},
-    {"conversations": [{"from": "robot", "value": "hi"}, {"from": "gpt", "value": "hi"}]},
-    {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "hi"}]},
-    {"conversations": ["hi"]},
-    "hi",
-]
-
-
-@pytest.mark.parametrize("row", BAD_LLAVA, ids=range(len(BAD_LLAVA)))
-def test_llava_malformed_rows_are_named(pictures, row):
-    with pytest.raises(DataError, match="conversations.json: row 1: "):
-        load_dataset(llava_file(pictures, llava_row(), row))
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "3", "[" * 100_000])
-def test_llava_malformed_files(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match="a.json: "):
-        load_dataset(tmp_path / "a.json")
-
-
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
-
-
-@st.composite
-def conversations(draw, picture):
-    """A sample in the normal form, with any number of turns, images and texts."""
-    messages = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
-    n_images = 0
-    for _ in range(draw(st.integers(1, 3))):
-        texts = draw(st.lists(words | st.none(), min_size=1, max_size=4))
-        parts = []
-        for text in texts:
-            if text is None:
-                parts.append({"type": "image"})
-            elif not parts or parts[-1]["type"] == "image":
-                parts.append({"type": "text", "text": text})
-        n_images += sum(part["type"] == "image" for part in parts)
-        content = parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": draw(words)}]
-    references = (messages[-1]["content"], *draw(st.lists(words, max_size=2)))
-    return Sample((picture,) * n_images, tuple(messages), references)
-
-
-def without_paths(samples):
-    """Comparable samples, whatever the pictures are held as."""
-
-    def contents(image):
-        return image if isinstance(image, bytes) else Path(image).read_bytes()
-
-    return [(sample.messages, sample.references, [contents(image) for image in sample.images]) for sample in samples]
-
-
-@pytest.fixture(scope="module")
-def album(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("album")
-    (folder / "a b").mkdir()
-    (folder / "a b/ü.png").write_bytes(png())
-    return folder
-
-
-@given(st.data())
-def test_llava_round_trip(album, data):
-    samples = data.draw(st.lists(conversations(album / "a b/ü.png"), min_size=1, max_size=3))
-    llava.write(samples, album / "out.json")
-    assert llava.load(album / "out.json").samples == samples
-
-
-def test_llava_write_refuses_and_leaves_the_old_file(pictures):
-    file = pictures / "out.json"
-    file.write_text("old")
-    elsewhere = pictures.parent / "elsewhere.png"
-    for bad in (
-        vqa_sample(png(), "q", "a"),
-        vqa_sample(elsewhere, "q", "a"),
-        vqa_sample(pictures / "images/0.png", "an <image>?", "a"),
-    ):
-        with pytest.raises(DataError, match="out.json: row 1"):
-            llava.write([vqa_sample(pictures / "images/0.png", "q", "a"), bad], file)
-    assert file.read_text() == "old" and sorted(os.listdir(pictures)) == ["images", "out.json"]
-
-
-# ---- Hugging Face ----
-
-
-@pytest.fixture
-def quiet_hub(monkeypatch, tmp_path):
-    """No network and no use of the home folder, also if the library was imported before."""
-    import datasets
-
-    cache = tmp_path / "hf_cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
-    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(cache))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
-@given(st.data())
-def test_parquet_round_trip(album, data):
-    samples = data.draw(st.lists(conversations(album / "a b/ü.png"), min_size=1, max_size=3))
-    hf.write(samples, album / "out.parquet")
-    assert without_paths(load_dataset(album / "out.parquet").samples) == without_paths(samples)
-
-
-def test_parquet_is_what_the_library_reads(pictures):
-    import datasets
-
-    samples = [caption_sample(pictures / f"images/{i}.png", [f"number {i}", "a square"]) for i in range(20)]
-    hf.write(samples, pictures / "train.parquet")
-    table = datasets.Dataset.from_parquet(str(pictures / "train.parquet"), cache_dir=str(pictures / "cache"))
-    assert table[3]["images"][0].getpixel((0, 0)) == (3, 0, 0)
-    data = load_dataset(pictures / "train.parquet")
-    assert data.task == "caption" and data.samples[3].references == ("number 3", "a square")
-    assert isinstance(data.samples[3].images[0], bytes)
-    sizes = [len(load_dataset(pictures / "train.parquet", split).samples) for split in ("fit", "val", "test")]
-    assert sizes == [18, 2, 20]
-
-
-def test_pixels_are_written_without_loss(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    hf.write(
-        [vqa_sample(array, "q", "a"), vqa_sample({"bytes": png(), "path": None}, "q", "a")], tmp_path / "a.parquet"
-    )
-    first, second = (sample.images[0] for sample in load_dataset(tmp_path / "a.parquet").samples)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first))), array) and second == png()
-
-
-def test_parquet_with_question_columns_and_paths(pictures):
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    images = [{"bytes": png(), "path": "x"}, *({"bytes": None, "path": name} for name in ("images/1.png", "gone.png"))]
-    table = {"image": images, "question": ["q1", "q2", "q3"], "answer": ["a1", "a2", "a3"]}
-    pyarrow.parquet.write_table(pa.table(table), pictures / "a.parquet")
-    data = load_dataset(pictures / "a.parquet")
-    assert [sample.answer for sample in data.samples] == ["a1", "a2"] and data.skipped == 1
-    assert data.samples[0].images == (png(),) and data.samples[1].images == (pictures / "images/1.png",)
-    with pytest.raises(DataError, match="row 2: the image"):
-        load_dataset(pictures / "a.parquet", strict=True)
-    images[1]["path"] = "../../etc/passwd"
-    pyarrow.parquet.write_table(pa.table(table), pictures / "a.parquet")
-    with pytest.raises(DataError, match="row 1: .*leads out"):
-        load_dataset(pictures / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {"text": ["no image"]},
-        {"image": ["images/0.png"], "question": ["q"]},
-        {"image": ["images/0.png"], "question": ["q"], "answer": [""]},
-        {"images": [["images/0.png"]], "messages": [[{"role": "user", "content": "no answer"}]]},
-        {
-            "images": [["images/0.png"]],
-            "messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
-        },
-        {"images": [[]], "messages": [[{"role": "user", "content": [{"type": "video", "text": None}]}]]},
-        {"images": [[None]], "messages": [[{"role": "user", "content": [{"type": "image", "text": None}]}]]},
-    ],
-)
-def test_hf_malformed_rows_are_named(pictures, columns):
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pa.table(columns), pictures / "a.parquet")
-    with pytest.raises(DataError, match="a.parquet: row 0: "):
-        load_dataset(pictures / "a.parquet")
-
-
-def test_hf_json_and_saved_datasets(pictures, quiet_hub):
-    import datasets
-
-    def row(i):
-        user = [{"type": "image", "text": None}, {"type": "text", "text": f"q{i}"}]
-        answer = [{"type": "text", "text": f"a{i}"}]
-        return {
-            "images": [f"images/{i}.png"],
-            "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
-        }
-
-    expected = [vqa_sample(pictures / f"images/{i}.png", f"q{i}", f"a{i}") for i in range(20)]
-    file = write_lines(pictures / "messages.jsonl", *map(row, range(20)))
-    assert load_dataset(f"hf:{file}").samples == expected
-
-    paths = [{**row(i), "images": [str(pictures / f"images/{i}.png")]} for i in range(20)]
-    table = datasets.Dataset.from_list(paths).cast_column("images", [datasets.Image()])
-    table.save_to_disk(pictures / "one", max_shard_size="1GB")
-    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(pictures / "many")
-    saved = load_dataset(pictures / "one").samples
-    assert without_paths(saved) == without_paths(expected)
-    sizes = [len(load_dataset(pictures / "many", split).samples) for split in ("train", "fit", "val", "test")]
-    assert sizes == [20, 18, 2, 1]
-    with pytest.raises(DataError, match="no split 'dev'; it has: train, test"):
-        load_dataset(pictures / "many", "dev")
-
-
-def test_hf_folder_of_parquet_files(pictures, quiet_hub):
-    (pictures / "hub/data").mkdir(parents=True)
-    for split, n in (("train", 10), ("validation", 2)):
-        samples = [vqa_sample(pictures / f"images/{i}.png", "q", "a") for i in range(n)]
-        hf.write(samples, pictures / f"hub/data/{split}-00000-of-00001.parquet")
-    sizes = [len(load_dataset(pictures / "hub", split).samples) for split in ("train", "fit", "val", "validation")]
-    assert sizes == [10, 10, 2, 2]
-
-
-def test_hf_image_folder_also_behind_a_link(tmp_path, quiet_hub):
-    folder = tmp_path / "photos/train"
-    folder.mkdir(parents=True)
-    for i in range(3):
-        (folder / f"{i}.png").write_bytes(png((i, 0, 0)))
-    rows = ({"file_name": f"{i}.png", "question": "q", "answer": str(i)} for i in range(3))
-    write_lines(folder / "metadata.jsonl", *rows)
-    (tmp_path / "link").symlink_to(tmp_path / "photos")
-    for source in (tmp_path / "photos", tmp_path / "link"):
-        samples = load_dataset(f"hf:{source}").samples
-        assert [(s.images[0].read_bytes(), s.answer) for s in samples] == [(png((i, 0, 0)), str(i)) for i in range(3)]
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1 not parquet", "png"])
-def test_hf_broken_files(tmp_path, content):
-    (tmp_path / "a.parquet").write_bytes(png() if content == "png" else content)
-    with pytest.raises(DataError, match="a.parquet: the datasets library cannot read it"):
-        load_dataset(tmp_path / "a.parquet")
-
-
-def test_hf_not_on_the_hub(quiet_hub):
-    with pytest.raises(DataError, match="nobody/nothing: the datasets library cannot read it"):
-        load_dataset("hf:nobody/nothing")
-
-
-def test_hf_write_is_all_or_nothing(tmp_path):
-    with pytest.raises(ImageError, match="gone.png"):
-        hf.write([vqa_sample(tmp_path / "gone.png", "q", "a")], tmp_path / "a.parquet")
-    assert not os.listdir(tmp_path)
 
 
 # ---- folders ----
@@ -613,10 +312,10 @@ def test_folder_in_another_encoding(pictures):
 def test_unknown_datasets_say_what_can_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("hi")
     for name in ("easyvqa", tmp_path / "a.txt", tmp_path, tmp_path / "gone.jsonl"):
-        with pytest.raises(DataError, match="cannot read the dataset .* what can be read: easy_vqa"):
+        with pytest.raises(DataError, match="cannot read the dataset .* readable are: easy_vqa"):
             load_dataset(name)
     write_lines(tmp_path / "frames.jsonl", *vqa_rows(1))
-    with pytest.raises(DataError, match="there is no train.jsonl; the splits in this folder: frames"):
+    with pytest.raises(DataError, match="there is no train.jsonl; the splits in this folder are: frames"):
         load_dataset(tmp_path)
 
 

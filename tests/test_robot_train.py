@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.data.columns import png
 from nanochat.data.demonstrations import Demonstrations
-from nanochat.data.lerobot import Episode, write_dataset
+from nanochat.data.lerobot import Episode
+from nanochat.data.lerobot_writer import write_dataset
+from nanochat.data.pictures import encode_png
 from nanochat.evaluation import questions as exam
 from nanochat.evaluation.questions import answer
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
@@ -227,7 +228,7 @@ def test_one_of_several_cameras_is_chosen(tmp_path):
     cameras = {"observation.images.left": (200, 0, 0), "observation.images.right": (0, 200, 0)}
     for episode in episodes:
         episode.images = {
-            name: [png(np.full((SIZE, 2 * SIZE, 3), colour, np.uint8))] * 12 for name, colour in cameras.items()
+            name: [encode_png(np.full((SIZE, 2 * SIZE, 3), colour, np.uint8))] * 12 for name, colour in cameras.items()
         }
     write_dataset(folder, episodes, 10, "toy", (SIZE, 2 * SIZE, 3))
     for asked, name in (("", "observation.images.left"), ("observation.images.right",) * 2):
@@ -274,7 +275,7 @@ def test_the_exam_looks_through_the_camera_that_was_trained_with(tmp_path):
     for episode in episodes:
         (pictures,) = episode.images.values()
         episode.images = {
-            "observation.images.dark": [png(np.zeros((SIZE, SIZE, 3), np.uint8))] * 12,
+            "observation.images.dark": [encode_png(np.zeros((SIZE, SIZE, 3), np.uint8))] * 12,
             "observation.images.toy": pictures,
         }
     write_dataset(tmp_path / "two", episodes, 10, "toy", (SIZE, SIZE, 3))

@@ -1,4 +1,4 @@
-"""The simulated arm, recording and driving it. Skipped where Meta-World or OpenGL is missing."""
+"""The simulated arm, and recording demonstrations with it. Skipped where Meta-World or OpenGL is missing."""
 
 import json
 import subprocess
@@ -9,7 +9,15 @@ import pytest
 
 from nanochat.data.lerobot import RobotDataset
 from nanochat.metaworld import simulator
-from nanochat.metaworld.record import CAMERA_KEY, Block, drive, open_work, read_blocks, record, record_block
+from nanochat.metaworld.record import (
+    CAMERA_KEY,
+    Block,
+    open_work,
+    read_blocks,
+    record_block,
+    record_demonstrations,
+    run_expert,
+)
 from nanochat.metaworld.simulator import Arm, SimulatorError
 
 
@@ -103,7 +111,7 @@ def test_large_pictures():
 
 @needs_simulator
 def test_training_after_drawing_does_not_crash():
-    """Mesa's LLVM and triton's do not bear each other, unless triton's comes first. A crash would end this process."""
+    """Mesa's LLVM and triton's crash when loaded together, unless triton's comes first. In a process of its own."""
     code = (
         "from nanochat.metaworld.simulator import Arm; a = Arm('reach', 32); a.reset(0); a.image(); import torch._dynamo, torch; "
         "torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])"
@@ -135,7 +143,7 @@ def test_a_machine_without_metaworld_says_what_to_install(monkeypatch):
 
 @needs_simulator
 def test_what_is_recorded_is_the_experts_answer_to_what_is_seen():
-    episode = drive(Arm("reach", 32), 1_000_000, noise=0.0)
+    episode = run_expert(Arm("reach", 32), 1_000_000, noise=0.0)
     n = len(episode["action"])
     assert n == len(episode["images"]) == len(episode["state"])
     assert not episode["success"][0] and episode["success"][-1]
@@ -148,15 +156,17 @@ def test_what_is_recorded_is_the_experts_answer_to_what_is_seen():
 
 
 @needs_simulator
-def test_pushes_move_the_arm_but_not_the_recorded_actions():
+def test_noise_moves_the_arm_but_not_the_recorded_actions():
     from metaworld.policies import ENV_POLICY_MAP
 
-    calm, pushed = (drive(Arm("door-open", 32), 1_000_000, noise) for noise in (0.0, 0.3))
-    n = min(len(calm["state"]), len(pushed["state"]), 60)
-    np.testing.assert_array_equal(calm["state"][0], pushed["state"][0])
-    assert np.abs(calm["state"][:n] - pushed["state"][:n]).max() > 0.003
-    policy = ENV_POLICY_MAP["door-open-v3"]()  # what is recorded is its answer to what was seen, without the push
-    for seen, action in zip(pushed["environment_state"], pushed["action"], strict=True):
+    calm, noisy = (run_expert(Arm("door-open", 32), 1_000_000, noise) for noise in (0.0, 0.3))
+    n = min(len(calm["state"]), len(noisy["state"]), 60)
+    np.testing.assert_array_equal(calm["state"][0], noisy["state"][0])
+    assert np.abs(calm["state"][:n] - noisy["state"][:n]).max() > 0.003
+    policy = ENV_POLICY_MAP[
+        "door-open-v3"
+    ]()  # the recorded action is the expert's own for this state, without the noise
+    for seen, action in zip(noisy["environment_state"], noisy["action"], strict=True):
         answer = np.clip(policy.get_action(seen.astype(np.float64)), -1, 1)
         np.testing.assert_allclose(action, answer, atol=1e-3)
 
@@ -170,13 +180,13 @@ def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
     record_block((work, block))
     stamp = (work / block.name).stat().st_mtime_ns
     with pytest.raises(ValueError, match="other settings"):
-        record(["reach"], 3, out, 1_000_000, 0.0, 32, 1)
+        record_demonstrations(["reach"], 3, out, 1_000_000, 0.0, 32, 1)
     seen = []
     monkeypatch.setattr(
         "nanochat.metaworld.record.read_blocks",
         lambda folder, blocks: seen.append((folder / block.name).stat().st_mtime_ns) or read_blocks(folder, blocks),
     )
-    record(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
+    record_demonstrations(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
     assert seen == [stamp]  # the block was there already
     dataset = RobotDataset(out)
     assert [info.extra["seed"] for info in dataset.episodes] == [1_000_000, 1_000_001]
@@ -184,4 +194,4 @@ def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
     assert len(episode.images[CAMERA_KEY]) == len(episode.columns["action"])
     assert json.loads((out / "meta" / "info.json").read_text())["fps"] == 80
     with pytest.raises(FileExistsError, match="choose another"):
-        record(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
+        record_demonstrations(["reach"], 2, out, 1_000_000, 0.0, 32, 1)

@@ -94,7 +94,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanochat.tokenizer.os.fsync", full)
+    monkeypatch.setattr("nanochat.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         Tokenizer.train([], 266).save(tmp_path / "t.json")
     assert Tokenizer.load(tmp_path / "t.json").vocab_size == TOKENIZER.vocab_size

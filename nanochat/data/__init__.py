@@ -1,4 +1,4 @@
-"""Pictures and conversations from files: one small module a source, each of which yields the same sample type."""
+"""Images and conversations from files: one small module per source; all of them return the same sample type."""
 
 from pathlib import Path
 
@@ -25,23 +25,22 @@ __all__ = [
 ]
 
 READABLE = (
-    "what can be read: easy_vqa; a .jsonl file (image, and question and answer or captions), a .json file (LLaVA), "
+    "readable are: easy_vqa; a .jsonl file (image, and question and answer or captions), a .json file (LLaVA), "
     "a .parquet file (Hugging Face messages and images); a folder with {split}.jsonl, captions.csv, parquet files or a "
     "saved Hugging Face dataset; hf:owner/name from the hub"
 )
 
 
 def load_dataset(name_or_path: str | Path, split: str | None = "train", strict: bool = False) -> Dataset:
-    """The dataset of that name or path.
+    """Read a dataset by name or path.
 
-    Every source knows the splits "fit" and "val": a fixed tenth of the images of "train", and the rest, where it has no
-    validation split of its own. A single file is read whole for every other split name.
-
-    strict: a missing picture is a DataError; otherwise its row is left out and counted in `Dataset.skipped`.
+    split: "val" is the source's own validation split or, if it has none, a fixed tenth of the images of "train"; "fit" is
+        the rest of "train". A single file is read as a whole for any other split name.
+    strict: a missing image raises DataError; otherwise its row is skipped and counted in `Dataset.skipped`.
 
     Raises:
-        DataError: nothing readable there, no such split, or a malformed row (named by file and line).
-        ImportError: the source needs a package that is not installed (named).
+        DataError: there is nothing readable, no such split, or a malformed row; the message names file and line.
+        ImportError: the source needs a package that is not installed; the message names it.
     """
     name = str(name_or_path)
     if name == "easy_vqa":
@@ -53,12 +52,12 @@ def load_dataset(name_or_path: str | Path, split: str | None = "train", strict: 
         return _reader(path, split).load(path, split, strict)
     if path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
         return {".jsonl": jsonl, ".json": llava, ".parquet": hf}[path.suffix].load(path, split, strict)
-    found = "it is a file of another kind" if path.exists() else "there is no such file or folder"
+    found = "unknown kind of file" if path.exists() else "there is no such file or folder"
     raise DataError(f"cannot read the dataset {name!r}: {found}; {READABLE}")
 
 
 def _reader(path: Path, split: str | None):
-    """The module that reads a folder, by what lies in it."""
+    """The module that reads a folder, chosen by the files in it."""
     if any((path / f"{name}.jsonl").is_file() for name in (split, "train")):
         return jsonl
     if (path / "captions.csv").is_file():
@@ -66,5 +65,5 @@ def _reader(path: Path, split: str | None):
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")) or any(path.rglob("*.parquet")):
         return hf
     if any(path.glob("*.jsonl")):
-        return jsonl  # which says what splits there are
-    raise DataError(f"cannot read the dataset {str(path)!r}: it is a folder of another kind; {READABLE}")
+        return jsonl  # its error lists the splits that exist
+    raise DataError(f"cannot read the dataset {str(path)!r}: unknown kind of folder; {READABLE}")

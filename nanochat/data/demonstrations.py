@@ -5,15 +5,14 @@ What the columns of one simulator mean is not known here; see `nanochat.metaworl
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from nanochat.data.columns import png
-from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset, bridge_sample
-from nanochat.vision.images import letterbox, open_image
+from nanochat.data.bridge import bridge_episodes
+from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset
+from nanochat.data.pictures import encoded_square
 
 VAL_SHARE = 0.04  # of each task's episodes, but at least one
 TWO_DIMENSIONAL = ("action", "observation.state")  # LeRobot stores one number per frame as (T,); these become (T, 1)
@@ -109,7 +108,7 @@ class DemonstrationFolder:
     def __init__(self, folder: Path, camera: str, task_of: TaskOf):
         self.folder, self.task_of = folder, task_of
         if (folder / "frames.jsonl").is_file():
-            episodes: Sequence[Episode | EpisodeInfo] = list(bridge_sample(folder))
+            episodes: Sequence[Episode | EpisodeInfo] = list(bridge_episodes(folder))
             self.cameras = list(episodes[0].images) if episodes else []
             self._read = episodes.__getitem__
         else:
@@ -162,11 +161,3 @@ def held_out(tasks: Sequence[str]) -> set[int]:
         by_task.setdefault(task, []).append(number)
     groups = [numbers for numbers in by_task.values() if len(numbers) > 1] or [list(range(len(tasks)))]
     return {number for numbers in groups for number in numbers[-max(1, round(VAL_SHARE * len(numbers))) :]}
-
-
-def encoded_square(picture: bytes, size: int) -> bytes:
-    """An encoded picture, letterboxed to `size` x `size` pixels; the same bytes if it has that size already."""
-    with suppress(OSError), Image.open(io.BytesIO(picture)) as image:  # open_image names a broken one
-        if image.size == (size, size):
-            return picture
-    return png(letterbox(open_image(picture), size)[0])

@@ -1,4 +1,4 @@
-"""easy-VQA (Victor Zhou, MIT): coloured shapes at 64x64, 4,000 training and 1,000 test images inside a PyPI package."""
+"""easy-VQA (Victor Zhou, MIT): coloured shapes at 64x64, 4,000 training and 1,000 test images in a PyPI package."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ SPLITS = ("train", "fit", "val", "test")
 
 
 def load(split: str = "train", strict: bool = False) -> Dataset:
-    """All training images ("train"), all but 400 fixed ones ("fit"), those 400 ("val"), or the test images ("test").
+    """Splits: "train", all training images; "val", 400 fixed ones of them; "fit", the other 3,600; "test", the test images.
 
     Raises:
         ImportError: the package is not installed.
-        DataError: there is no such split; with `strict`, a picture is missing.
+        DataError: there is no such split; with `strict`, an image is missing.
     """
     if split not in SPLITS:
         raise DataError(f"easy_vqa has the splits {', '.join(SPLITS)}; there is no {split!r}")

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions.csv: columns file,caption or file,question,answer; several rows a file allowed."""
+"""A folder of images with captions.csv: columns file,caption or file,question,answer; an image may have several rows."""
 
 import csv
 from collections.abc import Iterator
@@ -10,17 +10,18 @@ HEADERS = (("file", "caption"), ("file", "question", "answer"))
 
 
 def load(path: str | Path, split: str | None = None, strict: bool = False) -> Dataset:
-    """Samples of a folder; "fit" and "val" are cut from it by image, any other split name reads it whole.
+    """Read a folder. "fit" and "val" are split off by image; any other split name reads all samples.
 
-    The captions of one file are the references of one sample, each question is a sample.
+    The captions of an image are the references of one sample; each question is a sample.
 
     Raises:
-        DataError: no captions.csv, another header, a malformed row, with its line; with `strict`, a missing picture.
+        DataError: there is no captions.csv, its header is unknown, or a row is malformed (the message names the line);
+            with `strict`, also for a missing image.
     """
     folder = Path(path).expanduser()
     file = folder / "captions.csv"
     if not file.is_file():
-        raise DataError(f"{folder}: there is no captions.csv in this folder")
+        raise DataError(f"{folder}: expected a file captions.csv in this folder")
     samples, skipped = [], 0
     captions: dict[Path, list[str]] = {}
     for where, row in _rows(file):
@@ -39,7 +40,7 @@ def load(path: str | Path, split: str | None = None, strict: bool = False) -> Da
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """("file:line" where the row ends, row by column name); empty lines are passed over."""
+    """("file:line" where the row ends, {column: text}). Empty lines are skipped."""
     with open(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         try:

@@ -1,39 +1,34 @@
-"""The one sample type of all data sources, and the checks that every source makes with it.
+"""The sample type that all data sources share, and the checks that they make.
 
-A sample keeps its pictures as they came (a path or encoded bytes); nothing is decoded here. What a source hands in is
-either right, or skipped and counted (a picture that does not exist), or a DataError that names file and row.
+A sample keeps its images as they came, a path or encoded bytes; nothing is decoded here. A row of a source becomes a valid
+sample, or is skipped and counted (its image does not exist), or raises a DataError that names file and row.
 """
 
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
+from nanochat.files import DataError, path_inside, short_repr
 from nanochat.vision.images import ImageSource
 
 CAPTION_PROMPT = "Describe the image."
 VAL_SHARE = 0.1  # of the images, where a source has no validation split of its own
 
 
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message names the file and the row."""
-
-
 @dataclass(frozen=True)
 class Sample:
-    """Pictures and a conversation about them.
+    """Images and a conversation about them.
 
     images: in the order of the {"type": "image"} parts; empty for a sample of text alone.
-    messages: {"role", "content"} dicts that end with the assistant's answer. Content is a string, or, where there are
-        images in it, a list of {"type": "image"} and {"type": "text", "text": ...} parts, no two texts in a row.
-    references: all acceptable last answers, the one in `messages` first. Left out, it is that one.
+    messages: {"role", "content"} dicts that end with the assistant's answer. Content is a string, or, if it has images, a
+        list of {"type": "image"} and {"type": "text", "text": ...} parts, never two texts in a row.
+    references: all acceptable last answers, the one in `messages` first. By default only that one.
     """
 
     images: tuple[ImageSource, ...]
@@ -50,7 +45,7 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """The text of the turn that is answered, without its images."""
+        """The text of the last user message, without its images."""
         content = self.messages[-2]["content"]
         if isinstance(content, str):
             return content
@@ -59,7 +54,7 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """Samples of one source. `skipped` counts the source's rows that were left out because a picture does not exist."""
+    """Samples of one source. skipped: how many of its rows were left out because an image does not exist."""
 
     name: str
     task: str  # "vqa" (one right answer, exact match) or "caption" (BLEU and CIDEr against the references)
@@ -68,7 +63,7 @@ class Dataset:
 
     def __post_init__(self):
         if not self.samples:
-            raise DataError(f"{self.name}: no usable rows in it ({self.skipped} left out: their picture is missing)")
+            raise DataError(f"{self.name}: no usable rows ({self.skipped} skipped because their image is missing)")
 
 
 def vqa_sample(image: ImageSource, question: str, answer: str) -> Sample:
@@ -81,13 +76,13 @@ def caption_sample(image: ImageSource, captions: Sequence[str]) -> Sample:
     return replace(vqa_sample(image, CAPTION_PROMPT, captions[0]), references=tuple(captions))
 
 
-def task_of(samples: Iterable[Sample]) -> str:
-    """The task where a format does not say it: captions if nothing but CAPTION_PROMPT is asked."""
+def dataset_task(samples: Iterable[Sample]) -> str:
+    """The task of samples whose format does not name it: "caption" if CAPTION_PROMPT is the only question, else "vqa"."""
     return "caption" if all(sample.question == CAPTION_PROMPT for sample in samples) else "vqa"
 
 
 def one_per_reference(samples: Iterable[Sample]) -> list[Sample]:
-    """Every reference once as the answer, for training on all captions of a picture."""
+    """A sample for each reference, with that one as its answer: to train on all captions of an image."""
     return [
         Sample(sample.images, (*sample.messages[:-1], {"role": "assistant", "content": reference}), sample.references)
         for sample in samples
@@ -96,7 +91,8 @@ def one_per_reference(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def limit(samples: Sequence[Sample], n: int, seed: int = 0) -> list[Sample]:
-    """A random subset of `n` samples in their order, the same for the same seed; all of them if there are fewer."""
+    """A random subset of `n` samples in their order, the same for the same seed; all samples if there are fewer.
+    Raises ValueError for n below 1."""
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     chosen = random.Random(seed).sample(range(len(samples)), min(n, len(samples)))
@@ -104,24 +100,24 @@ def limit(samples: Sequence[Sample], n: int, seed: int = 0) -> list[Sample]:
 
 
 def image_key(source: ImageSource) -> str:
-    """A cheap identity of a picture, to group the questions about it: its path, or the SHA-1 of its bytes."""
+    """A cheap identity of an image, to group the questions about it: its path, or the SHA-1 of its bytes or pixels."""
     if isinstance(source, dict):
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
     if isinstance(source, (str, Path)):
         return str(source)
     if isinstance(source, bytes):
         return hashlib.sha1(source).hexdigest()
-    if isinstance(source, torch.Tensor):
+    if hasattr(source, "detach"):  # a torch tensor; torch is not imported here
         source = source.detach().cpu().float().numpy()  # float: numpy has no bfloat16
     array = np.asarray(source.convert("RGBA") if isinstance(source, Image.Image) else source)
     return hashlib.sha1(f"{array.shape} {array.dtype}".encode() + array.tobytes()).hexdigest()
 
 
 def cut(samples: list[Sample], split: str | None, root: Path | None = None) -> list[Sample]:
-    """The "val" tenth of the images, or "fit", the others; all samples for any other split name.
+    """The samples of a split: "val", a fixed tenth of the images; "fit", the others; any other name, all samples.
 
-    Images are drawn by the hash of their key (of their path below `root`, so that a moved folder is cut as before), and
-    all samples of one image fall on the same side.
+    All samples of an image are in the same split. Images are chosen by the hash of their key, which is their path below
+    `root`: a folder that has moved gives the same splits.
     """
     if split not in ("fit", "val"):
         return samples
@@ -140,7 +136,7 @@ def cut(samples: list[Sample], split: str | None, root: Path | None = None) -> l
     return [sample for sample, name in zip(samples, keys, strict=True) if (name in held_out) == (split == "val")]
 
 
-# ---- checks of rows; `where` is "file:line" or "file: row n" and starts every message ----
+# ---- checks of rows; `where` is "file:line" or "file: row n", the start of every message ----
 
 
 def text_of(row: dict, name: str, where: str) -> str:
@@ -150,25 +146,27 @@ def text_of(row: dict, name: str, where: str) -> str:
         DataError: the field is missing, empty or not text.
     """
     if name not in row:
-        raise DataError(f"{where}: there is no {name!r}, only {', '.join(map(repr, row)) or 'an empty row'}")
+        raise DataError(f"{where}: expected the field {name!r}, found {_fields(row)}")
     return check_text(row[name], name, where)
 
 
 def check_text(value: object, name: str, where: str) -> str:
+    """The stripped text. name: of the field, for messages. Raises DataError for what is not text, empty or not Unicode."""
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {name!r} must be text that is not empty, found {_short(value)}")
+        raise DataError(f"{where}: {name!r} must be non-empty text, found {short_repr(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON allows half a surrogate pair, tokenizers do not
         raise DataError(f"{where}: {name!r} is not valid Unicode: {error}") from error
     return value.strip()
 
 
 def row_sample(row: dict, image: ImageSource | None, where: str) -> tuple[str, Sample]:
-    """(task, sample) of a row with question and answer, or with captions. Its texts are checked even without an image.
+    """(task, sample) of a row with a question and an answer, or with captions. image: None if it is missing; the texts are
+    checked all the same.
 
     Raises:
-        DataError: neither is there, or a text is missing or empty.
+        DataError: the row has neither, or a text is missing or empty.
     """
     if "question" in row or "answer" in row:
         return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where))
@@ -176,68 +174,62 @@ def row_sample(row: dict, image: ImageSource | None, where: str) -> tuple[str, S
     if name in row:
         captions = [row[name]] if isinstance(row[name], str) else row[name]
         if not isinstance(captions, list) or not captions:
-            raise DataError(f"{where}: {name!r} must be a text or a list of texts, found {_short(captions)}")
+            raise DataError(f"{where}: {name!r} must be a text or a list of texts, found {short_repr(captions)}")
         return "caption", caption_sample(image, [check_text(caption, name, where) for caption in captions])
-    raise DataError(
-        f"{where}: expected an image with a question and an answer, or with captions, found the fields "
-        f"{', '.join(map(repr, row)) or 'of an empty row'}"
-    )
+    raise DataError(f"{where}: expected an image with a question and an answer, or with captions, found {_fields(row)}")
 
 
 def find_image(folder: Path, name: object, where: str, strict: bool) -> Path | None:
-    """The picture that a row names relative to `folder`, or None where there is no such file (the caller counts it).
-
-    Links below `folder` are followed: they are its owner's. Names are not allowed to climb out of it.
+    """The image file that a row names relative to `folder`, or None if there is no such file.
 
     Raises:
-        DataError: the name is no text, absolute or leads out of the folder; with `strict`, also a missing file.
+        DataError: the name is not text, is absolute or leads out of the folder; with `strict`, also for a missing file.
     """
     check_text(name, "image", where)
-    inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-        raise DataError(f"{where}: the image path {name!r} leads out of the data folder {folder}")
-    path = folder / inside
-    if os.path.isfile(path):  # not Path.is_file, which raises for names that are too long
+    path = path_inside(folder, name, where)
+    if os.path.isfile(path):  # Path.is_file raises for names that are too long
         return path
     if strict:
         raise DataError(f"{where}: the image {path} does not exist")
     return None
 
 
-def tidy_messages(raw: object, n_images: int, where: str) -> tuple[dict, ...]:
-    """Messages in the normal form of `Sample.messages`, from content that is text or a list of parts.
+def normal_messages(raw: object, n_images: int, where: str) -> tuple[dict, ...]:
+    """Messages in the form of `Sample.messages`. raw: messages whose content is text or a list of parts.
 
     Raises:
-        DataError: turns that are not [system], user, assistant, ..., user, assistant; an empty turn; an image in a turn
-            that is not the user's; another number of image parts than there are images.
+        DataError: the roles are not [system], user, assistant, ..., user, assistant; a message is empty; an image is not in
+            a user message; the number of image parts is not `n_images`.
     """
     if not isinstance(raw, (list, tuple)):
-        raise DataError(f"{where}: messages must be a list, found {_short(raw)}")
-    messages = tuple(_tidy_message(message, where) for message in raw)
+        raise DataError(f"{where}: messages must be a list, found {short_repr(raw)}")
+    messages = tuple(_normal_message(message, where) for message in raw)
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise DataError(
-            f"{where}: turns must be [system], user, assistant, ... and end with the assistant, "
-            f"found {', '.join(roles) or 'none'}"
+            f"{where}: the roles must be [system], user, assistant, ... and end with the assistant, "
+            f"found {', '.join(roles) or 'no messages'}"
         )
     with_images = [message for message in messages if not isinstance(message["content"], str)]
     if any(message["role"] != "user" for message in with_images):
-        raise DataError(f"{where}: only the user's turns can hold images")
+        raise DataError(f"{where}: only user messages can have images")
     n_parts = sum(part["type"] == "image" for message in with_images for part in message["content"])
     if n_parts != n_images:
         raise DataError(f"{where}: the messages have {n_parts} image parts, but the row has {n_images} images")
     return messages
 
 
-def _tidy_message(message: object, where: str) -> dict:
+def _normal_message(message: object, where: str) -> dict:
     if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-        raise DataError(f"{where}: a message must have the role system, user or assistant, found {_short(message)}")
+        raise DataError(f"{where}: a message must have the role system, user or assistant, found {short_repr(message)}")
     role, content = message["role"], message.get("content")
     if isinstance(content, str):
         return {"role": role, "content": check_text(content, role, where)}
     if not isinstance(content, (list, tuple)):
-        raise DataError(f"{where}: the content of a message must be text or a list of parts, found {_short(content)}")
+        raise DataError(
+            f"{where}: the content of a message must be text or a list of parts, found {short_repr(content)}"
+        )
     parts: list[dict] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -249,25 +241,11 @@ def _tidy_message(message: object, where: str) -> dict:
                 text = f"{parts.pop()['text']}\n{text}"
             parts.append({"type": "text", "text": text})
         else:
-            raise DataError(f"{where}: a part must be of type image or text, found {_short(part)}")
+            raise DataError(f"{where}: a part must be of type image or text, found {short_repr(part)}")
     if not parts:
-        raise DataError(f"{where}: a message without content, of role {role}")
+        raise DataError(f"{where}: a message of role {role} has no content")
     return {"role": role, "content": parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts}
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, which takes its place when the block ends and is gone if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _fields(row: dict) -> str:
+    return f"the fields {', '.join(map(repr, row))}" if row else "an empty row"

@@ -1,12 +1,11 @@
-"""Demonstrations: Meta-World's scripted experts drive, and what camera and gripper saw becomes a LeRobot dataset.
+"""Recording demonstrations: Meta-World's scripted experts solve the tasks; images, states and actions become a LeRobot dataset.
 
-Work is cut into blocks of a few episodes of one task, which processes take in turn. A block is a file beside the dataset to
-be, complete or not there at all, so that a run that was stopped goes on with the blocks that are missing. Last, the blocks
-become the dataset and are deleted.
+The work is split into blocks of a few episodes of one task, which worker processes take in turn. Each block is written
+atomically to a file in a folder next to the output, so that a stopped run can be resumed with the missing blocks. In the end
+the blocks are joined to the dataset and deleted.
 
-While an expert drives, somebody pushes: noise that is constant for a moment is added to what is executed, and the expert's
-answer to it is what is recorded (DART, Laskey et al. 2017, arXiv 1703.09327). Episodes without it show a straight way to
-the goal and never the way back to it.
+Noise is added to the executed action, constant for a few steps, and the expert's reaction is recorded (DART, Laskey et al.
+2017, arXiv 1703.09327). Without noise, episodes show a straight path to the goal and never how to return to it.
 """
 
 import json
@@ -20,26 +19,27 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from nanochat.data.columns import png
-from nanochat.data.lerobot import Episode, write_dataset
-from nanochat.data.sample import written_whole
+from nanochat.data.lerobot import Episode
+from nanochat.data.lerobot_writer import write_dataset
+from nanochat.data.pictures import encode_png
+from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
-from nanochat.metaworld.simulator import FPS, MAX_STEPS, Arm
+from nanochat.metaworld.simulator import ACTION_DIM, FPS, MAX_STEPS, Arm
 from nanochat.metaworld.workers import in_processes
 
 CAMERA_KEY = "observation.images.corner2"
-BLOCK = 10  # episodes
-FIRST_SEED = 1_000_000  # far from those of rollouts, so that what is tested was not seen
-AFTER_SUCCESS = 10  # frames: what "done" looks like
-HOLD_NOISE = 10  # steps
-TRIES = 20  # seeds an episode may take until the expert succeeds
+EPISODES_PER_BLOCK = 10
+FRAMES_AFTER_SUCCESS = 10  # so that the data shows what a solved task looks like
+NOISE_STEPS = 10  # steps for which the noise is constant
+MAX_ATTEMPTS = 20  # seeds to try for an episode until the expert succeeds
+SEED_STEP = 10_000  # between the seeds of two attempts
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class Block:
-    """A unit of work: some episodes of one task."""
+    """A unit of work: some episodes of one task. first: the number of its first episode in the task."""
 
     task: str
     first: int
@@ -53,61 +53,78 @@ class Block:
         return f"{self.task}.{self.first:05d}-{self.first + self.episodes:05d}.npz"
 
 
-def record(
+def record_demonstrations(
     tasks: list[str], episodes: int, out: Path, seed: int, noise: float, image_size: int, processes: int
 ) -> None:
-    """Write `episodes` successful episodes of each task to the folder `out`, in the LeRobot v3.0 layout.
+    """Write `episodes` successful episodes of each task to the folder `out`, as a LeRobot v3.0 dataset.
 
-    Goes on where an earlier call with the same settings was stopped. Raises FileExistsError where `out` is already there,
-    ValueError for settings that differ from those of the stopped run.
+    Resumes an earlier call with the same settings that was stopped.
+
+    tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1.
+    image_size: side of the square images in pixels.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: a setting is out of range, or differs from that of the stopped call; an expert keeps failing.
+        SimulatorError: the simulator cannot run on this machine.
     """
     out = out.expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
     if episodes < 1 or processes < 1 or seed < 0 or not 0 <= noise <= 1:
         raise ValueError(
-            "episodes and processes must be at least 1, seed at least 0 and noise in 0..1, got "
+            "episodes and processes must be at least 1, seed at least 0 and noise in 0..1, found "
             f"{episodes}, {processes}, {seed} and {noise}"
         )
     if image_size < 32 or image_size % 32:
-        raise ValueError(f"image_size must be a positive multiple of 32, as the encoder takes it, got {image_size}")
+        raise ValueError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
-        Block(task, first, min(BLOCK, episodes - first), seed, noise, image_size)
+        Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size)
         for task in tasks
-        for first in range(0, episodes, BLOCK)
+        for first in range(0, episodes, EPISODES_PER_BLOCK)
     ]
     open_work(work, {"seed": seed, "noise": noise, "image_size": image_size, "episodes": episodes})
-    missing = [block for block in blocks if not (work / block.name).exists()]
     with Progress(console=console) as progress:
-        done = episodes * len(tasks) - sum(block.episodes for block in missing)
-        bar = progress.add_task("recording episodes", total=episodes * len(tasks), completed=done)
-        if missing:
-            Arm(tasks[0], image_size).image()  # a machine that cannot draw says so once, not in every process
-            for count in in_processes(record_block, [(work, block) for block in missing], processes):
-                progress.advance(bar, count)
+        record_blocks(work, blocks, processes, progress)
         bar = progress.add_task("writing the dataset", total=episodes * len(tasks))
-        found = read_blocks(work, blocks)
+        counted = (progress.advance(bar) or episode for episode in read_blocks(work, blocks))
         names = {"observation.state": ["x", "y", "z", "opening"], "action": ["x", "y", "z", "fingers"]}
-        counted = (progress.advance(bar) or episode for episode in found)
         write_dataset(out, counted, FPS, "sawyer", (image_size, image_size, 3), names)
     shutil.rmtree(work)
 
 
 def open_work(work: Path, settings: dict) -> None:
+    """Create the folder of blocks. Raises ValueError if it has blocks of other settings."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"{work} holds blocks of a stopped run with other settings, {path.read_text()}: say the same ones to go on, or "
-            "delete that folder"
+            f"{work} has blocks of a stopped run with other settings, {path.read_text()}: use these settings to resume it, "
+            "or delete that folder"
         )
-    with written_whole(path) as new:
-        new.write_text(json.dumps(settings))
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings))
+
+
+def record_blocks(work: Path, blocks: list[Block], processes: int, progress: Progress) -> None:
+    """Record the blocks that have no file yet."""
+    missing = [block for block in blocks if not (work / block.name).exists()]
+    total = sum(block.episodes for block in blocks)
+    done = total - sum(block.episodes for block in missing)
+    bar = progress.add_task("recording episodes", total=total, completed=done)
+    if missing:
+        arm = Arm(
+            missing[0].task, missing[0].image_size
+        )  # a machine that cannot render fails here, not in every process
+        arm.image()
+        arm.close()
+        for count in in_processes(record_block, [(work, block) for block in missing], processes):
+            progress.advance(bar, count)
 
 
 def record_block(job: tuple[Path, Block]) -> int:
-    """Record one block into its file. Returns the episodes in it."""
+    """Record one block to its file. Returns the number of episodes. job: (folder of blocks, block)."""
     work, block = job
     arm = Arm(block.task, block.image_size)
     episodes = [record_episode(arm, block, number) for number in range(block.first, block.first + block.episodes)]
@@ -117,40 +134,43 @@ def record_block(job: tuple[Path, Block]) -> int:
     arrays["lengths"] = np.array([len(episode["action"]) for episode in episodes])
     arrays["image_ends"] = np.cumsum([len(picture) for picture in images])
     arrays["images"] = np.frombuffer(b"".join(images), np.uint8)
-    with written_whole(work / block.name) as new, open(new, "wb") as file:
+    with atomic_path(work / block.name) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
     arm.close()
     return block.episodes
 
 
 def record_episode(arm: Arm, block: Block, number: int) -> dict:
-    """The first of the episode's seeds that the expert solves. Raises ValueError if none is."""
-    for attempt in range(TRIES):
-        seed = block.seed + number + 10_000 * attempt
-        episode = drive(arm, seed, block.noise)
+    """The episode of the first seed on which the expert succeeds. Raises ValueError after MAX_ATTEMPTS seeds."""
+    for attempt in range(MAX_ATTEMPTS):
+        seed = block.seed + number + SEED_STEP * attempt
+        episode = run_expert(arm, seed, block.noise)
         if episode is not None:
             return episode | {"seed": seed}
-    raise ValueError(f"the expert of {arm.task} failed on {TRIES} seeds in a row: lower the noise ({block.noise})")
+    raise ValueError(
+        f"the expert of {arm.task} failed on {MAX_ATTEMPTS} seeds in a row with noise {block.noise}: lower the noise"
+    )
 
 
-def drive(arm: Arm, seed: int, noise: float) -> dict | None:
-    """One episode of the expert, or None if it does not succeed. Everything is (T, ...): what is seen, then what is done."""
+def run_expert(arm: Arm, seed: int, noise: float) -> dict | None:
+    """One episode of the expert, or None if it fails. Row t has what is observed at step t and the expert's action there:
+    images (T encoded PNG), state (T, 4), environment_state (T, 39), action (T, 4), success (T,) and held (T,)."""
     rng = np.random.default_rng(seed)
-    scene, push, left = arm.reset(seed), np.zeros(4), AFTER_SUCCESS
+    scene, disturbance, frames_left = arm.reset(seed), np.zeros(ACTION_DIM), FRAMES_AFTER_SUCCESS
     frames: dict[str, list] = {key: [] for key in ("images", "state", "environment_state", "action", "success", "held")}
     succeeded = False
     for step in range(MAX_STEPS):
-        if step % HOLD_NOISE == 0:  # every other moment, in the mean, nobody pushes; the fingers are never pushed
-            push[:3] = rng.normal(0, noise, 3) * rng.integers(0, 2)
+        if step % NOISE_STEPS == 0:  # no noise in half of the intervals, and never on the fingers
+            disturbance[:3] = rng.normal(0, noise, 3) * rng.integers(0, 2)
         action = arm.expert_action()
-        frames["images"].append(png(arm.image()))
+        frames["images"].append(encode_png(arm.image()))
         frames["action"].append(action)
         for key in ("state", "environment_state", "success", "held"):
             frames[key].append(getattr(scene, key))
-        scene = arm.step(np.clip(action + push, -1, 1))
+        scene = arm.step(np.clip(action + disturbance, -1, 1))
         succeeded |= scene.success
-        left -= succeeded
-        if left < 0:
+        frames_left -= succeeded
+        if frames_left < 0:
             break
     if not succeeded:
         return None
@@ -158,7 +178,7 @@ def drive(arm: Arm, seed: int, noise: float) -> dict | None:
 
 
 def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
-    """The episodes of all blocks as LeRobot names things."""
+    """The episodes of all blocks, with LeRobot's column names."""
     for block in blocks:
         with np.load(work / block.name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -180,4 +200,5 @@ def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
 
 
 def default_processes() -> int:
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
