@@ -1,8 +1,8 @@
-"""Makes nanochat/assets/demo: a frame with questions and their answers, and a recorded episode for machines that cannot draw.
+"""Writes nanochat/assets/demo: a picture with questions and answers, and a recorded episode for machines that cannot render.
 
     python dev/demo_assets.py [CHECKPOINT]
 
-Seeds are small: no policy was trained on them. Run it again when a new policy ships.
+Seeds are small, so no policy was trained on them. Run it again when a new policy ships.
 """
 
 import json
@@ -11,27 +11,26 @@ import sys
 import numpy as np
 from PIL import Image
 
-from nanochat.assistant import Assistant
-from nanochat.demo import ASSETS, drive
+from nanochat.agent import Agent
+from nanochat.demo import ASSETS, drive_arm
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.scene import scene_questions
 from nanochat.metaworld.simulator import Arm
-from nanochat.policy import Policy
 
-ASKED = ("task", "gripper", "cell")
-RECORDED = 24  # frames
+KINDS = ("task", "gripper", "cell")  # of the questions
+EPISODE_FRAMES = 24
 
 
 def main(checkpoint: str) -> None:
     ASSETS.mkdir(exist_ok=True)
-    policy = Policy.load(checkpoint)
-    size = policy.model.config.vision_image_size
+    agent = Agent.load(checkpoint)
+    size = agent.metadata["image_size"]
     write_frame("drawer-open", 7, 45, size)
-    write_episode(policy, "door-open", 1, size)
+    write_episode(agent, "door-open", 1, size)
 
 
 def write_frame(task: str, seed: int, step: int, size: int) -> None:
-    """What the expert has brought about after some steps, and what there is to say about it."""
+    """The scene after some steps of the scripted expert, with questions and answers about it."""
     arm = Arm(task, size)
     scene = arm.reset(seed)
     for _ in range(step):
@@ -39,7 +38,7 @@ def write_frame(task: str, seed: int, step: int, size: int) -> None:
     Image.fromarray(arm.image()).save(ASSETS / "frame.png")
     arrays = scene.environment_state[None], np.array([scene.success]), np.array([scene.held])
     found = {q.kind: q for q in scene_questions(task, *arrays, 0, 0, np.random.default_rng(0))}
-    questions = [(found[kind].question, found[kind].answer) for kind in ASKED]
+    questions = [(found[kind].question, found[kind].answer) for kind in KINDS]
     about = {
         "image": "frame.png",
         "source": f"{task}, seed {seed}, step {step}",
@@ -48,17 +47,17 @@ def write_frame(task: str, seed: int, step: int, size: int) -> None:
     (ASSETS / "questions.json").write_text(json.dumps(about | {"questions": questions}, indent=1))
 
 
-def write_episode(policy: Policy, task: str, seed: int, size: int) -> None:
-    """Frames side by side in one picture."""
+def write_episode(agent: Agent, task: str, seed: int, size: int) -> None:
+    """The frames of an episode side by side in one picture."""
     arm = Arm(task, size)
     arm.reset(seed)
-    film = drive(policy, Assistant(policy.model, policy.tokenizer), arm, INSTRUCTIONS[task][0])
-    chosen = [film[i] for i in np.unique(np.linspace(0, len(film) - 1, RECORDED).round().astype(int))]
-    Image.fromarray(np.concatenate([shot.image for shot in chosen], 1)).save(ASSETS / "recorded.png")
+    frames = drive_arm(agent, arm, INSTRUCTIONS[task][0])
+    chosen = [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, EPISODE_FRAMES).round().astype(int))]
+    Image.fromarray(np.concatenate([frame.image for frame in chosen], 1)).save(ASSETS / "recorded.png")
     about = {
         "instruction": INSTRUCTIONS[task][0],
         "source": f"a recorded episode ({task}, seed {seed})",
-        "steps": [shot.step for shot in chosen],
+        "steps": [frame.step for frame in chosen],
         "success": chosen[-1].done,
     }
     (ASSETS / "recorded.json").write_text(json.dumps(about, indent=1))

@@ -1,5 +1,6 @@
-"""The command line as a person meets it: real processes, real files, one line for what is wrong."""
+"""The command line from outside: real files and models, and one line for every error."""
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 
 from nanochat import cli
-from nanochat.assistant import SHIPPED, Assistant
+from nanochat.agent import Agent
+from nanochat.checkpoint import SHIPPED
 from nanochat.metaworld.simulator import SimulatorError
 from nanochat.training.recipes import RECIPES
 from nanochat.vision import YOLOv9Plus
@@ -50,21 +52,45 @@ def test_ask(nanochat):
         assert nanochat("ask", PICTURE, question).out.strip() == truth
 
 
-def test_ask_several_pictures_names_each(nanochat):
-    out = nanochat("ask", PICTURE, PICTURE, QUESTION).out.splitlines()
-    assert len(out) == 2 and out[0] == out[1] and out[0].startswith(f"{PICTURE}: ")
+def picture(number):
+    return str(ROOT / f"nanochat/assets/pictures/{number}.png")
 
 
-def test_caption_speaks(nanochat):
-    assert nanochat("caption", PICTURE).out.strip()
+def test_ask_answers_for_each_of_several_pictures(nanochat):
+    pictures = [picture(0), picture(1), picture(0)]
+    out = nanochat("ask", *pictures, QUESTION).out.splitlines()
+    assert out == [f"{name}: {colour}" for name, colour in zip(pictures, ("red", "black", "red"), strict=True)]
 
 
-def test_chat_keeps_its_cache_between_turns(nanochat, monkeypatch):
-    import io
+def test_caption_describes_the_picture(nanochat):
+    folder = ROOT / "nanochat/assets/demo"
+    truth = json.loads((folder / "questions.json").read_text())["description"]
+    assert nanochat("caption", folder / "frame.png", "--checkpoint", "robot").out == f"{truth}\n"
+    other = nanochat("caption", PICTURE, "--checkpoint", "robot", "--max-new-tokens", "5").out.strip()
+    assert other and len(other) < len(truth) and not truth.startswith(other)
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n{QUESTION}\n\n"))
-    out = nanochat("chat", "--image", PICTURE).out.splitlines()
-    assert len(out) == 2 and out[0] == nanochat("ask", PICTURE, QUESTION).out.strip()
+
+def test_chat_answers_every_turn_like_ask(nanochat, monkeypatch):
+    questions = [QUESTION, "what shape is present?", "is a circle present?", QUESTION]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "", "never asked"])))
+    out = nanochat("chat", "--image", picture(1)).out.splitlines()
+    assert out == [nanochat("ask", picture(1), question).out.strip() for question in questions]
+    assert out[0] == "black" and len(set(out)) == 3
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_question_that_is_too_long_ends_only_a_chat_without_a_terminal(nanochat, monkeypatch):
+    lines = f"{'why ' * 300}\n{QUESTION}\n\n"
+    monkeypatch.setattr(sys, "stdin", Terminal(lines))
+    printed = nanochat("chat", "--image", PICTURE)
+    assert "do not fit" in printed.err and printed.err.count("\n") == 1 and "red" in printed.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    printed = nanochat("chat", "--image", PICTURE, code=2)
+    assert "do not fit" in printed.err and "red" not in printed.out
 
 
 def test_sampling_is_reproducible_by_seed(nanochat):
@@ -75,7 +101,7 @@ def test_sampling_is_reproducible_by_seed(nanochat):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of a detector with random weights that is sure of what it sees."""
+    """A detector with random weights that gives high scores."""
     torch.manual_seed(4)
     path = tmp_path_factory.mktemp("weights") / "random.pt"
     torch.save({"model": detector(NAMES), "ema": None}, path)
@@ -83,7 +109,7 @@ def weights(tmp_path_factory):
 
 
 def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(cli, "PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr(cli, "EMBED_BATCH", 2)
     names = [str(ROOT / f"nanochat/assets/pictures/{i}.png") for i in (0, 1, 2, 0, 1)]
     out, options = tmp_path / "e.npz", ("--layer", "p4", "--weights", weights, "--image-size", "64")
     assert "5 x 96 embeddings" in nanochat("embed", *names, "-o", out, *options).out
@@ -113,12 +139,12 @@ def test_detect(nanochat, tmp_path, weights):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "d.png", "scene.png"]
 
 
-def test_the_encoder_of_a_checkpoint_can_look(nanochat, tmp_path):
+def test_embed_with_the_encoder_of_a_checkpoint(nanochat, tmp_path):
     words = ("-o", tmp_path / "e.npz", "--weights")
     nanochat("embed", PICTURE, *words, "default", "--layer", "4")
     nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED["default"], "--layer", "4")
     vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
-    seen = Assistant.load().model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
+    seen = Agent.load().model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
     assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
     for command, out in (("embed", "g.npz"), ("detect", "g.png")):
         error = nanochat(command, PICTURE, "-o", tmp_path / out, "--weights", "default", code=2).err
@@ -126,7 +152,7 @@ def test_the_encoder_of_a_checkpoint_can_look(nanochat, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npz", "f.npz"]
 
 
-def test_a_device_that_is_not_there_is_named():
+def test_a_missing_device_is_named():
     for device in ("cuda:99", "tpu"):
         with pytest.raises(ValueError, match=f"the device {device} cannot be used .*: use cpu") as caught:
             YOLOv9Plus("yolov9t.yaml", device=device)
@@ -141,26 +167,39 @@ def test_tokenizer(nanochat, tmp_path):
     assert Tokenizer.load(tmp_path / "t.json").decode([*Tokenizer.load(tmp_path / "t.json").encode("fox é")]) == "fox é"
 
 
-def test_export_tells_no_folders(nanochat, tmp_path):
+def test_a_packed_checkpoint_has_no_paths(nanochat, tmp_path):
     from nanochat.checkpoint import load_checkpoint, save_checkpoint
 
-    model, vocabulary, training = load_checkpoint(ROOT / "nanochat/assets/easy_vqa")
-    training["recipe"] |= {"data": str(tmp_path / "secret" / "photos"), "encoder": str(tmp_path / "secret" / "a.pt")}
-    save_checkpoint(tmp_path / "mine", model, vocabulary, training)
-    nanochat("export", tmp_path / "mine", "-o", tmp_path / "out")
-    told = (tmp_path / "out/training.json").read_text()
-    assert "secret" not in told and json.loads(told)["recipe"]["data"] == "photos"
+    model, vocabulary, training = load_checkpoint(SHIPPED["default"])
+    secret = tmp_path / "secret"
+    training["recipe"] |= {"data": f"{secret}/photos", "encoder": f"{secret}/a.pt", "tokenizer": f"{secret}/t.json"}
+    training["earlier"] = [{"recipe_name": "folder", "data": f"{secret}/first"}]
+    save_checkpoint(tmp_path / "mine", model, vocabulary, training, resume={"x": torch.zeros(3)})
+    assert (tmp_path / "mine/resume.safetensors").exists()
+    nanochat("pack", tmp_path / "mine", "-o", tmp_path / "out")
+    packed = (tmp_path / "out/training.json").read_text()
+    assert "secret" not in packed and not (tmp_path / "out/resume.safetensors").exists()
+    recipe, earlier = json.loads(packed)["recipe"], json.loads(packed)["earlier"]
+    assert (recipe["data"], recipe["encoder"], earlier[0]["data"]) == ("photos", "a.pt", "first")
 
 
-def test_export_is_half_the_size_and_says_the_same(nanochat, tmp_path):
-    nanochat("export", "default", "-o", tmp_path / "full", "--no-half")
-    nanochat("export", tmp_path / "full", "-o", tmp_path / "half")
+def test_a_packed_checkpoint_is_half_the_size_and_answers_the_same(nanochat, tmp_path):
+    nanochat("pack", "default", "-o", tmp_path / "full", "--no-half")
+    nanochat("pack", tmp_path / "full", "-o", tmp_path / "half")
     assert json.loads((tmp_path / "half/training.json").read_text())["recipe"]["data"] == "easy_vqa"
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
     assert half < 0.6 * full
     answers = [nanochat("ask", PICTURE, QUESTION, "--checkpoint", tmp_path / name).out for name in ("full", "half")]
-    assert answers[0] == answers[1]
-    assert "exists" in nanochat("export", "default", "-o", tmp_path / "half", code=2).err
+    assert answers == ["red\n", "red\n"]
+    assert "exists" in nanochat("pack", "default", "-o", tmp_path / "half", code=2).err
+
+
+def test_old_names_of_commands_work_and_say_so(nanochat, tmp_path):
+    printed = nanochat("export", "default", "-o", tmp_path / "packed")
+    assert (tmp_path / "packed/manifest.json").exists()
+    assert printed.err == "note: `nanochat export` is deprecated, use `nanochat pack`\n"
+    lines = nanochat("demos", "--episodes", "0", "-o", tmp_path / "x", code=2).err.splitlines()
+    assert len(lines) == 2 and lines[0].endswith("use `nanochat record`") and "episodes" in lines[1]
 
 
 def test_eval_writes_the_promised_json(nanochat, tmp_path):
@@ -175,32 +214,40 @@ def test_eval_writes_the_promised_json(nanochat, tmp_path):
 
 
 def test_eval_of_captions(nanochat, tmp_path):
+    """References are the model's own captions, so aligned pictures score 100 % and other pictures less; and the reverse."""
     pytest.importorskip("pycocoevalcap")
-    rows = [
-        {"image": "0.png", "captions": ["a dog runs", "the dog"]},
-        {"image": "1.png", "captions": ["two cats sit here"]},
-    ]
-    for row in rows:
-        Image.open(PICTURE).save(tmp_path / row["image"])
-    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    nanochat("eval", "default", tmp_path, "--split", "dev", "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert {"aligned", "shuffled", "blind", "ci95"} == set(result["bleu4"]) == set(result["cider"])
+    images = {"0.png": ROOT / "nanochat/assets/demo/frame.png", "1.png": PICTURE}
+    captions = [nanochat("caption", image, "--checkpoint", "robot").out.strip() for image in images.values()]
+    for name, image in images.items():
+        Image.open(image).save(tmp_path / name)
+
+    def bleu_and_cider(captions):
+        rows = [{"image": name, "captions": [text]} for name, text in zip(images, captions, strict=True)]
+        (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        nanochat("eval", "robot", tmp_path, "--split", "dev", "--json", tmp_path / "r.json")
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert {"aligned", "shuffled", "blind", "ci95"} == set(result["bleu4"]) == set(result["cider"])
+        return result["bleu4"], result["cider"]
+
+    for row in bleu_and_cider(captions):
+        assert row["aligned"] > 1.5 * max(row["shuffled"], row["blind"])
+    for row in bleu_and_cider(captions[::-1]):
+        assert row["shuffled"] > 1.5 * row["aligned"]
 
 
-def check_demo(said, out):
-    sheet, film = Image.open(out), Image.open(out.with_suffix(".gif"))
+def check_demo(printed, out):
+    sheet, gif = Image.open(out), Image.open(out.with_suffix(".gif"))
     assert sheet.width > 800 and len(np.unique(np.asarray(sheet.convert("L")))) > 100
-    assert film.n_frames > 5
+    assert gif.n_frames > 5
     about = json.loads((ROOT / "nanochat/assets/demo/questions.json").read_text())
-    assert " ".join(said.split()).count(" right ") == 1 + len(about["questions"])
+    assert " ".join(printed.split()).count(" correct ") == 1 + len(about["questions"])
 
 
 @needs_simulator
-def test_demo_drives(nanochat, tmp_path):
-    said = nanochat("demo", "-o", tmp_path / "new" / "sheet.png").out
-    check_demo(said, tmp_path / "new" / "sheet.png")
-    assert "done after" in said
+def test_demo_controls_the_arm(nanochat, tmp_path):
+    printed = nanochat("demo", "-o", tmp_path / "new" / "sheet.png", "--device", "cpu").out
+    check_demo(printed, tmp_path / "new" / "sheet.png")
+    assert "success after" in printed and "no success" not in printed
 
 
 def test_demo_without_a_simulator_shows_a_recorded_episode(nanochat, tmp_path, monkeypatch):
@@ -208,17 +255,17 @@ def test_demo_without_a_simulator_shows_a_recorded_episode(nanochat, tmp_path, m
         raise SimulatorError("the simulator cannot draw here: apt-get install libegl1")
 
     monkeypatch.setattr("nanochat.metaworld.simulator.import_metaworld", missing)
-    said = nanochat("demo", "-o", tmp_path / "sheet.png").out
-    check_demo(said, tmp_path / "sheet.png")
-    assert "apt-get install libegl1" in said and "a recorded episode" in said
+    printed = nanochat("demo", "-o", tmp_path / "sheet.png").out
+    check_demo(printed, tmp_path / "sheet.png")
+    assert "apt-get install libegl1" in printed and "a recorded episode" in printed
 
 
 def odd_pictures():
-    """What works, though it is no plain RGB."""
+    """Valid pictures that are not 8-bit RGB."""
     picture = Image.open(PICTURE).convert("RGB")
     deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     return {
         "cmyk": (picture.convert("CMYK"), "JPEG", {"quality": 95}),
         "16-bit": (Image.fromarray(deep), "PNG", {}),
@@ -233,9 +280,10 @@ def odd_pictures():
 def test_odd_pictures_work(nanochat, tmp_path, name, picture):
     image, format, options = picture
     (tmp_path / name).write_bytes(encoded(image, format, **options))
-    said = nanochat("ask", tmp_path / name, QUESTION).out.strip()
-    plain = nanochat("ask", PICTURE, QUESTION).out.strip()
-    assert said == plain if name not in ("16-bit", "grey") else said  # there is no colour in these
+    if name in ("16-bit", "grey"):  # they have no colour
+        assert nanochat("ask", tmp_path / name, "what shape is present?").out.strip() == "circle"
+    else:
+        assert nanochat("ask", tmp_path / name, QUESTION).out.strip() == "red"
 
 
 BROKEN = {
@@ -266,9 +314,9 @@ def text_file(tmp_path):
     ("words", "message"),
     [
         (["ask", "no/such.png", QUESTION], "there is no file no/such.png"),
-        (["ask", "TEXT", QUESTION], "no picture"),
+        (["ask", "TEXT", QUESTION], "is not an image"),
         (["ask", "FOLDER", QUESTION], "is a folder"),
-        (["ask", PICTURE], "ask takes pictures and, last, a question"),
+        (["ask", PICTURE], "ask needs at least one picture, then a question"),
         (["ask", PICTURE, " "], "the question is empty"),
         (["ask", PICTURE, QUESTION, "--checkpoint", "FOLDER"], "no manifest.json"),
         (["ask", PICTURE, QUESTION, "--temperature", "-1"], "temperature"),
@@ -281,26 +329,32 @@ def text_file(tmp_path):
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "FOLDER"], "no manifest.json"),
         (["demo", "-o", "FOLDER"], "should end in .png"),
         (["demo", "--task", "fly"], "fly"),
-        (["demos", "--tasks", "fly", "-o", "FOLDER/x"], "fly"),
-        (["demos", "--noise", "-1", "-o", "FOLDER/x"], "noise"),
-        (["demos", "--image-size", "100", "-o", "FOLDER/x"], "image_size"),
-        (["demos", "--episodes", "0", "-o", "FOLDER/x"], "episodes"),
-        (["demos", "-o", "FOLDER"], "exists"),
+        (["record", "--tasks", "fly", "-o", "FOLDER/x"], "fly"),
+        (["record", "--noise", "-1", "-o", "FOLDER/x"], "noise"),
+        (["record", "--image-size", "100", "-o", "FOLDER/x"], "image_size"),
+        (["record", "--episodes", "0", "-o", "FOLDER/x"], "episodes"),
+        (["record", "-o", "FOLDER"], "exists"),
         (["rollout", "default"], "cannot act"),
         (["rollout", "robot", "--execute", "11"], "execute"),
         (["rollout", "robot", "--episodes", "0"], "episodes"),
+        (["rollout", "robot", "--execute", "11", "--record", "FOLDER/gifs"], "execute"),
+        (["rollout", "robot", "--device", "tpu"], "device must be auto, cpu, cuda"),
+        (["demo", "-o", "FOLDER/x.png", "--device", "tpu"], "device must be auto, cpu, cuda"),
+        (["demo", "-o", "FOLDER/x.png", "--task", "mt10"], "use nanochat rollout for several"),
+        (["policy-server", "robot", "--device", "tpu"], "device must be auto, cpu, cuda"),
+        (["policy-server", "robot", "--execute", "11"], "execute must lie in 1..10"),
         (["policy-server", "default"], "cannot act"),
         (["train", "robot"], "--data"),
         (["train", "robot", "--data", "FOLDER", "--out", "FOLDER/run"], "FOLDER"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "no.pt"], "there is no file no.pt"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml", "--conf", "3"], "conf"),
-        (["detect", "TEXT", "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml"], "no picture"),
+        (["detect", "TEXT", "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml"], "is not an image"),
         (["eval", "default", "no_such_data"], "cannot read the dataset"),
         (["eval", "nowhere", "easy_vqa"], "no such folder"),
         (["eval", "default", "TEXT", "--json", "FOLDER/none/r.json"], "write FOLDER/none/r.json: there is no folder"),
         (["eval", "default", "TEXT", "--json", "FOLDER"], "FOLDER is a folder, expected the name of a file"),
         (["eval", "default", "TEXT", "--batch-size", "0"], "batch size must be at least 1, got 0"),
-        (["push", "nowhere", "me/eyes"], "no such folder"),
+        (["push", "nowhere", "me/model"], "no such folder"),
         (["eval", "default", "easy_vqa", "--limit", "0"], "at least 1"),
         (["train", "folder", "--data", "FOLDER", "--out", "FOLDER/run"], "cannot read the dataset"),
         (["train", "folder", "--out", "FOLDER/run"], "--data"),
@@ -331,23 +385,30 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
 
 def test_push(nanochat, monkeypatch):
     pushed = []
-    monkeypatch.setattr(
-        "nanochat.checkpoint.push_to_hub", lambda *words, private: pushed.append((*words, private)) or "URL"
-    )
-    assert nanochat("push", "default", "me/eyes").out == "URL\n"
-    nanochat("push", "runs/mine", "me/eyes", "--public")
-    assert pushed == [(str(SHIPPED["default"]), "me/eyes", True), ("runs/mine", "me/eyes", False)]
+    monkeypatch.setattr("nanochat.hub.push_to_hub", lambda *words, private: pushed.append((*words, private)) or "URL")
+    assert nanochat("push", "default", "me/model").out == "URL\n"
+    nanochat("push", "runs/mine", "me/model", "--public")
+    assert pushed == [("default", "me/model", True), ("runs/mine", "me/model", False)]
 
 
 def test_help_lists_every_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanochat", "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    words = re.findall(r"[\w-]+", capsys.readouterr().out)
-    assert {"train", *RECIPES, *cli.COMMANDS} <= set(words)
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {"train", *RECIPES, *cli.COMMANDS} <= words
+    assert not words & set(cli.OLD_NAMES)
 
 
-def test_a_reader_that_has_gone_is_no_error():
+def test_an_error_without_a_message_is_named_by_its_type(nanochat, monkeypatch):
+    def fails(words):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "run_command", fails)
+    assert nanochat("ask", code=2).err == "error: MemoryError\n"
+
+
+def test_a_closed_pipe_is_not_an_error():
     """As in `nanochat ask ... | true`."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -360,12 +421,47 @@ def test_a_reader_that_has_gone_is_no_error():
     os.close(writer)
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["train", "easy_vqa"], *([c] for c in cli.COMMANDS)])
-def test_help_teaches(words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def help_of_flags(text):
+    """[(flag, its help without defaults)] of a --help text."""
+    lines = [line.strip("│").rstrip() for line in text.splitlines() if line.startswith("│")]
+    entries, found = [], []
+    for line in lines:
+        if re.match(r" (-|[A-Z]{3,})", line):
+            entries.append([line])
+        elif entries and line.startswith("     "):
+            entries[-1].append(line)
+    for first, *others in entries:
+        flag, _, text = first.strip().partition("  ")
+        found.append((flag, re.sub(r"\((default|required)[^)]*\)?", "", " ".join([text, *others])).strip()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], *(["train", name] for name in RECIPES), *([name] for name in cli.COMMANDS if name != "train")]
+)
+def test_every_flag_has_a_help_line(words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     command = [sys.executable, "-m", "nanochat.cli", *words, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "usage: nanochat" in done.stdout and len(done.stdout) > 200
+    assert done.returncode == 0 and "usage: nanochat" in done.stdout
+    flags = help_of_flags(done.stdout)
+    assert len(flags) >= (1 if words == ["train"] else 3)
+    assert [flag for flag, text in flags if len(text.split()) < 2 and not flag.startswith("-h")] == []
+
+
+def test_a_flag_without_help_is_found():
+    text = (
+        "│ --n-layer INT      (default: 3)    │\n│ --steps INT   The number of steps. │\n│ --very-long-name INT   │\n"
+    )
+    text += "│                    (default: 4)    │\n"
+    assert [text for _, text in help_of_flags(text)] == ["", "The number of steps.", ""]
+
+
+def test_a_gpu_is_the_default_where_there_is_one():
+    import inspect
+
+    for command in (cli.demo, cli.rollout, cli.policy_server, cli.evaluate):
+        assert inspect.signature(command).parameters["device"].default == "auto"
 
 
 def test_unknown_commands_exit_with_2():

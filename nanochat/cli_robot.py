@@ -1,0 +1,124 @@
+"""The commands of robots: demo, record, rollout and policy-server. See cli.py."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out
+
+
+def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0, device: Device = "auto") -> None:
+    """The shipped robot model describes a picture, answers questions and controls a simulated arm; writes an animated GIF and
+    a contact sheet.
+
+    Args:
+        task: A Meta-World task, such as door-open. An unknown name lists all 50.
+        seed: Seed of the layout of objects; the model was not trained on small seeds.
+    """
+    from nanochat.demo import run_demo
+    from nanochat.devices import pick_device
+    from nanochat.metaworld.instructions import task_list
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_out(out, ".png")
+    if len(names := task_list([task])) != 1:
+        raise ValueError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
+    run_demo(out, names[0], seed, pick_device(device))
+
+
+def record(
+    out: Out,
+    tasks: tuple[str, ...] = ("mt10",),
+    episodes: int = 50,
+    seed: int = 1_000_000,
+    noise: float = 0.25,
+    image_size: int = 128,
+    processes: int | None = None,
+) -> None:
+    """Record demonstrations of Meta-World's scripted experts as a LeRobot v3.0 dataset. Re-run the command to resume.
+
+    Args:
+        tasks: mt10, mt50, or task names such as door-open.
+        episodes: Episodes per task; only successful ones are kept.
+        seed: Seed of the first episode; evaluation uses small seeds, so that its layouts are not in the training data.
+        noise: Standard deviation of the noise that is added to the executed actions (in -1..1); the expert corrects it.
+        image_size: Side of the recorded images in pixels, a multiple of 32.
+        processes: Parallel processes; default one per CPU core.
+    """
+    from nanochat.metaworld.instructions import task_list
+    from nanochat.metaworld.record import default_processes, record_demonstrations
+
+    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, processes or default_processes())
+
+
+def rollout(
+    checkpoint: Checkpoint,
+    tasks: tuple[str, ...] = ("mt10",),
+    episodes: int = 10,
+    seed: int = 0,
+    drivers: tuple[Literal["policy", "shuffled", "blind", "random", "expert"], ...] = ("policy",),
+    execute: int = 5,
+    max_steps: int = 500,
+    processes: int | None = None,
+    gifs: Annotated[Path | None, arg(aliases=["--record"])] = None,
+    json_out: JsonOut = None,
+    device: Device = "auto",
+) -> None:
+    """Let a policy control the simulated arm, and report the share of successful episodes per task.
+
+    Args:
+        tasks: mt10, mt50, or task names such as door-open.
+        episodes: Episodes per task.
+        seed: Seed of the first episode.
+        drivers: Who chooses the actions: the policy; the policy with the instruction of another task (shuffled) or without an
+            image (blind); random actions; or Meta-World's scripted expert, which sees the full state.
+        execute: Actions of a chunk that are executed before the policy gets a new observation.
+        max_steps: An episode fails after this many steps.
+        processes: Parallel processes; default one per CPU core.
+        gifs: Write a GIF of every episode to this folder.
+    """
+    from nanochat.devices import pick_device
+    from nanochat.evaluation.rollout import run_rollouts
+    from nanochat.metaworld.instructions import task_list
+    from nanochat.metaworld.record import default_processes
+
+    if json_out is not None:
+        check_out(json_out)
+    run_rollouts(
+        checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, processes or default_processes(),
+        gifs, json_out, pick_device(device),
+    )  # fmt: skip
+
+
+def policy_server(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)] = "robot",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    execute: int | None = None,
+    max_change: float | None = None,
+    hold: Literal["still", "last"] = "still",
+    device: Device = "auto",
+) -> None:
+    """Serve a policy with openpi's websocket protocol, so that `openpi-client` can control a robot with it.
+
+    Args:
+        host: Address to listen on: 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from everywhere.
+        port: Port to listen on; 0 picks a free one.
+        token: The api_key that clients must send; default $NANOCHAT_TOKEN, otherwise none is required.
+        execute: Actions of a chunk that are sent; default all. The robot should execute all of them before it asks again.
+        max_change: Largest allowed change of each number between consecutive actions; default no limit.
+        hold: What is sent instead of an action that is not finite: still (no motion) for relative actions, last (the previous
+            action) for absolute position targets.
+    """
+    import asyncio
+
+    from nanochat.agent import Agent
+    from nanochat.devices import pick_device
+    from nanochat.serving.openpi import serve_policy
+    from nanochat.serving.policy import SafePolicy
+
+    policy = SafePolicy(Agent.load(checkpoint, pick_device(device)), execute, max_change, hold)
+    asyncio.run(serve_policy(policy, host, port, token or os.environ.get("NANOCHAT_TOKEN")))

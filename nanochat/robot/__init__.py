@@ -1,0 +1,1 @@
+"""Deprecated: only nanochat.robot.policy is left here, for one release."""
