@@ -1,4 +1,4 @@
-"""Any picture opens as the right RGB, or ends in one clear line; the square is the one that ultralytics would make."""
+"""Images open as the right RGB or raise a one-line ImageError; the letterbox equals that of ultralytics."""
 
 import io
 import os
@@ -21,10 +21,11 @@ from nanochat.vision.images import (
     letterbox,
     open_image,
     resize_bilinear,
+    square,
 )
 
 RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # height 5, width 7: no two pixels alike
+COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # height 5, width 7, no two pixels equal
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -43,7 +44,7 @@ PNG = encoded(Image.fromarray(COLOURS))
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "an image.png"
     path.write_bytes(PNG)
     tensor = torch.from_numpy(COLOURS).permute(2, 0, 1)
     sources = [
@@ -74,13 +75,13 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
 
 def test_open_files_are_read_from_their_start(tmp_path):
     written = io.BytesIO()
-    Image.fromarray(COLOURS).save(written, "PNG")  # now stands at its end
+    Image.fromarray(COLOURS).save(written, "PNG")  # the position is now at the end
     for _ in range(2):
         np.testing.assert_array_equal(values(written), COLOURS)
     (tmp_path / "a.png").write_bytes(PNG)
     with open(tmp_path / "a.png", "rb") as file:
         np.testing.assert_array_equal(values(file), COLOURS)
-    reader, writer = os.pipe()  # which has no start to go back to
+    reader, writer = os.pipe()  # which cannot be rewound
     with open(reader, "rb") as pipe:
         os.write(writer, PNG)
         os.close(writer)
@@ -163,8 +164,8 @@ def test_palette():
     image.putpixel((2, 1), 2)
     pixels = values(encoded(image))
     assert tuple(pixels[0, 0]) == (10, 200, 30) and tuple(pixels[1, 2]) == (250, 0, 0)
-    see_through = values(encoded(image, transparency=1))  # colour 1 does not show
-    assert tuple(see_through[0, 0]) == (255, 255, 255) and tuple(see_through[1, 2]) == (250, 0, 0)
+    transparent = values(encoded(image, transparency=1))  # colour 1 is transparent
+    assert tuple(transparent[0, 0]) == (255, 255, 255) and tuple(transparent[1, 2]) == (250, 0, 0)
     assert (values(encoded(image, "GIF"))[..., 1] == pixels[..., 1]).all()
 
 
@@ -178,7 +179,7 @@ def test_alpha_over_white():
     assert tuple(pixels[3, 3]) == (0, 100, 200)
     grey = Image.new("LA", (4, 4), (0, 51))
     assert np.abs(values(encoded(grey)).astype(int) - 204).max() <= 1
-    keyed = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))  # one see-through colour
+    keyed = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))  # one transparent colour
     assert (values(keyed) == 255).all()
 
 
@@ -189,7 +190,7 @@ def test_grey_and_black_and_white():
     np.testing.assert_array_equal(values(encoded(bits))[..., 0], ramp % 2 * 255)
 
 
-UPRIGHT = {  # what a viewer has to do with the stored rows, by EXIF 2.3, tag 0x0112
+UPRIGHT = {  # EXIF 2.3, tag 0x0112: how a viewer has to turn the stored rows
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -220,18 +221,42 @@ def test_exif_rotation_of_16_bit():
     )
 
 
-def test_camera_jpeg_with_a_preview_behind_it():
-    """MPO: what many phones and stereo cameras write; two frames, and still one photo."""
+def test_camera_jpeg_followed_by_a_preview():
+    """MPO, written by many phones and stereo cameras: two frames, of which the first is the photo."""
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     data = encoded(red, "MPO", save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert np.abs(values(data).astype(int) - (255, 0, 0)).max() <= 4
 
 
-def test_given_image_is_left_alone():
+def test_given_image_is_not_changed():
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     open_image(image)
     assert image.mode == "RGBA" and image.getpixel((0, 0)) == (0, 0, 0, 0)
+
+
+def test_opened_image_is_not_copied_again(tmp_path):
+    """One image may pass through open_image several times on its way from a command to the encoder."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (PNG, encoded(Image.fromarray(COLOURS), "TIFF"), encoded(Image.fromarray(COLOURS), exif=exif)):
+        opened = open_image(data)
+        assert type(opened) is Image.Image and open_image(opened) is opened  # and no longer tied to the file's bytes
+    turned = Image.fromarray(COLOURS)
+    turned.getexif()[0x0112] = 6
+    np.testing.assert_array_equal(values(turned), np.rot90(COLOURS, -1))
+
+
+def test_square_is_open_image_and_letterbox(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    expected, expected_fit = letterbox(Image.fromarray(COLOURS), 64)
+    for source in (path, PNG, COLOURS, Image.fromarray(COLOURS)):
+        pixels, fit = square(source, 64)
+        assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8 and fit == expected_fit
+        np.testing.assert_array_equal(pixels, expected)
+    with pytest.raises(ImageError, match="is empty"):
+        square(b"", 64)
 
 
 # ---- refusals
@@ -243,7 +268,7 @@ def animated(format: str) -> bytes:
 
 
 def claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it is huge: its pixels are not there."""
+    """A PNG of a few bytes whose header declares a huge image; it contains no pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -273,7 +298,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
         (encoded(Image.new("RGB", (1, 50))), r"1 x 50 pixels, expected at least 2 x 2"),
         (claims(20_000, 20_000), r"larger than the limit of 100,000,000"),
         (claims(11_000, 10_000), r"11000 x 10000 pixels, the limit is 100,000,000"),
-        (POSTSCRIPT, "is a EPS file"),  # Pillow would start Ghostscript on it
+        (POSTSCRIPT, "is a EPS file"),  # Pillow would run Ghostscript
     ],
 )
 def test_refused_files(data, message, tmp_path):
@@ -287,7 +312,7 @@ def test_refused_files(data, message, tmp_path):
         open_image(path)
 
 
-def test_opener_of_ultralytics_makes_no_difference(monkeypatch):
+def test_ultralytics_image_open_gives_the_same_error(monkeypatch):
     def opener(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'pi_heif'")
 
@@ -296,8 +321,8 @@ def test_opener_of_ultralytics_makes_no_difference(monkeypatch):
         open_image(b"hello, this is text")
 
 
-def test_bomb_is_seen_before_it_is_decoded(monkeypatch):
-    """Also where other code has switched Pillow's own limit off, as ultralytics does."""
+def test_decompression_bomb_is_refused_before_decoding(monkeypatch):
+    """Also where other code has disabled Pillow's own limit, as ultralytics does."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     from PIL import PngImagePlugin
@@ -331,9 +356,9 @@ def test_refused_paths(tmp_path):
             open_image(source)
 
 
-def test_file_without_end(monkeypatch):
+def test_endless_file(monkeypatch):
     if not os.path.exists("/dev/zero"):
-        pytest.skip("no /dev/zero here")
+        pytest.skip("this system has no /dev/zero")
     monkeypatch.setattr("nanochat.vision.images.MAX_BYTES", 1000)
     with pytest.raises(ImageError, match="larger than 1,000 bytes"):
         file_bytes("/dev/zero")
@@ -404,7 +429,7 @@ def test_any_bytes(data):
 # ---- digest
 
 
-def test_digest_tells_pixels_and_shape():
+def test_digest_depends_on_pixels_and_shape():
     assert image_digest(PNG) == image_digest(encoded(Image.fromarray(COLOURS), "BMP"))
     changed = COLOURS.copy()
     changed[2, 3, 1] ^= 1
@@ -417,10 +442,10 @@ def test_digest_tells_pixels_and_shape():
 
 @settings(max_examples=120, deadline=None)
 @given(st.integers(2, 700), st.integers(2, 700), st.integers(1, 12).map(lambda n: 32 * n), st.integers(0, 2**32 - 1))
-@example(2, 700, 32, 0)  # so thin that a side rounds to nothing
+@example(2, 700, 32, 0)  # so thin that a side rounds to 0 pixels
 @example(640, 640, 320, 0)  # exactly half, where OpenCV averages areas
 @example(96, 96, 96, 0)
-def test_letterbox_is_that_of_ultralytics(height, width, size, seed):
+def test_letterbox_equals_ultralytics(height, width, size, seed):
     pytest.importorskip("ultralytics")
     from ultralytics.data.augment import LetterBox
 
@@ -434,7 +459,7 @@ def test_letterbox_is_that_of_ultralytics(height, width, size, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 5000), st.integers(2, 5000), st.integers(1, 20).map(lambda n: 32 * n), st.integers(0, 2**32 - 1))
-def test_boxes_come_back_as_in_ultralytics(height, width, size, seed):
+def test_boxes_to_image_equal_ultralytics(height, width, size, seed):
     pytest.importorskip("ultralytics")
     from ultralytics.utils.ops import scale_boxes
 
@@ -447,7 +472,7 @@ def test_boxes_come_back_as_in_ultralytics(height, width, size, seed):
 
 
 def test_boxes_by_hand():
-    _, fit = letterbox(np.zeros((100, 200, 3), np.uint8), 64)  # halved twice and a bit: 64 x 32, 16 rows of grey above
+    _, fit = letterbox(np.zeros((100, 200, 3), np.uint8), 64)  # scaled to 64 x 32, 16 grey rows above
     assert (fit.scale, fit.pad_x, fit.pad_y, fit.width, fit.height) == (0.32, 0, 16, 200, 100)
     np.testing.assert_allclose(
         fit.to_image([[0, 16, 64, 48], [32, 32, 48, 40]]), [[0, 0, 200, 100], [100, 50, 150, 75]]
@@ -457,15 +482,15 @@ def test_boxes_by_hand():
 
 
 def test_letterbox_content():
-    square, fit = letterbox(np.full((10, 40, 3), (255, 0, 7), np.uint8), 64)  # 64 x 16
-    assert (square[:24] == 114).all() and (square[40:] == 114).all()
-    assert (square[24:40] == (255, 0, 7)).all()
-    odd, fit = letterbox(np.zeros((31, 64, 3), np.uint8), 64)  # 33 rows of grey: 16 above, 17 below
+    pixels, fit = letterbox(np.full((10, 40, 3), (255, 0, 7), np.uint8), 64)  # 64 x 16
+    assert (pixels[:24] == 114).all() and (pixels[40:] == 114).all()
+    assert (pixels[24:40] == (255, 0, 7)).all()
+    odd, fit = letterbox(np.zeros((31, 64, 3), np.uint8), 64)  # 33 grey rows: 16 above, 17 below
     assert fit.pad_y == 16 and (odd[16:47] == 0).all() and (odd[47:] == 114).all()
 
 
 def test_resize_against_the_formula():
-    """Bilinear with half-pixel centres, in float64 and a plain loop."""
+    """Bilinear with half-pixel centres, in float64 with plain loops."""
     image = RNG.integers(0, 256, (9, 6, 3), dtype=np.uint8)
     for height, width in [(4, 13), (20, 3), (9, 7), (1, 1)]:
         expected = np.zeros((height, width, 3))

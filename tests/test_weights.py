@@ -1,4 +1,4 @@
-"""Weights from files and from the network: what is read, what is refused, and that a file runs no code of its own."""
+"""Weights from files and downloads: what is read, what is refused, and that no code from a file is run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.weights import Placeholder, WeightsError, read_pt
 from nanochat.vision.yolov9_weights import import_ultralytics
-from tests.test_yolov9 import NAMES, PICTURES, assert_seen, detector, save_detector
+from tests.test_yolov9 import NAMES, PICTURES, assert_distinct, detector, save_detector
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_broken_architectures_are_refused(yolo, change, message):
             YOLOv9Plus.from_architecture({k: v for k, v in yolo.architecture.items() if k != part})
 
 
-def test_another_activation_stays_in_its_own_model(tmp_path):
-    source = Path(sys.modules["ultralytics"].__file__).parent / "cfg/models/v9/yolov9t.yaml"
+def test_activation_of_one_model_does_not_change_others(tmp_path):
+    source = Path(import_ultralytics().__file__).parent / "cfg/models/v9/yolov9t.yaml"
     (tmp_path / "yolov9t-relu.yaml").write_text("activation: torch.nn.ReLU()\n" + source.read_text())
     relu = YOLOv9Plus(tmp_path / "yolov9t-relu.yaml", image_size=64)
     silu = YOLOv9Plus("yolov9t.yaml", image_size=64)
@@ -63,7 +63,7 @@ def test_another_activation_stays_in_its_own_model(tmp_path):
     assert isinstance(again.net.model[0].act, torch.nn.ReLU)
 
 
-# each would create the file PAYLOAD if it were run
+# would create the file `payload` if it were run as code
 RUN = "open({path!r}, 'w')"
 
 
@@ -101,7 +101,7 @@ def test_hostile_architectures_are_refused_and_not_run(yolo, tmp_path, change):
 
 
 class Calls:
-    """Pickles as a call of `function`."""
+    """Its pickle is a call of `function`."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -110,7 +110,7 @@ class Calls:
         return self.call
 
 
-def test_a_pickle_that_wants_more_than_a_detector_is_refused(tmp_path):
+def test_a_pickle_that_uses_other_globals_is_refused(tmp_path):
     bomb = Calls(open, str(tmp_path / "ran"), "w")
     torch.save({"model": bomb}, tmp_path / "bomb.pt")
     with pytest.raises(WeightsError, match=r"bomb.pt is a pickle that uses (_?io\.open|builtins\.open).*trust_pickle"):
@@ -119,12 +119,12 @@ def test_a_pickle_that_wants_more_than_a_detector_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="plain.pt"):
         YOLOv9Plus(tmp_path / "plain.pt")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(WeightsError):  # the user's word: it is run, and still no detector
+    with pytest.raises(WeightsError):  # the user trusts it: it is run, and is still not a detector
         YOLOv9Plus(tmp_path / "bomb.pt", trust_pickle=True)
     assert (tmp_path / "ran").exists()
 
 
-def test_classes_of_the_detector_are_not_called_either(tmp_path):
+def test_classes_of_the_detector_are_not_called(tmp_path):
     """ultralytics' own constructor evaluates the activation: an allow-list of its classes would run this."""
     tasks = import_ultralytics().nn.tasks
     payload = tmp_path / "payload"
@@ -133,15 +133,15 @@ def test_classes_of_the_detector_are_not_called_either(tmp_path):
     with pytest.raises(WeightsError, match="evil.pt is not an ultralytics detector"):
         YOLOv9Plus(tmp_path / "evil.pt")
     model = detector(NAMES)
-    model.yaml["activation"] = evil["activation"]  # an honest pickle with a hostile description
+    model.yaml["activation"] = evil["activation"]  # a harmless pickle with a hostile description
     torch.save({"model": model}, tmp_path / "evil2.pt")
     with pytest.raises(WeightsError, match="refused encoder architecture"):
         YOLOv9Plus(tmp_path / "evil2.pt")
     assert not payload.exists()
 
 
-def test_checkpoints_in_the_middle_of_training(tmp_path):
-    """Theirs hold the loss, arguments, metrics in numpy and paths; "ema" is the model that counts."""
+def test_ultralytics_training_checkpoints(tmp_path):
+    """They contain the loss, arguments, numpy metrics and paths, too; "ema" is the model to use."""
     import_ultralytics()
     from ultralytics.utils import IterableSimpleNamespace
     from ultralytics.utils.loss import v8DetectionLoss
@@ -160,7 +160,7 @@ def test_checkpoints_in_the_middle_of_training(tmp_path):
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in averaged.state_dict().items())
     trusted = YOLOv9Plus(tmp_path / "last.pt", image_size=64, trust_pickle=True)
     features = loaded.extract_features(PICTURES, "p4")
-    assert_seen(features)
+    assert_distinct(features)
     torch.testing.assert_close(trusted.extract_features(PICTURES, "p4"), features)
 
 
@@ -188,7 +188,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path, yolo):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", None, "truncated"])
-def test_files_that_are_no_detector_are_refused(tmp_path, weights, content):
+def test_files_without_a_detector_are_refused(tmp_path, weights, content):
     path = tmp_path / "weights.pt"
     if content is None:
         torch.save({"model": {"a": torch.zeros(3)}}, path)
@@ -200,7 +200,7 @@ def test_files_that_are_no_detector_are_refused(tmp_path, weights, content):
         YOLOv9Plus(path)
 
 
-def test_missing_weights_name_the_ways_out(tmp_path, monkeypatch):
+def test_missing_weights_list_the_alternatives(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no file.*NANOCHAT_YOLO_WEIGHTS.*yaml"):
         YOLOv9Plus(tmp_path / "none.pt")
     monkeypatch.setenv("NANOCHAT_YOLO_WEIGHTS", "yolov9t.yaml")
@@ -229,7 +229,7 @@ def test_official_weights_offline_are_one_quick_error(monkeypatch, empty_cache):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s before a retry"))
     with pytest.raises(
         FileNotFoundError,
         match="yolov9t.pt is not on this computer and could not be downloaded.*Use one of these.*yaml",
@@ -265,7 +265,7 @@ def test_missing_ultralytics_is_named(monkeypatch):
 
 @pytest.mark.parametrize("library", ["libGL.so.1", "libgthread-2.0.so.0"])
 def test_missing_system_libraries_are_named(library, tmp_path):
-    """What OpenCV raises on a bare server."""
+    """The error of OpenCV on a minimal server."""
     message = f"{library}: cannot open shared object file: No such file or directory"
     (tmp_path / "cv2.py").write_text(f"raise ImportError({message!r})")
     code = "from nanochat.vision import YOLOv9Plus; YOLOv9Plus('yolov9t.yaml')"
@@ -276,8 +276,8 @@ def test_missing_system_libraries_are_named(library, tmp_path):
     assert "apt-get install libgl1 libglib2.0-0" in last
 
 
-def test_pillow_stays_as_it_was():
-    """ultralytics replaces Image.open by one that wants to install a package for any file that is no picture."""
+def test_pillow_is_not_changed():
+    """ultralytics replaces Image.open by a function that tries to install a package for every file that is not an image."""
     code = (
         "from PIL import Image; from nanochat.vision.yolov9_weights import import_ultralytics\n"
         "before = Image.open; import_ultralytics(); assert Image.open is before"

@@ -1,4 +1,4 @@
-"""The encoder against ultralytics' own predictor and hand-registered hooks."""
+"""YOLOv9Plus compared with ultralytics' own predictor and with forward hooks registered by hand."""
 
 import copy
 import itertools
@@ -22,13 +22,13 @@ from tests.conftest import REAL_DATA, REAL_WEIGHTS, needs_data, needs_weights
 NAMES = {0: "cat", 1: "dog", 2: "traffic light"}
 PICTURE = Image.effect_mandelbrot((90, 60), (-2, -1.2, 1, 1.2), 60).convert("RGB")
 PICTURES = [PICTURE, PICTURE.rotate(90), Image.new("RGB", (30, 70), "green"), Image.new("RGB", (64, 64), "red")]
-# Sums run in another order then, and rounding grows through a random network; the pictures above are 0.3 and more apart.
+# Another batch size sums in another order, and rounding errors grow through a random network. PICTURES differ by 0.3 and more.
 ANOTHER_BATCH = dict(rtol=0.0, atol=0.05)
 
 
-def wake(net, pixels):
-    """Let pictures come through random weights: BatchNorm takes its statistics from them, and no class score is all but zero.
-    Without this every map is 0.0 to the seventh digit, and equal to any other within any tolerance."""
+def calibrate(net, pixels):
+    """Set BatchNorm statistics from real images, and class scores away from zero, in a network with random weights.
+    Otherwise every map is 0.0 to the seventh digit, and equal to every other within any tolerance."""
     norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0  # statistics of the next batch alone
@@ -42,22 +42,22 @@ def wake(net, pixels):
 
 
 def detector(names):
-    """ultralytics' own model with random weights that finds things in pictures."""
+    """ultralytics' own model with random weights that finds objects in PICTURES."""
     model = import_ultralytics().nn.tasks.DetectionModel("yolov9t.yaml", nc=len(names), verbose=False)
     model.names = names
     squares = [letterbox(PICTURE.resize(size), 320)[0] for size in ((320, 200), (160, 90), (90, 60))]
-    return wake(model, torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255)
+    return calibrate(model, torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255)
 
 
 def save_detector(path):
-    """A .pt file of a detector with random weights that is sure of what it sees, so that there are boxes to compare."""
+    """A .pt file of a detector with random weights and high scores, so that there are boxes to compare."""
     torch.manual_seed(4)
     torch.save({"model": detector(NAMES).half(), "ema": None, "train_args": {"imgsz": 640}}, path)
     return path
 
 
-def assert_seen(maps):
-    """maps (B, ...) of different pictures are far from zero, and further from each other than any tolerance here."""
+def assert_distinct(maps):
+    """maps (B, ...) of different images are far from zero, and differ by more than every tolerance in this file."""
     assert maps.abs().mean() > 0.1
     assert all((a - b).abs().max() > 0.3 for a, b in itertools.combinations(maps.float(), 2))
 
@@ -66,7 +66,7 @@ def assert_seen(maps):
 def yolo():
     torch.manual_seed(0)
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
-    wake(encoder.net, read_pixels(encoder, PICTURES)[0])
+    calibrate(encoder.net, read_pixels(encoder, PICTURES)[0])
     return encoder
 
 
@@ -91,8 +91,8 @@ def test_shapes_of_the_spec(yolo, image):
 
 
 @pytest.mark.parametrize("layer", ["head", "p3", "p4", "p5", 2, 9])
-def test_another_picture_another_map(yolo, layer):
-    assert_seen(yolo.extract_features(PICTURES, layer))
+def test_different_images_have_different_maps(yolo, layer):
+    assert_distinct(yolo.extract_features(PICTURES, layer))
 
 
 def test_head_map_is_the_coarsest_level_of_the_decoded_predictions(yolo):
@@ -100,7 +100,7 @@ def test_head_map_is_the_coarsest_level_of_the_decoded_predictions(yolo):
     with torch.no_grad():
         decoded = yolo.net(x)[0]  # (4, 84, 8*8 + 4*4 + 2*2)
     grid = yolo.extract_features(PICTURES)
-    assert_seen(grid)
+    assert_distinct(grid)
     for cell in range(4):
         column = decoded[:, :, 64 + 16 + cell]
         expected = torch.cat([column[:, :4] / 64, column[:, 4:]], 1)
@@ -108,21 +108,21 @@ def test_head_map_is_the_coarsest_level_of_the_decoded_predictions(yolo):
 
 
 @pytest.mark.parametrize("layer", ["p3", "p4", "p5", 2, -2, "9"])
-def test_features_are_those_of_a_hand_registered_hook(yolo, layer):
+def test_features_equal_those_of_a_manual_hook(yolo, layer):
     index = {"p3": 15, "p4": 18, "p5": 21}.get(layer, int(layer) if str(layer).lstrip("-").isdigit() else None)
     seen = []
     handle = yolo.net.model[index].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
         yolo.net(read_pixels(yolo, PICTURES)[0])
     handle.remove()
-    assert_seen(seen[0])
+    assert_distinct(seen[0])
     torch.testing.assert_close(yolo.extract_features(PICTURES, layer=layer), seen[0])
     assert yolo.channels(layer) == seen[0].size(1)
 
 
 def test_joined_layers_lie_on_the_grid_of_the_first(yolo):
     p3, p4, p5 = (yolo.extract_features(PICTURES, layer) for layer in ("p3", "p4", "p5"))
-    assert_seen(p4.flatten(2).permute(2, 0, 1)[[1, 4, 9]])  # cells differ too
+    assert_distinct(p4.flatten(2).permute(2, 0, 1)[[1, 4, 9]])  # cells differ too
     joined = yolo.extract_features(PICTURES, "p3+p4+p5")
     assert joined.shape == (4, 64 + 96 + 128, 8, 8)
     torch.testing.assert_close(joined[:, :64], p3)
@@ -133,14 +133,14 @@ def test_joined_layers_lie_on_the_grid_of_the_first(yolo):
     torch.testing.assert_close(down[:, :128], p5)
 
 
-def test_a_list_is_one_forward_and_equals_single_pictures(yolo):
+def test_a_list_is_one_forward_pass_and_equals_single_images(yolo):
     calls = []
     handle = yolo.net.register_forward_hook(lambda *a: calls.append(1))
     batch = yolo.get_image_embeddings(PICTURES, layer="p4")
     handle.remove()
     assert len(calls) == 1
     single = torch.cat([yolo.get_image_embeddings(i, layer="p4") for i in PICTURES])
-    assert_seen(single)
+    assert_distinct(single)
     torch.testing.assert_close(batch, single, **ANOTHER_BATCH)
 
 
@@ -151,7 +151,7 @@ def test_maps_and_detections_come_from_one_forward(yolo):
     handle.remove()
     assert len(calls) == 1 and set(out.maps) == {"p3", "head"}
     for layer, maps in out.maps.items():
-        assert_seen(maps)
+        assert_distinct(maps)
         torch.testing.assert_close(maps, yolo.extract_features(PICTURES, layer))
     assert out.detections == yolo.detect(PICTURES, conf=0.2)
     assert all(out.detections) and out.detections[0] != out.detections[1]
@@ -182,18 +182,18 @@ def with_failure(yolo, index, call):
         handle.remove()
 
 
-def test_modules_behind_the_layer_do_not_run(yolo, image):
+def test_modules_after_the_layer_do_not_run(yolo, image):
     assert with_failure(yolo, 16, lambda: yolo.extract_features(image, "p3")).shape == (1, 64, 8, 8)
     assert with_failure(yolo, 3, lambda: yolo.extract_features(image, 2)).shape[2:] == (16, 16)
     with pytest.raises(RuntimeError, match="fails"):
         with_failure(yolo, 15, lambda: yolo.extract_features(image, "p3"))
 
 
-def test_threads_do_not_mix_their_pictures(yolo):
-    """They run through the same modules, and so through each other's hooks. Here each one waits, its map caught and its hooks
-    in place, until all four have been through."""
+def test_threads_do_not_mix_their_images(yolo):
+    """Threads run through the same modules, and so call each other's hooks. Here each thread waits, with its map stored and its
+    hooks registered, until all four have finished the pass."""
     expected = [yolo.extract_features(i, "p4") for i in PICTURES]
-    assert_seen(torch.stack(expected))
+    assert_distinct(torch.stack(expected))
     together = threading.Barrier(4, timeout=60)
 
     def wait(*args):
@@ -211,21 +211,21 @@ def test_batches_of_arrays_and_tensors(yolo):
     arrays = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
     expected = yolo.extract_features(list(arrays))
     assert expected.shape[0] == 3
-    assert_seen(expected)
+    assert_distinct(expected)
     torch.testing.assert_close(yolo.extract_features(arrays), expected)
     torch.testing.assert_close(yolo.extract_features(torch.from_numpy(arrays).permute(0, 3, 1, 2)), expected)
     torch.testing.assert_close(yolo.extract_features(arrays[:1]), expected[:1], **ANOTHER_BATCH)
     torch.testing.assert_close(yolo.extract_features(arrays[0]), expected[:1], **ANOTHER_BATCH)
 
 
-def test_pictures_are_letterboxed_into_the_square(yolo):
+def test_images_are_letterboxed(yolo):
     x, (fit,) = read_pixels(yolo, np.full((30, 60, 3), 255, np.uint8))
     assert x.shape == (1, 3, 64, 64) and x.dtype == torch.float32
     assert (fit.width, fit.height, fit.pad_x, fit.pad_y) == (60, 30, 0, 16)
     assert (x[:, :, 16:48] == 1).all() and torch.allclose(x[:, :, :16], torch.tensor(114 / 255))
 
 
-def test_red_is_red_to_the_network(yolo, weights):
+def test_channel_order_is_rgb(yolo, weights):
     red = Image.new("RGB", (64, 64), (255, 0, 0))
     seen = []
     handle = yolo.net.model[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -234,7 +234,7 @@ def test_red_is_red_to_the_network(yolo, weights):
     handle.remove()
     for x in seen:
         assert x[0].mean((1, 2)).tolist() == [1.0, 0.0, 0.0]
-    # ultralytics' own predictor gives its network the same
+    # the input of the network in ultralytics' own predictor is the same
     from ultralytics import YOLO
 
     theirs = YOLO(weights)
@@ -252,7 +252,7 @@ def compare_with_ultralytics(path, image, size, conf):
     assert len(ours) == len(theirs) > 0
     rows = zip(theirs.xyxy.tolist(), theirs.conf.tolist(), theirs.cls.int().tolist(), strict=True)
     rows = [(np.array(box), score, class_id) for box, score, class_id in rows]
-    for d in ours:  # equal scores may come in any order
+    for d in ours:  # the order of equal scores is undefined
         assert any(
             c == d.class_id and abs(score - d.score) < 1e-3 and np.abs(box - d.box).max() < 1 for box, score, c in rows
         ), d
@@ -264,7 +264,7 @@ def test_detections_equal_ultralytics_own(weights, image):
     compare_with_ultralytics(weights, image.resize((32, 64)), 64, 0.25)
 
 
-def test_detections_of_a_list_are_those_of_its_pictures(weights, image):
+def test_detections_of_a_list_equal_those_of_single_images(weights, image):
     yolo = YOLOv9Plus(weights, image_size=64)
     assert yolo.names == NAMES and yolo.channels() == 7
     images = [image.resize((300, 200)), image.resize((32, 64)), image]
@@ -282,7 +282,7 @@ def test_detections_of_real_weights_equal_ultralytics_own():
     photos, yolo = REAL_DATA / "flickr8k/images", YOLOv9Plus(REAL_WEIGHTS, image_size=320)
     paths = [photos / name for name in sorted(os.listdir(photos))[:400:100]]
     compared = [path for path in paths if yolo.detect(path)]
-    assert compared, "nothing was found in any photograph, so nothing would be compared"
+    assert compared, "no detections in any photo, so nothing would be compared"
     for path in compared:
         compare_with_ultralytics(REAL_WEIGHTS, Image.open(path), 320, 0.25)
 
@@ -306,14 +306,14 @@ def test_drawing():
     drawn = draw_detections(image, [first])
     colour = drawn.getpixel((120, 90))  # the lower edge, far from the label
     assert colour != (255, 255, 255) and drawn.getpixel((60, 70)) == drawn.getpixel((180, 70)) == colour
-    assert drawn.getpixel((120, 70)) == (255, 255, 255)  # inside, nothing
+    assert drawn.getpixel((120, 70)) == (255, 255, 255)  # nothing inside the box
     above = np.asarray(drawn)[20:39, 60:100].reshape(-1, 3)
     assert (above == colour).all(1).sum() > 100  # the label stands above the box
     other = draw_detections(image, [Detection(first.box, 0.9, 1, "dog")])
     assert other.getpixel((120, 90)) != colour
     corner = draw_detections(image, [Detection((0.0, 0.0, 200.0, 100.0), 0.5, 2, "a very long name of a class" * 3)])
     assert corner.size == image.size
-    assert image.getpixel((60, 70)) == (255, 255, 255)  # the given picture is left alone
+    assert image.getpixel((60, 70)) == (255, 255, 255)  # the given image is not changed
 
 
 def test_the_encoder_is_a_module_that_can_be_trained(yolo, image):
@@ -325,7 +325,7 @@ def test_the_encoder_is_a_module_that_can_be_trained(yolo, image):
     trained(x, "p3").square().mean().backward()
     assert trained.net.model[0].conv.weight.grad.abs().sum() > 0
     before = trained.net.model[0].bn.running_mean.clone()
-    trained.extract_features(image)  # a look is no training step
+    trained.extract_features(image)  # must not update the statistics
     torch.testing.assert_close(trained.net.model[0].bn.running_mean, before)
     assert trained.training and all(m.training for m in trained.modules())
 
@@ -333,7 +333,7 @@ def test_the_encoder_is_a_module_that_can_be_trained(yolo, image):
 def test_training_mode(image):
     torch.manual_seed(0)
     encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
-    assert not encoder.training  # to look with, unless told otherwise
+    assert not encoder.training  # evaluation mode by default
     x, _ = read_pixels(encoder, [image, image.rotate(90)])
     encoder.train()
     before = encoder.net.model[0].bn.running_mean.clone()
@@ -345,7 +345,7 @@ def test_training_mode(image):
     encoder.eval()
     encoder(x, "head").mean().backward()
     assert encoder.net.model[0].conv.weight.grad.abs().sum() > 0
-    # frozen BatchNorm stays as it was set, whatever is asked in between
+    # frozen BatchNorm stays frozen after channels() and detect()
     encoder.train()
     frozen = [m.eval() for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     encoder.channels("p3"), encoder.detect(image)
@@ -361,10 +361,10 @@ def test_features_can_train_what_comes_after(yolo, image):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.2)])
 def test_dtype_and_copies(yolo, dtype, tolerance):
     moved = copy.deepcopy(yolo).to(dtype)
-    # an early layer: rounding grows from layer to layer of a random network, and bfloat16's hides the picture in the late ones
+    # an early layer: in a random network rounding errors grow with depth, and bfloat16's exceed the differences in later layers
     features, expected = (encoder.extract_features(PICTURES, 2) for encoder in (moved, yolo))
     assert features.dtype == dtype
-    assert_seen(expected)
+    assert_distinct(expected)
     torch.testing.assert_close(features.float(), expected, rtol=0.0, atol=tolerance)
     assert moved.extract_features(PICTURES).dtype == dtype
 
@@ -373,7 +373,7 @@ def test_dtype_and_copies(yolo, dtype, tolerance):
 def test_architecture_round_trip(yolo, cut):
     original = copy.deepcopy(yolo)
     expected = original.extract_features(PICTURES, layer=cut or "p5")
-    assert_seen(expected)
+    assert_distinct(expected)
     if cut:
         original.truncate(cut)
     described = json.loads(json.dumps(original.architecture))

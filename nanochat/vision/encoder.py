@@ -70,7 +70,7 @@ def open_encoder(
     """
     from nanochat.vision.yolov9 import YOLOv9Plus
 
-    path = None if name is None else Path(name).expanduser()
+    path = Path(name).expanduser() if name else None
     if path is not None and path.is_dir():
         raise FileNotFoundError(f"{name} is a folder, expected an encoder file (.pt or .yaml)")
     if path is not None and path.suffix not in (".pt", ".yaml", ".yml") and not path.is_file():
