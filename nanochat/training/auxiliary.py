@@ -1,47 +1,75 @@
-"""A second, short way from the words to the encoder: guess which words the answers about a picture use from the average of
-its vision vectors alone, by one linear layer (bag of words, as Joulin et al. 2016, arXiv 1511.02251, pretrain on captions).
+"""Auxiliary heads: one linear layer from vision vectors to a target with a loss of its own. Used in training only, and no part
+of the model.
 
-An encoder that starts from random weights does not learn through the decoder: what comes back through it is mostly noise
-until the decoder can read, and the decoder cannot read before there is something to see. The linear layer gives the
-encoder a clean gradient from the first step. It is used in training only and is no part of the model.
+An encoder that starts from random weights does not learn through the decoder: the decoder's gradient is mostly noise until
+it can read, and it cannot learn to read before the vision vectors mean something. The linear layer gives the encoder a
+clean gradient from the first step.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-COMMON = 0.5  # words in the answers about more than this share of the pictures ("yes", "a", ".") say little about one
+from nanochat.actions import Scale
+
+COMMON = 0.5  # tokens in the answers about more than this share of the pictures ("yes", "a", ".") say little about one
 
 
-def answer_words(rows) -> list[list[int]]:
-    """For each picture of `Rows`, the ids of the telling words in all answers about it."""
-    words = [set() for _ in rows.images]
+class AuxiliaryHead(nn.Module):
+    """linear: (width of the input) -> (numbers of the target)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out)
+
+    def loss(self, vectors: torch.Tensor, items: Sequence[int]) -> torch.Tensor:
+        """Sum of the losses of the pictures. vectors: (U, N, D); items: (U,) which picture (or frame) each of them is."""
+        raise NotImplementedError
+
+
+class AnswerTokensHead(AuxiliaryHead):
+    """From the mean vision vector of a picture to the tokens of the answers about it: cross-entropy with a uniform distribution
+    over them (a bag of words, as Joulin et al. 2016, arXiv 1511.02251, pretrain on captions)."""
+
+    def __init__(self, vision_dim: int, vocab_size: int, tokens: Sequence[list[int]]):
+        """tokens: of each picture, see `answer_tokens`."""
+        super().__init__(vision_dim, vocab_size)
+        self.tokens = tokens
+
+    def loss(self, vectors: torch.Tensor, items: Sequence[int]) -> torch.Tensor:
+        target = torch.zeros(len(items), self.linear.out_features, device=vectors.device)
+        for line, item in enumerate(items):
+            if self.tokens[item]:
+                target[line, self.tokens[item]] = 1 / len(self.tokens[item])
+        return -(self.linear(vectors.mean(1)).log_softmax(-1) * target).sum()
+
+
+class PositionsHead(AuxiliaryHead):
+    """From all vision vectors of a frame to positions of objects: L1 distance, averaged over the numbers of a frame."""
+
+    def __init__(self, n_in: int, positions: np.ndarray):
+        """n_in: N * D. positions: (n_frames, K) in metres."""
+        super().__init__(n_in, positions.shape[1])
+        self.targets = Scale.fit(positions).normalize(positions)  # (n_frames, K) float32
+
+    def loss(self, vectors: torch.Tensor, items: Sequence[int]) -> torch.Tensor:
+        targets = torch.from_numpy(self.targets[items]).to(vectors.device)
+        return (self.linear(vectors.flatten(1)) - targets).abs().mean(-1).sum()
+
+
+def answer_tokens(rows) -> list[list[int]]:
+    """For each picture of `batches.Rows`, the tokens in all answers about it that are not common to most pictures."""
+    tokens = [set() for _ in rows.images]
     for group in rows.groups:
         for row in group:
             learnt = {token for token, mask in zip(row.ids, row.mask, strict=True) if mask}
             for number in row.images:
-                words[number] |= learnt
+                tokens[number] |= learnt
     counts: dict[int, int] = {}
-    for found in words:
+    for found in tokens:
         for token in found:
             counts[token] = counts.get(token, 0) + 1
-    telling = {token for token, count in counts.items() if count <= COMMON * len(words)}
-    return [sorted(found & telling) for found in words]
-
-
-class WordHead(nn.Module):
-    """Linear(D, vocab_size) on the mean vision vector of a picture."""
-
-    def __init__(self, vision_dim: int, vocab_size: int, words: Sequence[list[int]]):
-        super().__init__()
-        self.linear = nn.Linear(vision_dim, vocab_size)
-        self.words = words  # of each picture
-
-    def loss(self, vectors: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        """Sum over the pictures of the cross-entropy with their words, all alike likely. vectors: (U, N, D)."""
-        target = torch.zeros(len(numbers), self.linear.out_features, device=vectors.device)
-        for line, number in enumerate(numbers):
-            if self.words[number]:
-                target[line, self.words[number]] = 1 / len(self.words[number])
-        return -(self.linear(vectors.mean(1)).log_softmax(-1) * target).sum()
+    specific = {token for token, count in counts.items() if count <= COMMON * len(tokens)}
+    return [sorted(found & specific) for found in tokens]

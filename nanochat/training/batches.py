@@ -1,12 +1,12 @@
-"""From samples to tensors: conversations become padded rows, pictures become vision vectors, one pass for each picture
+"""From samples to tensors: conversations become padded rows, pictures become vision vectors, with one encoder pass per picture
 however many questions there are about it.
 
-Which pictures, questions and augmentations a step gets is a function of (seed, step) alone, so a run that goes on after a
-kill needs no saved random state.
+Which pictures, questions and augmentations a step gets is a function of (seed, step) alone, so a resumed run needs no saved
+random state.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,25 +14,31 @@ import torch.nn.functional as F
 
 from nanochat.conversation import render
 from nanochat.data import DataError, Sample, image_key
-from nanochat.gpt import IGNORE_INDEX
-from nanochat.multimodal_gpt import pool_to_tokens
-from nanochat.vision.images import letterbox, open_image
+from nanochat.engine import pad_rows
+from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
+from nanochat.multimodal_gpt import MultimodalGPT
+from nanochat.training.features import Features
+from nanochat.vision.encoder import to_pixels
+from nanochat.vision.images import square
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: token ids, what is to be learnt of them, and the numbers of its pictures in `Rows.images`."""
+    """One conversation: token ids, a mask that is 1 where the token is learnt, and its pictures as indices of `Rows.images`."""
 
     ids: list[int]
     mask: list[int]
-    images: tuple[int, ...]
+    images: tuple[int, ...] = ()
 
 
 class Rows:
-    """Rendered samples, grouped by their pictures. Raises DataError for a sample that does not fit the context."""
+    """Rendered samples, grouped by their pictures. Raises DataError for a sample that does not fit the context.
+
+    images: the distinct pictures. groups: the rows about the same pictures, in the order of the data.
+    multi_turn: whether there are conversations of several turns.
+    """
 
     def __init__(self, samples: Sequence[Sample], tokenizer, config):
-        self.vision_token_id = config.vision_token_id
         self.images, numbers, groups = [], {}, {}
         for sample in samples:
             keys = tuple(image_key(image) for image in sample.images)
@@ -48,13 +54,11 @@ class Rows:
                 )
             row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys))
             groups.setdefault(keys or ("text", len(groups)), []).append(row)
-        self.multi_turn = any(
-            len(sample.messages) > 3 for sample in samples
-        )  # a chat may go on: it was trained on turns
-        self.groups = list(groups.values())  # rows about the same pictures, in the order of the data
+        self.multi_turn = any(len(sample.messages) > 3 for sample in samples)
+        self.groups = list(groups.values())
 
     def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:
-        """The groups of a training step, at most n_rows of each (None: all). Every epoch is another shuffle of all groups."""
+        """The groups of a training step, at most n_rows of each (None: all). Every epoch is another permutation of all groups."""
         total, chosen = len(self.groups), []
         rng = np.random.default_rng([seed, step, 0])
         orders = {}
@@ -70,8 +74,12 @@ class Rows:
 
 @dataclass
 class Batch:
-    """idx, targets (R, T) int64 with -1 where nothing is learnt; images: the picture of every slot, row by row in order,
-    as a position in `numbers`, the batch's distinct pictures; counts: pictures in each row."""
+    """Rows as tensors.
+
+    idx, targets: (R, T) int64, targets shifted and -1 where nothing is learnt. numbers: the distinct pictures of the batch, as
+    indices of `Rows.images`. slots: (S,) for every picture of the rows, in reading order, its position in `numbers`.
+    counts: pictures in each row.
+    """
 
     idx: torch.Tensor
     targets: torch.Tensor
@@ -83,75 +91,90 @@ class Batch:
     def n_learnt(self) -> int:
         return int((self.targets != IGNORE_INDEX).sum())
 
-    def spread(self, vectors: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | None:
-        """(U, N, D) vectors of the distinct pictures -> the vision_embeddings of the rows."""
-        if not self.numbers:
-            return None
-        per_slot = vectors[self.slots.to(vectors.device)]  # (S, N, D)
-        if set(self.counts) == {1}:
-            return per_slot
-        return [part.flatten(0, 1) for part in per_slot.split(self.counts)]
+    def in_rows(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors (U, N, D) of the distinct pictures -> (S, N, D) in the reading order of the rows."""
+        return vectors[self.slots.to(vectors.device)]
 
 
-def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
-    """Pad rows on the right. Targets are shifted: position t is to say what stands at t + 1."""
-    length = max(len(row.ids) for row in rows) - 1
-    idx = torch.full((len(rows), length), pad_id)
-    targets = torch.full((len(rows), length), IGNORE_INDEX)
-    for line, row in enumerate(rows):
-        ids, mask = torch.tensor(row.ids), torch.tensor(row.mask, dtype=torch.bool)
-        idx[line, : len(ids) - 1] = ids[:-1]
-        targets[line, : len(ids) - 1] = ids[1:].masked_fill(~mask[1:], IGNORE_INDEX)
-    numbers = sorted({n for row in rows for n in row.images})
-    place = {number: i for i, number in enumerate(numbers)}
-    slots = torch.tensor([place[n] for row in rows for n in row.images], dtype=torch.long)
-    return Batch(idx, targets, numbers, slots, [len(row.images) for row in rows])
+def make_batch(rows: Sequence[Row]) -> Batch:
+    """Rows -> tensors. The last token of a row predicts nothing, so T is one less than the longest row."""
+    idx, targets = padded(rows)
+    numbers = sorted({number for row in rows for number in row.images})
+    position = {number: i for i, number in enumerate(numbers)}
+    slots = torch.tensor([position[number] for row in rows for number in row.images], dtype=torch.long)
+    return Batch(idx[:, :-1], targets[:, :-1], numbers, slots, [len(row.images) for row in rows])
 
 
-class FeatureEyes:
-    """Vision vectors from features that were computed once (a frozen encoder)."""
+def padded(rows: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with `ids` and `mask` -> idx and targets, (R, T) int64, padded on the right. targets[:, t] is the token after
+    idx[:, t], or -1 where the mask is 0."""
+    idx = pad_rows([row.ids for row in rows], 0)
+    learnt = pad_rows([row.mask for row in rows], 0) == 1
+    targets = torch.full_like(idx, IGNORE_INDEX)
+    targets[:, :-1] = idx[:, 1:].masked_fill(~learnt[:, 1:], IGNORE_INDEX)
+    return idx, targets
 
-    def __init__(self, features):
-        self.features = features  # (n_images, N, D), indexable by lists
+
+def row_inputs(model: MultimodalGPT, idx: torch.Tensor, vectors=None, states=None) -> Inputs:
+    """What the model reads of rows idx (R, T), on its device. vectors: (S, N, D) of all their pictures, in reading order; they can
+    also follow later, see `with_images`. states: (R, state_dim), normalised, of a robot."""
+    idx = idx.to(model.device)
+    inputs = Inputs(
+        idx, idx == model.config.vision_token_id, states=None if states is None else states.to(model.device)
+    )
+    return inputs if vectors is None else with_images(inputs, vectors)
+
+
+def with_images(inputs: Inputs, vectors: torch.Tensor) -> Inputs:
+    """The same rows with the vectors (S, N, D) of their pictures."""
+    return replace(inputs, images=vectors.flatten(0, 1).to(inputs.idx.device))
+
+
+def exactly_right(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(R,) bool: every learnt token of the row is the most likely one, so greedy generation would give exactly this answer.
+    hidden: (R, T, C), targets: (R, T)."""
+    learnt = targets != IGNORE_INDEX
+    wrong = model.logits(hidden[learnt]).argmax(-1) != targets[learnt]
+    return ~torch.zeros_like(learnt).masked_scatter(learnt, wrong).any(1)
+
+
+class CachedVectors:
+    """Vision vectors that were computed once (a frozen encoder): (U, N, D) of the given pictures."""
+
+    def __init__(self, features: Features):
+        self.features = features
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.features[numbers])).float()
+        return torch.from_numpy(self.features[numbers])
 
 
-class TrainedEyes:
-    """Vision vectors through the encoder itself, with gradients while it is in training mode.
+class EncodedVectors:
+    """Vision vectors through the model's encoder, differentiable: (U, N, D) of the given pictures, augmented if there is an rng.
 
-    Letterboxed pictures are kept in memory as bytes (64 x 64: 12 kB each, 224 x 224: 150 kB), since decoding
-    them every epoch costs more than a small encoder does.
+    Letterboxed pictures are kept in memory as bytes (64 x 64: 12 kB each, 224 x 224: 150 kB), since decoding them every
+    epoch takes longer than a small encoder does.
     """
 
-    def __init__(
-        self, encoder, images: Sequence, layer: str, n_tokens: int, dtype=torch.float32, flip: str = "none",
-        jitter: float = 0.0,
-    ):  # fmt: skip
-        self.encoder, self.images, self.layer, self.n_tokens = encoder, images, layer, n_tokens
-        self.dtype, self.flip, self.jitter = dtype, flip, jitter
-        self.decoded: dict[int, torch.Tensor] = {}
+    def __init__(self, model: MultimodalGPT, images: Sequence, flip: str = "none", jitter: float = 0.0):
+        self.model, self.images, self.flip, self.jitter = model, images, flip, jitter
+        self.squares: dict[int, np.ndarray] = {}
 
-    def pixels(self, number: int) -> torch.Tensor:
-        """(3, S, S) uint8."""
-        if number not in self.decoded:
-            square, _ = letterbox(open_image(self.images[number]), self.encoder.image_size)
-            self.decoded[number] = torch.from_numpy(square).permute(2, 0, 1).contiguous()
-        return self.decoded[number]
+    def square(self, number: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        if number not in self.squares:
+            self.squares[number] = square(self.images[number], self.model.vision_encoder.image_size)[0]
+        return self.squares[number]
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
-        device = next(self.encoder.parameters()).device
-        x = torch.stack([self.pixels(number) for number in numbers]).to(device).float() / 255  # (U, 3, S, S)
+        device = next(self.model.vision_encoder.parameters()).device
+        pixels = to_pixels(np.stack([self.square(number) for number in numbers]), device, torch.float32)
         if rng is not None:
-            x = augment(x, rng, self.flip, self.jitter)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            maps = self.encoder(x.contiguous(memory_format=torch.channels_last), self.layer)
-        return pool_to_tokens(maps.float(), self.n_tokens)
+            pixels = augment(pixels, rng, self.flip, self.jitter)
+        return self.model.see(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float) -> torch.Tensor:
-    """Mirror, shift and zoom (B, 3, S, S) pictures, each in its own way."""
+    """Mirror, shift and zoom pictures (B, 3, S, S), each by its own random amount."""
     if flip == "none" and jitter == 0:
         return x
     mirror = rng.choice([-1.0, 1.0], size=(len(x), 2))
@@ -165,23 +188,31 @@ def augment(x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def hide(vectors, rng: np.random.Generator, share: float):
-    """Zero the vectors of a random share of the rows: the model learns what to guess where it sees nothing."""
-    if vectors is None or share == 0:
+def reduce_gradient(vectors: torch.Tensor, share: float) -> torch.Tensor:
+    """The same values; only a share of the gradient passes back."""
+    return share * vectors + (1 - share) * vectors.detach()
+
+
+def mask_images(
+    vectors: torch.Tensor, rng: np.random.Generator, share: float, counts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Vectors (S, N, D) with a random share of the pictures set to zero: the model learns what to answer without a picture.
+    counts: pictures in each row; then all pictures of a row are masked together."""
+    if share == 0:
         return vectors
-    hidden = torch.from_numpy(rng.random(len(vectors)) < share)
-    if isinstance(vectors, torch.Tensor):
-        return vectors.masked_fill(hidden.to(vectors.device)[:, None, None], 0.0)
-    return [torch.zeros_like(v) if h else v for v, h in zip(vectors, hidden, strict=True)]
+    masked = rng.random(len(vectors) if counts is None else len(counts)) < share
+    if counts is not None:
+        masked = np.repeat(masked, counts)
+    return vectors.masked_fill(torch.from_numpy(masked).to(vectors.device)[:, None, None], 0.0)
 
 
-def forget_words(
+def mask_tokens(
     idx: torch.Tensor, rng: np.random.Generator, share: float, special_ids, unknown_id: int
 ) -> torch.Tensor:
-    """idx (R, T) with a random share of its words replaced by `unknown_id`; special tokens stay. What comes next must then be
-    read off the picture, and not off a text that is known by heart (word dropout; Bowman et al. 2016, arXiv 1511.06349)."""
+    """idx (R, T) with a random share of the tokens replaced by `unknown_id`, except special tokens. The next token must then be
+    inferred from the picture and not from a text known by heart (word dropout; Bowman et al. 2016, arXiv 1511.06349)."""
     if share == 0:
         return idx
     special = torch.isin(idx, torch.tensor(sorted(special_ids)))
-    forgotten = torch.from_numpy(rng.random(idx.shape) < share)
-    return idx.masked_fill(forgotten & ~special, unknown_id)
+    dropped = torch.from_numpy(rng.random(idx.shape) < share)
+    return idx.masked_fill(dropped & ~special, unknown_id)

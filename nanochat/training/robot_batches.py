@@ -1,4 +1,4 @@
-"""Batches of demonstrations as tensors: rows to act on, and rows to answer."""
+"""Batches of demonstrations as tensors: rows whose actions are learnt, and questions with their answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,85 +6,66 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanochat.conversation import Rendered, render
+from nanochat.action_heads import ActionBatch
+from nanochat.conversation import action_message, render
 from nanochat.data.demonstrations import Demonstrations
-from nanochat.gpt import IGNORE_INDEX
+from nanochat.gpt import Inputs
 from nanochat.metaworld.questions import paraphrase, question, question_messages
-from nanochat.robot_gpt import RobotGPT, action_prompt
+from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
-
-
-@dataclass
-class ActionBatch:
-    """idx, targets (A, T); states (A, S) and chunks (A, chunk, D), normalised; inside (A, chunk): what is to be learnt."""
-
-    idx: torch.Tensor
-    targets: torch.Tensor
-    states: torch.Tensor
-    chunks: torch.Tensor
-    inside: torch.Tensor
+from nanochat.training.batches import Row, padded, row_inputs
 
 
 @dataclass
 class QuestionBatch:
-    """idx, targets (Q, T); frames: those of the pictures, row by row; counts: pictures in each row."""
+    """inputs: of (Q, T) tokens, without images. targets: (Q, T) int64, shifted, -1 where nothing is learnt. frames: (S,) those of
+    the pictures, row by row; a row has one or two."""
 
-    idx: torch.Tensor
+    inputs: Inputs
     targets: torch.Tensor
     frames: list[int]
-    counts: list[int]
 
 
 def action_batch(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator | None
 ) -> ActionBatch:
-    """Rows to act on, a frame each. rng chooses paraphrases; without it, every instruction is the first of its kind."""
-    config, rows = model.config, []
-    actions, inside = data.chunks(frames, config.chunk)
-    bins = model.action_scale.to_bins(actions).reshape(len(frames), -1) + config.bin_token_id
-    for frame, spoken in zip(frames, bins.tolist(), strict=True):
-        ids = action_prompt(tokenizer, paraphrase(data.task(frame), rng), config.vision_tokens_per_image)
-        if config.action_head == "continuous":
-            rows.append(Rendered([*ids, config.act_token_id], [0] * (len(ids) + 1), 1))
-        else:  # what is behind an episode's end is not learnt
-            learnt = np.repeat(inside[len(rows)], config.action_dim).astype(int).tolist()
-            rows.append(Rendered(ids + spoken, [0] * len(ids) + learnt, 1))
+    """One row per frame, on the model's device, without images (see `batches.with_images`). rng chooses paraphrases of the
+    instructions; without it, each is the first paraphrase."""
+    actions, inside = data.chunks(frames, model.config.chunk)
+    prompts = [action_prompt(tokenizer, paraphrase(data.task(frame), rng), model) for frame in frames]
+    idx, targets = padded([Row(*row) for row in model.action_head.rows(prompts, actions, inside)])
     states = torch.from_numpy(model.state_scale.normalize(data.state[frames]))
     chunks = torch.from_numpy(model.action_scale.normalize(actions))
-    return ActionBatch(*collate(rows), states, chunks, torch.from_numpy(inside))
+    inputs, device = row_inputs(model, idx, states=states), model.device
+    return ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
+
+
+def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> list[int]:
+    messages = [action_message(instruction)]
+    return render(tokenizer, messages, model.config.vision_tokens_per_image, for_completion=True).ids
 
 
 def question_batch(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> QuestionBatch:
-    """Rows to answer, one question about each frame."""
-    rows, pictures, counts = [], [], []
+    """One question about each frame, with its answer, on the model's device."""
+    rows, shown = [], []
     for frame in frames:
-        seen, asked, answer = question(data, frame, rng)
-        messages = question_messages(asked, answer, len(seen))
+        pictures, asked, answer = question(data, frame, rng)
+        messages = question_messages(asked, answer, len(pictures))
         rows.append(render(tokenizer, messages, model.config.vision_tokens_per_image))
-        pictures += seen
-        counts.append(len(seen))
-    return QuestionBatch(*collate(rows), pictures, counts)
-
-
-def collate(rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole rows, padded on the right, (R, T), and targets: position t is to say what stands at t + 1."""
-    length = max(len(row.ids) for row in rows)
-    idx = torch.zeros((len(rows), length), dtype=torch.long)
-    targets = torch.full((len(rows), length), IGNORE_INDEX)
-    for line, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
-        idx[line, : len(ids)] = ids
-        targets[line, : len(ids) - 1] = ids[1:].masked_fill(~torch.tensor(row.mask[1:], dtype=torch.bool), IGNORE_INDEX)
-    return idx, targets
+        shown += pictures
+    idx, targets = padded(rows)
+    return QuestionBatch(row_inputs(model, idx), targets.to(model.device), shown)
 
 
 def shift_pictures(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, S, S, 3): each picture moved by up to `most` pixels along both axes, its border repeated (DrQ, arXiv 2004.13649)."""
+    """(n, S, S, 3): each picture shifted by up to `most` pixels along both axes, its border repeated (DrQ, arXiv 2004.13649)."""
     if most == 0:
         return images
     size = images.shape[1]
-    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    moves = rng.integers(0, 2 * most + 1, size=(len(images), 2))
-    return np.stack([picture[y : y + size, x : x + size] for picture, (y, x) in zip(padded, moves, strict=True)])
+    padded_images = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    offsets = rng.integers(0, 2 * most + 1, size=(len(images), 2))
+    return np.stack(
+        [picture[y : y + size, x : x + size] for picture, (y, x) in zip(padded_images, offsets, strict=True)]
+    )

@@ -1,0 +1,42 @@
+"""What a run records of itself: one line per validation on the screen, metrics.jsonl and loss.png in the checkpoint."""
+
+import io
+import json
+
+from nanochat.evaluation.controls import CONDITIONS
+
+
+def describe(step: int, seconds: float, check: dict) -> str:
+    """A validation in one line. check: losses "aligned", "shuffled", "blind", and shares "aligned_accuracy", ...; a condition
+    that could not be measured is missing."""
+    parts = []
+    for condition in CONDITIONS:
+        if condition in check:
+            accuracy = check.get(f"{condition}_accuracy")
+            parts.append(f"{condition} {check[condition]:.3f}" + (f" ({accuracy:.1%})" if accuracy is not None else ""))
+    exact = " (answers exactly right)" if "aligned_accuracy" in check else ""
+    return f"step {step:5d}  {seconds / 60:5.1f} min  loss{exact}: {'  '.join(parts)}"
+
+
+def history_files(history: list[dict], unit: str) -> dict[str, bytes]:
+    """{"metrics.jsonl": one line per entry, "loss.png": the curves}. unit: of the losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [line for line in history if "loss" in line]
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="0.7")
+    for condition in CONDITIONS:
+        checks = [line for line in history if condition in line]
+        axes.plot(
+            [line["step"] for line in checks], [line[condition] for line in checks], marker=".",
+            label=f"validation, {condition}",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    plt.close(figure)
+    return {"metrics.jsonl": "".join(json.dumps(line) + "\n" for line in history).encode(), "loss.png": png.getvalue()}

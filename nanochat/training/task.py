@@ -1,0 +1,134 @@
+"""What a training run learns. A task has the data, makes the model, and computes the gradients of a step; `run.Run` does the rest.
+
+`pictures.PictureTask` learns conversations about pictures, `robots.RobotTask` demonstrations.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nanochat.checkpoint import encoder_of
+from nanochat.gpt import GPT
+from nanochat.tokenizer import Tokenizer
+from nanochat.training.auxiliary import AuxiliaryHead
+from nanochat.training.optimizers import learning_rate_factor
+from nanochat.training.recipes import Recipe
+from nanochat.vision.encoder import Encoder
+
+console = Console()
+
+
+@dataclass
+class StepResult:
+    """value: the loss (or what `Task.measure` names), averaged over the step. tokens, images: how many were processed."""
+
+    value: float
+    tokens: int
+    images: int
+
+
+class Task:
+    """A subclass reads its data in `__init__`. `Run` then calls `new_model` or `adopt`, unless it resumes a run, then `prepare`
+    and `load_images`, then `backward` and `validate`.
+
+    steps: of the whole run. reward_steps: how many of them, at the end, have learning rates of their own. unit: of the
+    validation loss. auxiliary: a head for training only, or None. multi_turn: whether the model learns conversations of
+    several turns. memory_advice: what helps when a GPU is full.
+    """
+
+    steps: int
+    reward_steps = 0
+    unit = "loss (nats per token)"
+    auxiliary: AuxiliaryHead | None = None
+    multi_turn = False
+    memory_advice = ""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def new_model(self) -> tuple[GPT, Tokenizer]:
+        """A model with random weights, and its tokenizer."""
+        raise NotImplementedError
+
+    def adopt(self, model: GPT) -> GPT:
+        """The model of another checkpoint, changed to learn this data. Sets `recipe` to the shape of that model."""
+        self.recipe = shaped_like(self.recipe, model)
+        return model
+
+    def prepare(self, model: GPT, tokenizer: Tokenizer) -> None:
+        """Everything that is cheap and needs the model: sets `model`, `tokenizer`, `steps` and `auxiliary`. Raises ValueError for
+        a recipe that does not fit the data."""
+        self.model, self.tokenizer = model, tokenizer
+
+    def load_images(self, out: Path) -> None:
+        """What takes time before the first step. out: the checkpoint folder."""
+
+    def describe_data(self) -> str:
+        """What is trained on, for the screen."""
+        raise NotImplementedError
+
+    def measure(self, step: int) -> str:
+        """The name of what `backward` returns as its value at this step."""
+        return "loss"
+
+    def rate_factor(self, step: int) -> float:
+        """The learning rates of a step, as a share of the peak rates."""
+        return learning_rate_factor(step, self.steps, self.recipe)
+
+    def backward(self, step: int) -> StepResult:
+        """Accumulate the gradients of a step. It depends on (seed, step) only, so a resumed run equals an unbroken one."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Losses "aligned", "shuffled" and "blind", and the same with "_accuracy" appended where answers are counted. A
+        condition that cannot be measured is missing."""
+        raise NotImplementedError
+
+
+def open_recipe_encoder(recipe: Recipe) -> Encoder:
+    """The encoder that the recipe names, without the modules behind the layer that is read."""
+    encoder = encoder_of(recipe.encoder or None)
+    encoder.image_size = recipe.image_size
+    return encoder.truncate(recipe.layer)
+
+
+def model_shape(recipe: Recipe, tokenizer: Tokenizer) -> dict:
+    """The fields of a model's config that follow from the recipe and the vocabulary."""
+    return {
+        "sequence_len": recipe.sequence_len,
+        "vocab_size": tokenizer.vocab_size,
+        "n_layer": recipe.n_layer,
+        "n_head": recipe.n_head,
+        "n_kv_head": recipe.n_head,
+        "n_embd": recipe.n_embd,
+        "vision_tokens_per_image": recipe.vision_tokens,
+        "vision_token_id": tokenizer.special("<|image|>"),
+        "vision_layer": recipe.layer,
+        "vision_image_size": recipe.image_size,
+    }
+
+
+def shaped_like(recipe: Recipe, model) -> Recipe:
+    """The recipe with the shape of an existing model. Raises ValueError for a text model."""
+    config = model.config
+    if getattr(model, "vision_encoder", None) is None:
+        raise ValueError(f"the checkpoint {recipe.start_from} is a text model without an encoder: choose another one")
+    return replace(
+        recipe, layer=config.vision_layer, image_size=config.vision_image_size, vision_tokens=config.vision_tokens_per_image,
+        vocab_size=config.vocab_size, sequence_len=config.sequence_len, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd,
+    )  # fmt: skip
+
+
+def set_training(model: GPT, recipe: Recipe) -> None:
+    """Training mode, except what must not change: a frozen encoder, and the statistics of a pretrained one."""
+    model.train()
+    model.gradient_checkpointing = recipe.gradient_checkpointing
+    if not recipe.train_encoder:
+        model.vision_encoder.eval()
+    elif recipe.batchnorm == "frozen":
+        for module in model.vision_encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
