@@ -1,10 +1,10 @@
-"""How long from a camera frame to a chunk of actions, one frame at a time, as on a robot.
+"""Time from a camera frame to a chunk of actions, one frame at a time, as on a robot.
 
     python benchmarks/policy_speed.py [CHECKPOINT ...] [--threads 2] [--rounds 50]
 
-Each checkpoint is timed in turn with its peers, round by round, so that a busy machine slows all down alike: torchvision's
-ResNet-18 with random weights, which ACT and Diffusion Policy use as eyes, on pictures of the policy's size and of 224
-pixels. It only looks; what those policies do behind it comes on top. Medians.
+Each checkpoint is timed alternately with a peer, so that other load on the machine affects both: torchvision's ResNet-18 with
+random weights, the vision encoder of ACT and Diffusion Policy, on images of the policy's size and of 224 pixels. The peer only
+encodes the image; what those policies compute after it is not included. Medians.
 """
 
 import time
@@ -15,13 +15,13 @@ import torch
 import torchvision
 import tyro
 
-from nanochat.policy import Policy
+from nanochat.agent import Agent
 
 
 @dataclass
 class Args:
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ("robot",)
-    "Checkpoint folders, or `robot`, the policy that ships."
+    "Checkpoint folders, or `robot`, the shipped policy."
     threads: int = 2
     rounds: int = 50
 
@@ -29,23 +29,21 @@ class Args:
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     peer = torchvision.models.resnet18().eval()
-    print(
-        f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds; ms, median (quarter .. three quarters)"
-    )
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds; ms, median (25 % .. 75 %)")
     for name in args.checkpoints:
-        policy = Policy.load(name)
+        agent = Agent.load(name)
         rng = np.random.default_rng(0)
-        size, state_dim = policy.metadata["image_size"], policy.metadata["state_dim"]
+        size, state_dim = agent.metadata["image_size"], agent.metadata["state_dim"]
         frames = rng.integers(0, 256, (args.rounds + 5, size, size, 3), np.uint8)
         states = rng.uniform(0, 0.5, (args.rounds + 5, state_dim)).astype(np.float32)
         small, large = torch.rand(1, 3, size, size), torch.rand(1, 3, 224, 224)
         ours, same_size, usual_size = [], [], []
         for image, state in zip(frames, states, strict=True):
-            ours.append(timed(lambda: policy([image], state[None], ["open the door"])))  # noqa: B023
+            ours.append(timed(lambda: agent.act([image], state[None], ["open the door"])))  # noqa: B023
             same_size.append(timed(lambda: peer(small)))  # noqa: B023
             usual_size.append(timed(lambda: peer(large)))  # noqa: B023
         for label, times in (
-            (f"{name} ({policy.model.num_parameters():,} parameters)", ours),
+            (f"{name} ({agent.model.num_parameters():,} parameters)", ours),
             (f"ResNet-18 alone, {size} pixels", same_size),
             ("ResNet-18 alone, 224 pixels", usual_size),
         ):

@@ -15,7 +15,7 @@ from tyro.conf import HelptextFromCommentsOff, OmitArgPrefixes, Positional, arg
 
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.flags import Checkpoint, Device, EncoderFlags, JsonOut, Out, Pictures, SamplingFlags, check_out
-from nanochat.training.recipes import RECIPES, Recipe, Robot, recipe_name
+from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 
 EMBED_BATCH = 16  # images per forward pass of `embed`: limits the memory
 
@@ -274,15 +274,11 @@ def import_upstream(
 def train(words: list[str]) -> None:
     """Train a model with a recipe; every field of it is a flag. With --resume, flags you omit keep their saved values."""
     recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
-    from nanochat.training.run import started_recipe
+    from nanochat.training.run import Run, started_recipe
 
     if recipe.resume:
         recipe = parse_recipe(words, {recipe_name(recipe): started_recipe(recipe)})
-    if isinstance(recipe, Robot):
-        from nanochat.training.robots import train_robot as run
-    else:
-        from nanochat.training.pictures import train as run
-    run(recipe)
+    Run(recipe).train()
 
 
 def parse_recipe(words: list[str], defaults: dict[str, Recipe]) -> Recipe:
@@ -310,12 +306,20 @@ COMMANDS = {
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }
+DESCRIPTION = (
+    "A small vision-language model: ask about pictures, train on your own, control a robot.\n\n"
+    f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags."
+)
 OLD_NAMES = {"demos": "record", "export": "pack"}  # work for one more release
 
 
 def main() -> None:
     try:
-        run_command(sys.argv[1:])
+        words = with_new_name(sys.argv[1:])
+        if words[:1] == ["train"]:
+            train(words[1:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=DESCRIPTION, args=words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as in `| head`: avoid a second error when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -332,18 +336,13 @@ def main() -> None:
         fail(f"error: {reason(error)}", 2)
 
 
-def run_command(words: list[str]) -> None:
-    if words and words[0] in OLD_NAMES:
-        old, words = words[0], [OLD_NAMES[words[0]], *words[1:]]
-        print(f"note: `nanochat {old}` is deprecated, use `nanochat {words[0]}`", file=sys.stderr)
-    if words[:1] == ["train"]:
-        train(words[1:])
-        return
-    description = (
-        "A small vision-language model: ask about pictures, train on your own, control a robot.\n\n"
-        f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags."
-    )
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=description, args=words)
+def with_new_name(words: list[str]) -> list[str]:
+    """The arguments with the current name of the command. Prints a note for an old one."""
+    if not words or words[0] not in OLD_NAMES:
+        return words
+    new = OLD_NAMES[words[0]]
+    print(f"note: `nanochat {words[0]}` is deprecated, use `nanochat {new}`", file=sys.stderr)
+    return [new, *words[1:]]
 
 
 def reason(error: BaseException) -> str:

@@ -401,11 +401,12 @@ def test_help_lists_every_command(monkeypatch, capsys):
 
 
 def test_an_error_without_a_message_is_named_by_its_type(nanochat, monkeypatch):
-    def fails(words):
+    def fails(*args):
         raise MemoryError
 
-    monkeypatch.setattr(cli, "run_command", fails)
-    assert nanochat("ask", code=2).err == "error: MemoryError\n"
+    monkeypatch.setattr("nanochat.checkpoint.load_checkpoint", fails)
+    monkeypatch.setattr("nanochat.agent.load_checkpoint", fails)
+    assert nanochat("ask", PICTURE, QUESTION, code=2).err == "error: MemoryError\n"
 
 
 def test_a_closed_pipe_is_not_an_error():
