@@ -97,7 +97,7 @@ def new_model(yolo: YOLOv9Plus):
 
 def learns_from_vision(model) -> None:
     """A few dozen steps must tell two pictures apart: the loss falls, and only with the right picture."""
-    seen = model.encode_images([scene(colour) for colour in COLOURS])  # (2, 1, D)
+    seen = model.look([scene(colour) for colour in COLOURS])  # (2, 1, D)
     tokens = torch.tensor([[999, 5, 6, 10], [999, 5, 6, 20]], device=DEVICE)
     targets = torch.full_like(tokens, -1)
     targets[:, 2] = tokens[:, 3]  # after [picture, 5, 6]: 10 for red, 20 for blue

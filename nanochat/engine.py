@@ -270,7 +270,7 @@ class Engine:
         Raises ValueError, here and not at the first step, where `add` does.
         """
         if not prompts:
-            raise ValueError("every prompt needs at least one token, got no prompts")
+            raise ValueError("every prompt needs at least one token, got an empty list of prompts")
         if options.get("cache") is not None and len(prompts) > 1:
             raise ValueError(f"a cache continues one row, got {len(prompts)} prompts")
         nothing = [None] * len(prompts)

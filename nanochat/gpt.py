@@ -115,8 +115,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.insert(self.layer, k, v)  # (B, H_kv, T_seen, D)
         # No mask: either whole rows from position 0 (causal), or one token that may attend to all cached ones.
+        causal = True if mask is None and T > 1 else False  # not the comparison itself: compiled, that is no bool
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
         )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.checkpoint import CheckpointError, load_checkpoint, load_encoder, load_resume, save_checkpoint
+from nanochat.checkpoint import CheckpointError, encoder_of, load_checkpoint, load_resume, save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hub import push_to_hub
 from nanochat.vision import YOLOv9Plus
 from tests.conftest import make_model
 from tests.test_tokenizer import TOKENIZER
@@ -59,12 +60,12 @@ def test_the_encoder_travels_with_the_model(tmp_path):
     loaded, _, _ = load_checkpoint(tmp_path / "m")
     same(model, loaded)
     picture = torch.rand(3, 40, 40)
-    torch.testing.assert_close(loaded.encode_images(picture), model.encode_images(picture))
+    torch.testing.assert_close(loaded.look(picture), model.look(picture))
     maps = model.vision_encoder.extract_features(picture, 2)
-    torch.testing.assert_close(load_encoder(tmp_path / "m").extract_features(picture, 2), maps)
+    torch.testing.assert_close(encoder_of(tmp_path / "m").extract_features(picture, 2), maps)
     saved(tmp_path / "blind")
-    with pytest.raises(CheckpointError, match="blind carries no encoder"):
-        load_encoder(tmp_path / "blind")
+    with pytest.raises(CheckpointError, match="blind has no encoder"):
+        encoder_of(tmp_path / "blind")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
@@ -388,7 +389,7 @@ def test_what_is_pushed_can_be_loaded_by_its_hub_name(tmp_path, monkeypatch):
 
     class Api:
         def create_repo(self, repo_id, private, exist_ok):
-            assert repo_id == "me/eyes" and private and exist_ok
+            assert repo_id == "me/model" and private and exist_ok
 
         def upload_folder(self, repo_id, folder_path, allow_patterns):
             return copy(folder_path, hub, allow_patterns)
@@ -400,12 +401,12 @@ def test_what_is_pushed_can_be_loaded_by_its_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "m", seed=4, resume={"x": torch.zeros(2)}, extra={"metrics.jsonl": b"{}\n"})
     (tmp_path / "m" / "secret.txt").write_text("stays at home")
-    checkpoint.push_to_hub(tmp_path / "m", "me/eyes")
+    push_to_hub(tmp_path / "m", "me/model")
     assert sorted(p.name for p in hub.iterdir()) == sorted([*checkpoint.REQUIRED, "manifest.json"])
-    assert seed_of("me/eyes") == 4
+    assert seed_of("me/model") == 4
     (tmp_path / "m" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="bytes"):
-        checkpoint.push_to_hub(tmp_path / "m", "me/eyes")
+        push_to_hub(tmp_path / "m", "me/model")
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
@@ -417,5 +418,44 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     saved(tmp_path / "m")
-    with pytest.raises(OSError, match="^me/eyes could not be uploaded: no network$"):
-        checkpoint.push_to_hub(tmp_path / "m", "me/eyes")
+    with pytest.raises(OSError, match="^me/model could not be uploaded: no network$"):
+        push_to_hub(tmp_path / "m", "me/model")
+
+
+# ---- names ----
+
+
+def test_one_resolver_knows_every_kind_of_name(tmp_path):
+    save_checkpoint(tmp_path / "m", make_model(), TOKENIZER, {})
+    assert checkpoint.locate(tmp_path / "m") == checkpoint.locate(str(tmp_path / "m")) == (tmp_path / "m").resolve()
+    for name in ("default", "robot"):
+        assert (checkpoint.locate(name) / "manifest.json").is_file()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_checkpoint(tmp_path / "not-there")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("default", True), ("robot", True), ("owner/name", True), ("yolov9t.pt", False), ("yolov9t.yaml", False),
+     ("runs/weights.pt", False), ("./owner/name", False), ("nonsense", False)],
+)  # fmt: skip
+def test_which_names_mean_a_checkpoint(name, is_one):
+    assert checkpoint.is_checkpoint(name) is is_one
+
+
+def test_an_encoder_flag_takes_a_checkpoint_or_an_encoder(tmp_path):
+    from_checkpoint = encoder_of("default")
+    assert from_checkpoint.image_size == 64 and not from_checkpoint.training
+    assert encoder_of("yolov9t.yaml").image_size == 640
+    with pytest.raises(FileNotFoundError, match="nonsense"):
+        encoder_of("nonsense")
+
+
+def test_activations_are_bfloat16_only_where_a_gpu_runs_it(monkeypatch):
+    from nanochat.gpt import default_compute_dtype
+
+    assert load_checkpoint("default")[0].compute_dtype == default_compute_dtype(torch.device("cpu")) == torch.float32
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        assert default_compute_dtype(torch.device("cuda")) == expected
+        assert default_compute_dtype(torch.device("cpu")) == torch.float32

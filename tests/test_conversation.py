@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.conversation import render
+from nanochat.actions import STATE
+from nanochat.conversation import action_message, render, user_message
+from nanochat.tokenizer import Tokenizer
 from tests.test_tokenizer import TOKENIZER
 
 IMAGE = TOKENIZER.special("<|image|>")
@@ -103,3 +105,28 @@ def test_broken_conversations_are_refused(messages, message):
 def test_only_a_question_can_be_answered():
     with pytest.raises(ValueError, match="must end with the user"):
         render(TOKENIZER, [user("a"), assistant("b")], 1, for_completion=True)
+
+
+def test_a_robots_prompt_has_a_place_for_its_state():
+    tokenizer = Tokenizer.train(["open the door"], 300)
+    tokenizer.add_special_tokens([STATE])
+    rendered = render(tokenizer, [action_message("open the door")], 3, for_completion=True)
+    words = tokenizer.encode("open the door")
+    names = ["<|bos|>", "<|user_start|>", *["<|image|>"] * 3, STATE]
+    ends = ["<|user_end|>", "<|assistant_start|>"]
+    expected = [tokenizer.special(name) for name in names] + words + [tokenizer.special(name) for name in ends]
+    assert rendered.ids == expected and rendered.n_images == 1 and not any(rendered.mask)
+
+
+def test_only_users_have_states():
+    messages = [user_message("hi"), {"role": "assistant", "content": [{"type": "state"}]}]
+    with pytest.raises(ValueError, match="message 1 is from the assistant and has a part of type state"):
+        render(Tokenizer.train(["hi"], 300), messages, 1)
+
+
+def test_user_messages_show_pictures_first():
+    assert user_message("what?", 2)["content"] == [
+        {"type": "image"},
+        {"type": "image"},
+        {"type": "text", "text": "what?"},
+    ]

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine import Engine
+from nanochat.engine import Engine, KVCache, pad_rows
+from nanochat.gpt import Inputs
 from nanochat.sampling import Sampling, choose
 from tests.conftest import make_model
 
@@ -33,17 +34,19 @@ def test_cached_logits_equal_uncached(model):
 
 @torch.no_grad()
 def test_cached_logits_equal_uncached_with_images_and_ragged_rows(model):
-    engine = Engine(model)
     prompts = [[1, IMAGE, IMAGE, 4], [IMAGE, 2], [5, 6, 7, 8, 9, 10, IMAGE]]
     vision = [torch.randn(2, 12), torch.randn(1, 12), torch.randn(1, 12)]
-    cache = engine.new_cache(3)
-    logits = [engine.prefill([list(p) for p in prompts], vision, cache)]
+    cache = Engine(model).new_cache(3)
+    idx = pad_rows(prompts, 0)
+    hidden = model.hidden(Inputs(idx, idx == IMAGE, torch.cat(vision)), cache)
+    cache.rewind([len(prompt) for prompt in prompts])
+    steps = [hidden[torch.arange(3), [len(prompt) - 1 for prompt in prompts]]]
     for token in (11, 12):
-        logits.append(engine.logits([[token]] * 3, cache))
+        steps.append(model.hidden(Inputs(torch.full((3, 1), token)), cache)[:, 0])
     for row, prompt in enumerate(prompts):
         whole = model(torch.tensor([prompt + [11, 12]]), vision[row][None])[0]
-        for step in range(3):
-            np.testing.assert_allclose(logits[step][row], whole[len(prompt) - 1 + step].numpy(), rtol=1e-4, atol=1e-4)
+        for step, hidden in enumerate(steps):
+            torch.testing.assert_close(model.logits(hidden)[row], whole[len(prompt) - 1 + step], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -53,12 +56,12 @@ def test_batched_generation_equals_single_rows(model):
     alone = [uncached(model, p, 12, v[None] if len(v) else None) for p, v in zip(prompts, vision, strict=True)]
     assert len({tuple(row) for row in alone}) == 4
     engine = Engine(model)
-    assert engine.generate(prompts, 12, vision_embeddings=vision) == alone
+    assert engine.generate(prompts, 12, images=vision) == alone
     # rows stop early, each at its own place, and the others go on
     stops = {alone[0][3], alone[2][6]}
     expected = [row[: min([row.index(s) for s in stops if s in row], default=12)] for row in alone]
     assert len({len(row) for row in expected}) > 1
-    assert engine.generate(prompts, 12, vision_embeddings=vision, stop_ids=stops) == expected
+    assert engine.generate(prompts, 12, images=vision, stop_ids=stops) == expected
 
 
 def test_chat_turns_continue_the_cache(model):
@@ -75,12 +78,125 @@ def test_chat_turns_continue_the_cache(model):
 def test_one_picture_many_questions(model):
     engine, cache = Engine(model), None
     cache, vision = engine.new_cache(), torch.randn(1, 1, 12)
-    engine.prefill([[1, IMAGE, 2]], vision, cache)
+    engine.generate([[1, IMAGE, 2]], 1, images=[vision[0]], cache=cache)
+    assert cache.lengths == [3]
     for question in ([3, 4], [5], [6, 7, 8]):
         cache.rewind([3])
         assert engine.generate([question], 5, cache=cache)[0] == uncached(model, [1, IMAGE, 2, *question], 5, vision)
     with pytest.raises(ValueError, match="rewound"):
         cache.rewind([60])
+    with pytest.raises(ValueError, match="one row"):
+        engine.generate([[1], [2]], 2, cache=cache)
+    with pytest.raises(ValueError, match="one row"):
+        engine.add([1], 2, cache=engine.new_cache(2))
+
+
+def run(engine, until=lambda: False):
+    """Step until all rows have ended; returns {row: its tokens}."""
+    said = {}
+    while engine.rows and not until():
+        for row, token in engine.step().items():
+            said.setdefault(row, []).append(token)
+    return said
+
+
+def merged(*parts):
+    return {row: [token for part in parts for token in part.get(row, [])] for row in set().union(*parts)}
+
+
+def test_rows_that_enter_late_say_what_they_say_alone(model):
+    """Rows with and without a picture, of other lengths, enter while others run; one continues a cache of its caller."""
+    vision, engine = torch.randn(1, 12), Engine(model)
+    turn = [8, 9]
+    cache = engine.new_cache()
+    first_turn = Engine(model).generate([[5, 6, 7]], 6, cache=cache)[0]
+    first = engine.add([1, 2, 3], 12)
+    parts = [engine.step(), engine.step()]
+    second, third = engine.add([4, IMAGE, 6, 7, 8, 9], 9, images=vision), engine.add([9], 3)
+    parts += [engine.step(), engine.step()]
+    fourth = engine.add([first_turn[-1], *turn], 5, cache=cache)
+    said = merged(*({row: [token] for row, token in part.items()} for part in parts), run(engine))
+    assert said[first] == uncached(model, [1, 2, 3], 12)
+    assert said[second] == uncached(model, [4, IMAGE, 6, 7, 8, 9], 9, vision[None])
+    assert said[third] == uncached(model, [9], 3)
+    assert said[fourth] == uncached(model, [5, 6, 7, *first_turn, *turn], 5)
+    assert not engine.rows and engine.cache is None
+
+
+def test_each_row_has_its_own_sampling_and_stop_ids(model):
+    engine = Engine(model)
+    plain = uncached(model, [1, 2], 8)
+    greedy = engine.add([1, 2], 8)
+    stopped = engine.add([1, 2], 8, stop_ids=[plain[4]])
+    chosen = engine.add([1, 2], 8, sampling=Sampling(temperature=1.0, allowed_ids=(3, 5)))
+    said = run(engine)
+    assert said[greedy] == plain
+    assert said[stopped] == plain[: plain.index(plain[4])]
+    assert len(said[chosen]) == 8 and set(said[chosen]) <= {3, 5}
+
+
+def test_a_dropped_row_leaves_and_the_others_do_not_notice(model):
+    engine = Engine(model)
+    rows = [engine.add(prompt, 10) for prompt in ([1, 2, 3], [4], [5, 6, 7, 8])]
+    before = [engine.step() for _ in range(3)]
+    waiting = engine.add([9], 4)
+    engine.drop(rows[1])
+    engine.drop(waiting)
+    engine.drop(99)  # unknown rows are ignored
+    said = merged(*({row: [token] for row, token in part.items()} for part in before), run(engine))
+    assert said[rows[0]] == uncached(model, [1, 2, 3], 10) and said[rows[2]] == uncached(model, [5, 6, 7, 8], 10)
+    assert len(said[rows[1]]) == 3 and waiting not in said
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=6), st.randoms()
+)
+def test_any_schedule_of_rows_gives_the_answers_of_single_rows(schedule, random):
+    """(step at which it enters, length of the prompt, new tokens) of each row."""
+    engine, said, expected = Engine(MODEL), {}, {}
+    prompts = [[random.randrange(90) for _ in range(length)] for _, length, _ in schedule]
+    for step in range(8):
+        for (start, _, n), prompt in zip(schedule, prompts, strict=True):
+            if start == step:
+                expected[engine.add(prompt, n)] = uncached(MODEL, prompt, n)
+        for row, token in engine.step().items():
+            said.setdefault(row, []).append(token)
+    assert merged(said, run(engine)) == expected
+
+
+MODEL = make_model()
+
+
+def test_a_joined_cache_holds_the_rows_of_both():
+    config = MODEL.config
+    first, second = KVCache(config, 2, 5), KVCache(config, 1, 9)
+    for cache, value in ((first, 1.0), (second, 2.0)):
+        cache.k += value
+        cache.v += value
+        cache.lengths = [3] * len(cache.lengths)
+    both = KVCache.joined(first, second)
+    assert both.max_len == 9 and both.lengths == [3, 3, 3] and both.k.shape[3] == both.v.shape[3] == 9
+    assert (both.k[:, :2, :, :5] == 1).all() and (both.v[:, 2] == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "vectors", "message"),
+    [
+        ([1, IMAGE], torch.zeros(2, 12), "1 places.*2 vectors"),
+        ([1, IMAGE, IMAGE], torch.zeros(1, 12), "2 places.*1 vectors"),
+        ([IMAGE], torch.zeros(1, 13), "vision_embedding_dim is 12"),
+        ([IMAGE], torch.full((1, 12), float("inf")), "NaN or infinite"),
+    ],
+)
+def test_vision_vectors_that_do_not_fit_are_refused(model, prompt, vectors, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model).add(prompt, 4, images=vectors)
+
+
+def test_a_stream_complains_when_it_is_made(model):
+    with pytest.raises(ValueError, match="context"):
+        Engine(model).stream([[1] * 60], 10)
 
 
 def test_seeds_reproduce_and_rows_are_independent(model):

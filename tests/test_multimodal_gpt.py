@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+from nanochat.fusion import pool_to_tokens
 from nanochat.gpt import GPT
-from nanochat.multimodal_gpt import MultimodalGPTConfig, VisionProjector, create_multimodal_gpt, pool_to_tokens
+from nanochat.multimodal_gpt import MultimodalGPTConfig, VisionProjector, create_multimodal_gpt
 from tests.conftest import make_model
 
 IMAGE = 96
@@ -23,7 +24,7 @@ def test_vectors_replace_exactly_the_marked_embeddings(model):
     idx = torch.randint(0, 90, (2, 6))
     vision = torch.randn(2, 2, 12)
     mask = mask_of(idx, (0, 1), (0, 4), (1, 0), (1, 5))
-    x = model.embed(idx, vision, mask)
+    x = model.embed(model.inputs(idx, vision, mask))
     expected = model.transformer.wte(idx).clone()
     projected = model.vision_projector(vision)
     for b, t, n in ((0, 1, 0), (0, 4, 1), (1, 0, 0), (1, 5, 1)):
@@ -190,7 +191,7 @@ def test_bad_configs_are_refused(changes, message):
 def test_without_projection_vectors_go_in_as_they_are():
     model = make_model(use_vision_projection=False, vision_embedding_dim=32)
     idx, v = torch.randint(0, 90, (1, 4)), torch.randn(1, 32)
-    torch.testing.assert_close(model.embed(idx, v, mask_of(idx, (0, 1)))[0, 1], v[0])
+    torch.testing.assert_close(model.embed(model.inputs(idx, v, mask_of(idx, (0, 1))))[0, 1], v[0])
 
 
 def test_spec_model_size():
