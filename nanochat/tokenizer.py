@@ -1,7 +1,7 @@
-"""Byte-level BPE on the `tokenizers` library: any string goes in and comes out as it was. JSON on disk, no pickle.
+"""Byte-level BPE with the `tokenizers` library. Decoding restores every string exactly; files are JSON, not pickle.
 
-Special tokens have the ids behind the learnt vocabulary and can only be made by name: the spelling of one in a user's text
-is plain text, so nobody can type a picture or another's turn.
+Special tokens have the ids after the learned vocabulary and are never made from text: the spelling of one in a user's text
+is encoded as ordinary text, so a user cannot type an image or another speaker's turn.
 """
 
 import codecs
@@ -26,50 +26,56 @@ SPECIAL_TOKENS = (
     "<|image|>",
 )
 
-# Where merges may not cross, as in nanochat (GPT-4's split, with numbers cut after two digits instead of three).
+# Merges do not cross these pieces. As in nanochat: GPT-4's pattern, with numbers split after two digits instead of three.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
 
-# Code points 0..255 and a few wide ones: what a tokenizer must give back unchanged to be one of ours.
+# Code points 0..255 and a few wider ones: a compatible tokenizer must decode these unchanged.
 PROBE = "".join(map(chr, range(256))) + "Ωж東\u0301👍🏽 A  a\r\n"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table), as character -> byte."""
+    """character -> byte: the printable character that byte-level BPE uses for each byte (GPT-2's table)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Tokenizer:
-    """Build one with `train`, `load` or `from_json`."""
+    """Made by `train`, `load` or `from_json`.
+
+    token_bytes: the bytes of each token id; b"" for special tokens. special_ids: the ids of special tokens.
+
+    Raises ValueError for a tokenizer of the library that is not byte-level, changes text, or lacks a special token.
+    """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
         missing = [name for name in SPECIAL_TOKENS if bpe.token_to_id(name) is None]
         if missing:
             raise ValueError(f"this tokenizer lacks the special tokens {', '.join(missing)}")
-        bpe.encode_special_tokens = True  # spellings of special tokens are ordinary text; not kept in the JSON
+        bpe.encode_special_tokens = True  # text like "<|image|>" is ordinary text; the JSON does not store this
         self.bpe = bpe
         self.special_ids = frozenset(i for i, token in bpe.get_added_tokens_decoder().items() if token.special)
         alphabet = byte_alphabet()
-        # the bytes of each token id; b"" for special tokens
         self.token_bytes = [b""] * bpe.get_vocab_size()
         try:
             for token, i in bpe.get_vocab().items():
                 if i not in self.special_ids:
                     self.token_bytes[i] = bytes(alphabet[c] for c in token)
         except (KeyError, IndexError) as error:
-            raise ValueError(f"this is no byte-level tokenizer with ids from 0 on: {token!r} is token {i}") from error
+            raise ValueError(f"not a byte-level tokenizer with ids from 0: {token!r} is token {i}") from error
         if self.decode(self.encode(PROBE)) != PROBE:
-            raise ValueError("this tokenizer loses text: expected byte-level BPE with all 256 bytes and no normaliser")
+            raise ValueError(
+                "this tokenizer changes text: expected byte-level BPE with all 256 bytes and no normaliser"
+            )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn merges from `texts`. `vocab_size` counts bytes, merges and special tokens, and is an upper bound: a small
-        text has fewer merges. Raises ValueError if it leaves no room for the 256 bytes and the special tokens."""
+        """Learn merges from `texts`. vocab_size: the maximum number of bytes, merges and special tokens together; a small text
+        gives fewer. Raises ValueError if it is too small for the 256 bytes and the special tokens."""
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
             raise ValueError(f"vocab_size must be at least {least} (256 bytes, special tokens), got {vocab_size}")
@@ -92,11 +98,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """Raises ValueError for what is no JSON of a tokenizer, or one of another kind than `train` makes."""
+        """A tokenizer from its JSON. Raises ValueError for other text, or for a tokenizer of another kind."""
         try:
             bpe = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for bad JSON
-            raise ValueError(f"this is no tokenizer in JSON form: {error}") from error
+            raise ValueError(f"not the JSON of a tokenizer: {error}") from error
         return cls(bpe)
 
     def to_json(self) -> str:
@@ -104,6 +110,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a JSON file. Raises OSError, and ValueError as `from_json`, with the path."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -119,15 +126,15 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def special(self, name: str) -> int:
-        """The id of a special token. Raises ValueError if there is none of that name."""
+        """The id of a special token. Raises ValueError for an unknown name."""
         i = self.bpe.token_to_id(name)
         if i is None or i not in self.special_ids:
             raise ValueError(f"there is no special token {name!r}")
         return i
 
     def add_special_tokens(self, names: Sequence[str]) -> list[int]:
-        """Let the vocabulary grow (action tokens, say): new ids at its end, in the order of `names`; those that are special
-        already keep theirs. Raises ValueError for a name that is learnt vocabulary, whose text would be lost."""
+        """Add special tokens, such as action tokens, at the end of the vocabulary, in the order of `names`; existing ones keep
+        their ids. Returns the ids. Raises ValueError for a name that is an ordinary token, since its text would be lost."""
         if isinstance(names, str):
             raise ValueError(f"add_special_tokens takes a list of names, got the string {names!r}")
         for name in names:
@@ -138,35 +145,37 @@ class Tokenizer:
         return [self.special(name) for name in names]
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError for text that has no UTF-8 form (a lone surrogate, as from a broken file name)."""
+        """The token ids of a text. Raises ValueError for a lone surrogate (as from a broken file name): it has no UTF-8 form."""
         try:
             return self.bpe.encode(text).ids
         except TypeError as error:
-            raise ValueError(f"expected text that can be written as UTF-8, got {ascii(text)[:80]}") from error
+            raise ValueError(f"expected text that can be encoded as UTF-8, found {ascii(text)[:80]}") from error
 
     def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token; b"" for a special one. Raises ValueError for an id outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
         return self.token_bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of the ids; special tokens are left out, or spelled with skip_special=False; broken UTF-8 becomes U+FFFD.
-        Raises ValueError for ids outside the vocabulary."""
+        """The text of token ids. Special tokens are left out, or spelled out with skip_special=False; broken UTF-8 becomes
+        U+FFFD. Raises ValueError for ids outside the vocabulary."""
         shown = frozenset() if skip_special else self.special_ids
         parts = (self.bpe.id_to_token(i).encode() if i in shown else self.bytes_of(i) for i in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
-    """Text of a stream of ids as it becomes certain: a character whose bytes are spread over tokens waits for the last."""
+    """Decodes a stream of token ids. A character whose bytes are in several tokens is returned with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
+        """The text that the next token completes; "" if there is none yet."""
         return self.utf8.decode(self.tokenizer.bytes_of(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        """The rest at the end of the stream: U+FFFD for an incomplete character, else ""."""
         return self.utf8.decode(b"", final=True)

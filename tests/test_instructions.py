@@ -1,4 +1,4 @@
-"""The words of Meta-World's tasks: complete, distinct, grouped as published; and the names that the commands take."""
+"""Meta-World's instructions: complete, distinct, grouped as published; and the task names that commands accept."""
 
 import re
 
@@ -47,7 +47,7 @@ def policies():
         pytest.skip(str(error))
 
 
-def test_every_task_of_the_simulator_has_words(policies):
+def test_every_task_of_the_simulator_has_instructions(policies):
     assert {f"{task}-v3" for task in INSTRUCTIONS} == set(policies)
 
 
@@ -101,12 +101,12 @@ def test_any_spelling_gives_each_task_once_in_order(names):
     "name, near", [("puhs", "push"), ("door_open", "door-open"), ("mt1O", "mt10"), ("window-opne-v3", "window-open")]
 )
 def test_a_wrong_name_is_answered_with_near_ones(name, near):
-    with pytest.raises(ValueError, match=rf"{name}.*did you mean [a-z0-9 -]*{near}.*accepted are mt10, mt50"):
+    with pytest.raises(ValueError, match=rf"{name}.*did you mean [a-z0-9 -]*{near}.*expected mt10, mt50"):
         task_list(["push", name])
 
 
 @pytest.mark.parametrize("names", [[], [""], ["xyzzy"]])
 def test_what_is_near_nothing_lists_what_is_accepted(names):
-    with pytest.raises(ValueError, match="accepted are mt10, mt50") as caught:
+    with pytest.raises(ValueError, match="expected mt10, mt50") as caught:
         task_list(names)
     assert "did you mean" not in str(caught.value)

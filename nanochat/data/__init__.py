@@ -5,13 +5,13 @@ from pathlib import Path
 from nanochat.data import easy_vqa, folder, hf, jsonl, llava
 from nanochat.data.sample import (
     CAPTION_PROMPT,
-    DataError,
     Dataset,
     Sample,
     image_key,
     limit,
     one_per_reference,
 )
+from nanochat.files import DataError
 
 __all__ = [
     "CAPTION_PROMPT",

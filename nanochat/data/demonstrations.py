@@ -17,7 +17,7 @@ from nanochat.data.pictures import encoded_square
 VAL_SHARE = 0.04  # of each task's episodes, but at least one
 TWO_DIMENSIONAL = ("action", "observation.state")  # LeRobot stores one number per frame as (T,); these become (T, 1)
 
-TaskOf = Callable[[Episode | EpisodeInfo], str]
+TaskName = Callable[[Episode | EpisodeInfo], str]
 
 
 def episode_task(episode: Episode | EpisodeInfo) -> str:
@@ -36,14 +36,14 @@ class Demonstrations:
     columns: name -> (n, ...) array, for the columns that all episodes have.
     pictures: n encoded squares.
     episode: (n,) int64, the episode of each frame. first, end: (n,) int64, the range of frames of that episode.
-    tasks: the task of each episode, as `task_of` names it. by_task: task -> [(first, end), ...], a range per episode.
+    tasks: the task of each episode, as `task_name` names it. by_task: task -> [(first, end), ...], a range per episode.
 
     Raises:
         ValueError: no episodes, or one without a camera or without the column "action".
         ImageError: a picture cannot be decoded.
     """
 
-    def __init__(self, episodes: Iterable[Episode], size: int, task_of: TaskOf = episode_task):
+    def __init__(self, episodes: Iterable[Episode], size: int, task_name: TaskName = episode_task):
         parts: dict[str, list[np.ndarray]] = {}
         self.pictures: list[bytes] = []
         self.tasks: list[str] = []
@@ -53,7 +53,7 @@ class Demonstrations:
                 found = ", ".join([*episode.columns, *episode.images])
                 raise ValueError(f'imitation learning needs a camera and a column "action"; the data has {found}')
             self.pictures += [encoded_square(picture, size) for picture in next(iter(episode.images.values()))]
-            self.tasks.append(task_of(episode))
+            self.tasks.append(task_name(episode))
             lengths.append(len(episode.columns["action"]))
             for key, values in episode.columns.items():
                 is_vector = values.ndim == 1 and key in TWO_DIMENSIONAL
@@ -105,8 +105,8 @@ class DemonstrationFolder:
     tasks: the task of each episode.
     """
 
-    def __init__(self, folder: Path, camera: str, task_of: TaskOf):
-        self.folder, self.task_of = folder, task_of
+    def __init__(self, folder: Path, camera: str, task_name: TaskName):
+        self.folder, self.task_name = folder, task_name
         if (folder / "frames.jsonl").is_file():
             episodes: Sequence[Episode | EpisodeInfo] = list(bridge_episodes(folder))
             self.cameras = list(episodes[0].images) if episodes else []
@@ -116,7 +116,7 @@ class DemonstrationFolder:
             episodes, self.cameras = dataset.episodes, dataset.cameras
             self._read = lambda number: dataset.episode(number, self.cameras and [self.camera])
         self.camera = chosen_camera(self.cameras, camera, folder)
-        self.tasks = [task_of(episode) for episode in episodes]
+        self.tasks = [task_name(episode) for episode in episodes]
 
     def numbers(self, split: str) -> list[int]:
         """The episodes of a split: "val" for the held-out ones, "fit" for the others, any other name for all."""
@@ -129,19 +129,21 @@ class DemonstrationFolder:
     def read(self, split: str, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter) -> Demonstrations:
         """The episodes of a split. track: wraps the episode numbers, to show progress. Raises as `Demonstrations`."""
         episodes = (self._read(number) for number in track(self.numbers(split)))
-        return Demonstrations(episodes, size, self.task_of)
+        return Demonstrations(episodes, size, self.task_name)
 
 
-def open_demonstrations(folder: str | Path, camera: str = "", task_of: TaskOf = episode_task) -> DemonstrationFolder:
+def open_demonstrations(
+    folder: str | Path, camera: str = "", task_name: TaskName = episode_task
+) -> DemonstrationFolder:
     """A LeRobot dataset, or a folder of BridgeData V2 frames (one with frames.jsonl). No LeRobot picture is read yet.
 
-    camera: the one to read; without a name the first. task_of: names the task of an episode.
+    camera: the one to read; without a name the first. task_name: the name of an episode's task; episodes of one name are grouped.
 
     Raises:
         FileNotFoundError, DataError: the data is missing or malformed.
         ValueError: no camera of that name.
     """
-    return DemonstrationFolder(Path(folder).expanduser(), camera, task_of)
+    return DemonstrationFolder(Path(folder).expanduser(), camera, task_name)
 
 
 def chosen_camera(cameras: Sequence[str], name: str, folder: Path) -> str:

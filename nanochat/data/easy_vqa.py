@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nanochat.data.sample import DataError, Dataset, cut, find_image, vqa_sample
+from nanochat.data.sample import Dataset, cut, find_image, vqa_sample
+from nanochat.files import DataError
 
 SPLITS = ("train", "fit", "val", "test")
 

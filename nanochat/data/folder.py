@@ -4,7 +4,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.data.sample import DataError, Dataset, caption_sample, cut, find_image, text_of, vqa_sample
+from nanochat.data.sample import Dataset, caption_sample, cut, find_image, text_of, vqa_sample
+from nanochat.files import DataError
 
 HEADERS = (("file", "caption"), ("file", "question", "answer"))
 

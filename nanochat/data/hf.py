@@ -8,7 +8,6 @@ memory. Parquet files are read in place, everything else goes through the cache 
 from pathlib import Path
 
 from nanochat.data.sample import (
-    DataError,
     Dataset,
     Sample,
     check_text,
@@ -18,6 +17,7 @@ from nanochat.data.sample import (
     normal_messages,
     row_sample,
 )
+from nanochat.files import DataError
 from nanochat.vision.images import ImageSource
 
 ROWS_AT_ONCE = 100

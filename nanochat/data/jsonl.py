@@ -4,8 +4,8 @@
 
 from pathlib import Path
 
-from nanochat.data.sample import DataError, Dataset, cut, find_image, row_sample
-from nanochat.files import json_lines
+from nanochat.data.sample import Dataset, cut, find_image, row_sample
+from nanochat.files import DataError, json_lines
 
 
 def load(path: str | Path, split: str | None = None, strict: bool = False) -> Dataset:

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from nanochat.data.sample import (
-    DataError,
     Dataset,
     Sample,
     check_text,
@@ -17,6 +16,7 @@ from nanochat.data.sample import (
     find_image,
     normal_messages,
 )
+from nanochat.files import DataError
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -1,6 +1,6 @@
-"""What Meta-World's 50 tasks (Yu et al. 2019, arXiv 1910.10897) are called in words.
+"""Instructions for Meta-World's 50 tasks (Yu et al. 2019, arXiv 1910.10897): four paraphrases each.
 
-Names are Meta-World's without its version: "push" is its "push-v3". Colours are those that the camera sees; balls mark goals.
+Names are Meta-World's without the version: "push" is its "push-v3". Colours are those in the camera image; balls mark goals.
 """
 
 import difflib
@@ -160,7 +160,7 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         "move the window's handle to the open side", "open up the sliding window"),
 }
 
-# What the observation's first object is; the reaching tasks have one that is best left alone.
+# The first object of the observation. The reaching tasks have one too, which must not be touched.
 OBJECTS: dict[str, str] = {
     "assembly": "the ring", "basketball": "the basketball", "bin-picking": "the block", "box-close": "the lid",
     "button-press": "the button", "button-press-topdown": "the button", "button-press-topdown-wall": "the button",
@@ -179,7 +179,7 @@ OBJECTS: dict[str, str] = {
     "sweep-into": "the block", "window-close": "the window handle", "window-open": "the window handle",
 }
 
-# Difficulty after Seo et al. 2022 (Masked World Models, arXiv 2206.14244), as tables of success rates group the tasks.
+# Difficulty by Seo et al. 2022 (Masked World Models, arXiv 2206.14244): published success rates group the tasks like this.
 TIERS: dict[str, tuple[str, ...]] = {
     "easy": (
         "button-press", "button-press-topdown", "button-press-topdown-wall", "button-press-wall", "coffee-button",
@@ -201,16 +201,16 @@ MT10 = (
 # fmt: on
 
 SETS = {"mt10": MT10, "mt50": tuple(sorted(INSTRUCTIONS))}
-ACCEPTED = f"accepted are mt10, mt50 and the names of tasks: {', '.join(SETS['mt50'])}"
+ACCEPTED = f"expected mt10, mt50 or task names: {', '.join(SETS['mt50'])}"
 
 
 def task_list(names: Sequence[str]) -> list[str]:
-    """The tasks that are meant, each once, in the order of their first mention.
+    """The names of the tasks, each once, in the order of their first mention.
 
-    names: of tasks ("push", "push-v3") or of sets ("mt10", "mt50"), in upper or lower case.
+    names: of tasks ("push", "push-v3") or sets ("mt10", "mt50"), in upper or lower case.
 
     Raises:
-        ValueError: for a name that is neither; the text has the nearest ones. Also for no names at all.
+        ValueError: there are no names, or an unknown one; the message suggests similar names.
     """
     if not names:
         raise ValueError(f"no tasks: {ACCEPTED}")

@@ -1,7 +1,7 @@
-"""Questions about a camera picture of Meta-World, answered from the simulator's state: no labels by hand, no simulator.
+"""Questions about a camera image of Meta-World, answered from the simulator's state, so that nobody has to label images.
 
-The camera is Meta-World's "corner2", moved nearer as in `simulator.py` and turned upright. What is asked is what a picture
-of 128 x 128 can show; where two answers would do, the question is left out.
+The camera is Meta-World's "corner2", nearer to the table, and its image is upright. Only what an image of 128 x 128 pixels
+can show is asked; a question with two acceptable answers is left out.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ import numpy as np
 from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
 
-CAMERA_POSITION = np.array([0.75, 0.075, 0.7])  # metres, world axes
-# Rows: the directions of the upright picture's right, down and depth. From cam_quat of "corner2" (Meta-World 3.1.1),
-# (-0.395038, 0.262667, -0.434937, 0.765363), with right and down turned by 180 degrees.
+# In metres, world axes. Nearer than Meta-World's own position, as in published evaluations.
+CAMERA_POSITION = np.array([0.75, 0.075, 0.7])
+# Rows: the directions right, down and depth of the upright image. From cam_quat of "corner2" (Meta-World 3.1.1),
+# (-0.395038, 0.262667, -0.434937, 0.765363), with right and down rotated by 180 degrees.
 CAMERA_AXES = np.array(
     [
         [0.549901330, 0.833182757, -0.058438184],
@@ -23,20 +24,20 @@ CAMERA_AXES = np.array(
         [-0.745705212, 0.458242100, -0.483671287],
     ]
 )
-FOCAL_LENGTH = 0.5 / tan(radians(60) / 2)  # in picture sides; 60 degrees is cam_fovy
+FOCAL_LENGTH = 0.5 / tan(radians(60) / 2)  # in image sides; 60 degrees is cam_fovy
 
-HAND, OPENING, OBJECT = slice(0, 3), 3, slice(4, 7)  # of the observation
+HAND, OPENING, OBJECT = slice(0, 3), 3, slice(4, 7)  # indices in the observation of 39 numbers
 OBJECT_POSITIONS = [0, 1, 2, 4, 5, 6, 11, 12, 13, 36, 37, 38]  # hand, object, second object and goal, x, y, z each
-GRID = 8  # cells a side: the arm's work fills a quarter of the picture
-# Openings in episodes of all 50 experts: 0.26..0.30 with nothing between the fingers, up to 0.75 round objects, 0.9..1 where
-# the fingers are told to open, fewest frames at 0.75..0.85. Only the plug of peg-unplug-side is held at 0.9.
+GRID = 8  # cells per side: the arm's workspace fills a quarter of the image
+# Openings in episodes of all 50 experts: 0.26..0.30 with nothing between the fingers, up to 0.75 around objects, 0.9..1 when
+# the fingers open, and the fewest frames at 0.75..0.85. Only the plug of peg-unplug-side is held at 0.9.
 SHUT, OPEN = 0.75, 0.85
 OPENING_KEPT, OPENING_CHANGED = 0.1, 0.2
-LEVEL = 0.03  # of the picture's side, 4 pixels of 128: less is neither left nor right
-STILL, MOVED = 0.015, 0.04  # of the picture's side: 2 pixels pass for none, 5 are seen
-DIAGONAL = 1.25  # a motion has a direction where one axis has this many times the other's
+LEVEL = 0.03  # of the image side, 4 pixels of 128: a smaller offset is neither left nor right
+STILL, MOVED = 0.015, 0.04  # of the image side: up to 2 pixels of 128 count as no motion, 5 as motion
+DIAGONAL = 1.25  # a motion has a direction if one axis moves this many times as far as the other
 
-# Tasks whose expert closes its fingers round the object. In the others shut fingers that press on it touch it too.
+# Tasks whose expert closes its fingers around the object. In the others, closed fingers also touch the object they press.
 GRIPPED = frozenset(
     "assembly basketball bin-picking box-close coffee-pull coffee-push disassemble hammer hand-insert handle-pull-side "
     "peg-insert-side peg-unplug-side pick-out-of-hole pick-place pick-place-wall push push-back push-wall shelf-place "
@@ -78,7 +79,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """images: 1, or 2 where it compares an earlier picture, which comes first, with this one."""
+    """images: 1, or 2 if it compares the image with an earlier one, which comes first."""
 
     kind: str
     question: str
@@ -95,13 +96,14 @@ def scene_questions(
     previous_t: int,
     rng: np.random.Generator,
 ) -> list[Question]:
-    """All that can be asked about frame t of an episode, one question of a kind; "task", "object", "done" always.
+    """The questions that can be asked about frame t of an episode, one of each kind; "describe", "task", "object" and "done"
+    always can.
 
-    environment_state: (T, 39), Meta-World's whole observation. success, held: (T,) bool, the task is done and the object is
-    between the fingers, in that frame. previous_t: the frame that "change" compares with. rng chooses the wording.
+    environment_state: (T, 39), Meta-World's whole observation. success, held: (T,) bool, whether the task is solved and the
+    object is between the fingers in that frame. previous_t: the frame that "change" compares with. rng: chooses the wording.
 
     Raises:
-        ValueError: for a task without instructions, arrays of other shapes, or frames outside the episode.
+        ValueError: a task without instructions, arrays of other shapes, or frames outside the episode.
     """
     check_episode(task, environment_state, success, held, (t, previous_t))
     now, before = environment_state[t], environment_state[previous_t]
@@ -126,13 +128,13 @@ def scene_questions(
 
 def check_episode(task: str, state: np.ndarray, success: np.ndarray, held: np.ndarray, frames: Sequence[int]) -> None:
     if task not in INSTRUCTIONS:
-        raise ValueError(f"there are no questions about {task!r}: it is no task of Meta-World")
+        raise ValueError(f"there are no questions about {task!r}: it is not a task of Meta-World")
     if state.ndim != 2 or state.shape[1] != 39 or not state.shape[:1] == success.shape == held.shape:
         raise ValueError(
-            f"expected (T, 39) states with (T,) success and held, got {state.shape}, {success.shape} and {held.shape}"
+            f"expected (T, 39) states with (T,) success and held, found {state.shape}, {success.shape} and {held.shape}"
         )
     if not all(0 <= frame < len(state) for frame in frames):
-        raise ValueError(f"frames {', '.join(map(str, frames))} of an episode of {len(state)}")
+        raise ValueError(f"expected frames in 0..{len(state) - 1}, found {', '.join(map(str, frames))}")
 
 
 def ask(kind: str, thing: str, instruction: str, rng: np.random.Generator) -> str:
@@ -145,7 +147,7 @@ def yes_no(truth: bool) -> str:
 
 
 def description(task: str, state: np.ndarray) -> str:
-    """What the other questions ask for one by one, in a line."""
+    """The answers to the other questions in one line."""
     fingers = {"yes": "open", "no": "shut", None: "half open"}[gripper_answer(state[OPENING])]
     cell = cell_answer(state)
     place = f"in {cell}" if cell else "out of the picture"
@@ -153,18 +155,18 @@ def description(task: str, state: np.ndarray) -> str:
 
 
 def gripper_answer(opening: float) -> str | None:
-    """None where the fingers are half-way."""
+    """Whether the gripper is open; None if the fingers are half open."""
     return "no" if opening < SHUT else "yes" if opening > OPEN else None
 
 
 def side_answer(state: np.ndarray) -> str | None:
-    """The object's side of the hand in the picture; None where they are nearly level."""
+    """Whether the object is left or right of the hand in the image; None if they are nearly in one column."""
     hand, thing = project(np.stack([state[HAND], state[OBJECT]]))[:, 0]
     return None if not abs(thing - hand) > LEVEL else "left" if thing < hand else "right"
 
 
 def cell_answer(state: np.ndarray) -> str | None:
-    """The object's cell, rows from the top and columns from the left, both from 1; None outside the picture."""
+    """The object's cell, rows from the top and columns from the left, both from 1; None outside the image."""
     (place,) = project(state[None, OBJECT])
     if not np.all((place >= 0) & (place < 1)):
         return None
@@ -173,26 +175,26 @@ def cell_answer(state: np.ndarray) -> str | None:
 
 
 def change_answer(before: np.ndarray, now: np.ndarray) -> str | None:
-    """The one thing that changed between two observations (39,); None where it was several, or too little to be sure.
+    """What changed between two observations (39,); None if several things did, or too little to be certain.
 
-    Directions are the picture's: a puck that is pushed away from the robot moves right.
+    Directions are those of the image: a puck that is pushed away from the robot moves right.
     """
     opened = float(now[OPENING] - before[OPENING])
     hand, thing = project(np.stack([now[HAND], now[OBJECT]])) - project(np.stack([before[HAND], before[OBJECT]]))
-    hand_way, way = float(np.hypot(*hand)), float(np.hypot(*thing))
-    if abs(opened) > OPENING_CHANGED and way < STILL:
+    hand_distance, distance = float(np.hypot(*hand)), float(np.hypot(*thing))
+    if abs(opened) > OPENING_CHANGED and distance < STILL:
         return "the gripper opened" if opened > 0 else "the gripper closed"
     if abs(opened) > OPENING_KEPT:
         return None
-    if way > MOVED:
+    if distance > MOVED:
         return motion_answer(*thing)
-    if way < STILL and hand_way > MOVED:
+    if distance < STILL and hand_distance > MOVED:
         return "only the arm moved"
-    return "nothing" if way < STILL and hand_way < STILL else None
+    return "nothing" if distance < STILL and hand_distance < STILL else None
 
 
 def motion_answer(right: float, down: float) -> str | None:
-    """right, down: in picture sides. None for a motion that is nearly diagonal."""
+    """The direction of a motion, given in image sides; None if it is nearly diagonal."""
     if abs(right) > DIAGONAL * abs(down):
         return f"the object moved {'right' if right > 0 else 'left'}"
     if abs(down) > DIAGONAL * abs(right):
@@ -201,10 +203,8 @@ def motion_answer(right: float, down: float) -> str | None:
 
 
 def project(points: np.ndarray) -> np.ndarray:
-    """Where points (N, 3), in metres, are in the picture: (N, 2), x to the right and y down, 0..1 inside it.
-
-    NaN for what is behind the camera.
-    """
+    """The image positions of points (N, 3) in metres: (N, 2), x to the right and y down, 0..1 inside the image; NaN for points
+    behind the camera."""
     right, down, depth = CAMERA_AXES @ (np.asarray(points, np.float64) - CAMERA_POSITION).T
     depth = np.where(depth > 0, depth, np.nan)
     return 0.5 + FOCAL_LENGTH * np.stack([right, down], 1) / depth[:, None]

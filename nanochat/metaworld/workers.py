@@ -1,4 +1,4 @@
-"""Jobs for processes of their own, as a simulator wants them."""
+"""Jobs in worker processes, for simulators."""
 
 import multiprocessing
 import os
@@ -11,32 +11,32 @@ from concurrent.futures.process import BrokenProcessPool
 def in_processes(
     work: Callable, jobs: Sequence, processes: int, initializer: Callable | None = None, initargs: tuple = ()
 ) -> Iterator:
-    """Results of work(job), in the order in which they are done.
+    """Results of work(job), in the order in which they finish. initializer(*initargs) runs once in each process.
 
-    Raises what `work` raises, and MemoryError where a process dies: a pool of multiprocessing's would wait for it for ever.
+    Raises what `work` raises, and MemoryError if a process dies: multiprocessing.Pool would wait for it forever.
     """
-    # spawned, since a forked one would share the parent's OpenGL
+    # spawn: a forked process would share the parent's OpenGL context
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, begin, (initializer, initargs))
+    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, start_worker, (initializer, initargs))
     try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()
-        pool.shutdown()  # waits for them, so that their use of memory is known
+        pool.shutdown()  # waits, so that getrusage includes the memory of the processes
     except BrokenProcessPool as error:
-        raise MemoryError("a process died, most likely for want of memory: try again with fewer --processes") from error
+        raise MemoryError("a worker process died, most likely because memory ran out: use fewer --processes") from error
     finally:
-        for process in multiprocessing.active_children():  # after Ctrl-C: nobody waits for what they are at
+        for process in multiprocessing.active_children():  # after Ctrl-C, their current jobs are not needed
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def begin(initializer: Callable | None, initargs: tuple) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def start_worker(initializer: Callable | None, initargs: tuple) -> None:
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
 
 
-def end_with_parent() -> None:
-    """A parent that is killed cannot stop its processes; without this they would wait for jobs for ever."""
+def exit_with_parent() -> None:
+    """A parent that is killed cannot stop its workers. Without this, they would wait for jobs forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
