@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
@@ -18,7 +19,6 @@ from nanochat.evaluation.questions import answer
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, task_name
-from nanochat.policy import Policy
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch, question_batch, shift_pictures
@@ -161,10 +161,10 @@ def test_it_learns_to_look(folder, tmp_path, head, worse):
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "aligned" in line][-1]
     assert last["aligned"] < min(last["shuffled"], last["blind"]) - worse, last
     assert {"aligned_accuracy", "shuffled_accuracy", "blind_accuracy"} <= last.keys()
-    policy = Policy.load(str(out))
+    agent = Agent.load(str(out))
     episode = toy_episode(101)
     image = np.asarray(Image.open(io.BytesIO(episode.images["observation.images.camera"][0])))
-    chunk = policy([image], episode.columns["observation.state"][:1], [episode.task])
+    chunk = agent.act([image], episode.columns["observation.state"][:1], [episode.task])
     assert chunk.shape == (1, 3, 4)
 
 
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path):
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             train_robot(Robot(data=str(folder), out=str(tmp_path / "b"), steps=6, **settings))
     again = train_robot(Robot(data=str(folder), out=str(tmp_path / "b"), steps=6, resume=True, **settings))
-    one, two = Policy.load(str(whole)).model.state_dict(), Policy.load(str(again)).model.state_dict()
+    one, two = Agent.load(str(whole)).model.state_dict(), Agent.load(str(again)).model.state_dict()
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-5), name
 
@@ -197,22 +197,22 @@ def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path)
         episode.columns["action"] *= 3
     write_dataset(other, episodes, 10, "toy", (SIZE, SIZE, 3))
     second = train_robot(Robot(data=str(other), out=str(tmp_path / "b"), start_from=str(first), steps=2, **TINY))
-    tables = [Policy.load(str(run)).model.transformer.wte.weight for run in (first, second)]
+    tables = [Agent.load(str(run)).model.transformer.wte.weight for run in (first, second)]
     assert (tables[0] - tables[1]).abs().max() < 0.1  # the weights were taken over, two steps ago
     third = train_robot(
         Robot(data=str(other), out=str(tmp_path / "c"), start_from=str(first), action_head="bins", steps=1, **TINY)
     )
-    assert Policy.load(str(third)).metadata["action_head"] == "bins"  # the same eyes and words, another head
+    assert Agent.load(str(third)).metadata["action_head"] == "bins"  # the same eyes and words, another head
     fourth = train_robot(
         Robot(**TINY | dict(data=str(other), out=str(tmp_path / "d"), start_from=str(first), chunk=7, steps=1))
     )
     said = json.loads((fourth / "training.json").read_text())["recipe"]
     assert (
-        said["chunk"] == Policy.load(str(fourth)).metadata["chunk"] == 3
+        said["chunk"] == Agent.load(str(fourth)).metadata["chunk"] == 3
     )  # its shape is the old one's, and so it says
     (run,) = json.loads((third / "training.json").read_text())["earlier"]
     assert (run["step"], run["data"]) == (2, str(folder)) and run["seconds"] > 0
-    high = [Policy.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
+    high = [Agent.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
     assert high[1][2] == pytest.approx(3 * high[0][2])
 
 
@@ -220,7 +220,7 @@ def test_data_without_a_simulators_state_trains_actions_alone(tmp_path):
     folder = tmp_path / "real"
     write_dataset(folder, (toy_episode(n, scene=False) for n in range(6)), 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=2, **TINY))
-    assert Policy.load(str(out)).metadata["action_dim"] == 4
+    assert Agent.load(str(out)).metadata["action_dim"] == 4
 
 
 def test_one_of_several_cameras_is_chosen(tmp_path):
@@ -255,7 +255,7 @@ def test_a_robot_with_a_single_joint(tmp_path):
         episode.columns["action"] = episode.columns["action"][:, :1]
     write_dataset(tmp_path / "one", episodes, 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(tmp_path / "one"), out=str(tmp_path / "run"), steps=1, **TINY))
-    assert Policy.load(str(out)).metadata["action_dim"] == 1
+    assert Agent.load(str(out)).metadata["action_dim"] == 1
 
 
 def test_the_exam_asks_about_what_was_kept_back(folder, tmp_path, capsys):
@@ -303,9 +303,9 @@ def test_the_exam_wants_eyes(folder, tmp_path):
 def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):
     first = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), steps=1, **TINY))
     settings = dict(data=str(folder), start_from=str(first), steps=2, **TINY)
-    before = Policy.load(str(first)).model.vision_encoder.state_dict()
+    before = Agent.load(str(first)).model.vision_encoder.state_dict()
     for train_encoder in (False, True):
         out = train_robot(Robot(out=str(tmp_path / str(train_encoder)), train_encoder=train_encoder, **settings))
-        after = Policy.load(str(out)).model.vision_encoder.state_dict()
+        after = Agent.load(str(out)).model.vision_encoder.state_dict()
         same = all(torch.equal(value, after[name]) for name, value in before.items())
         assert same is not train_encoder
