@@ -13,11 +13,10 @@ from nanochat.data.sample import vqa_sample
 from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
 from nanochat.metaworld.scene import OBJECT_POSITIONS, PHRASES, Question, scene_questions
 
-ENVIRONMENT_STATE, SUCCESS, HELD = (
-    "observation.environment_state",
-    "observation.success",
-    "observation.held",
-)  # columns that only the simulator can fill
+# Columns that only the simulator can fill.
+ENVIRONMENT_STATE = "observation.environment_state"
+SUCCESS = "observation.success"
+HELD = "observation.held"
 LAST_FRAMES = 25  # half of the questions are about the end of an episode: elsewhere the task is rarely done
 FRAMES_BACK = (5, 25)  # how far "what changed?" looks back: at least, below
 
