@@ -1,0 +1,66 @@
+"""run_multimodal.sh with a stand-in for the virtual environment: what it installs and what it starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = '#!/bin/sh\necho "$(basename "$0") $*" >> log\n'
+INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs the script and returns the commands that it started."""
+    for name in ("run_multimodal.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("python", "nanochat"):
+        (tmp_path / ".venv/bin" / name).write_text(STAND_IN)
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def start(*words):
+        (tmp_path / "log").write_text("")
+        script = [shutil.which("bash"), tmp_path / "run_multimodal.sh", *words]
+        subprocess.run(script, check=True, env=os.environ | {"PYTHON": sys.executable}, capture_output=True)
+        return [line for line in (tmp_path / "log").read_text().splitlines() if "pip --version" not in line]
+
+    return start
+
+
+def test_the_demo_is_the_default_and_is_installed_once(run):
+    assert run() == [INSTALL + ".[robot]", "nanochat demo"]
+    assert run("demo", "--seed", "2") == ["nanochat demo --seed 2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "extras"),
+    [
+        ("record", "[robot]"), ("demos", "[robot]"), ("rollout", "[robot]"), ("policy-server", "[robot]"),
+        ("train", "[train,eval]"), ("eval", "[train,eval]"), ("import-upstream", "[upstream]"),
+        ("ask", ""), ("pack", ""), ("export", ""),
+    ],
+)  # fmt: skip
+def test_a_command_installs_what_it_needs(run, command, extras):
+    assert run(command, "a b") == [f"{INSTALL}.{extras}", f"nanochat {command} a b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "-n auto"),
+        (["tests/test_gpt.py", "-x"], "-n auto tests/test_gpt.py -x"),
+        (["-n", "2"], "-n 2"),
+        (["-n0"], "-n0"),
+        (["--numprocesses=3"], "--numprocesses=3"),
+        (["--pdb"], "--pdb"),
+    ],
+)
+def test_tests_run_in_parallel_unless_the_user_decides(run, words, expected):
+    *installs, tests = run("test", *words)
+    assert installs[0] == INSTALL + ".[dev]" and "openpi-client" in installs[1]
+    assert tests == f"python -m pytest {expected}".strip()
