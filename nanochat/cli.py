@@ -185,6 +185,8 @@ def evaluate(
     """
     from nanochat.devices import pick_device
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
     if json_out is not None:
         check_out(json_out)
     if (Path(dataset).expanduser() / "meta" / "info.json").is_file():

@@ -355,7 +355,7 @@ def text_file(tmp_path):
         (["eval", "default", "TEXT", "--json", "FOLDER"], "FOLDER is a folder, expected the name of a file"),
         (["eval", "default", "TEXT", "--batch-size", "0"], "batch size must be at least 1, got 0"),
         (["push", "nowhere", "me/model"], "no such folder"),
-        (["eval", "default", "easy_vqa", "--limit", "0"], "at least 1"),
+        (["eval", "default", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["train", "folder", "--data", "FOLDER", "--out", "FOLDER/run"], "cannot read the dataset"),
         (["train", "folder", "--out", "FOLDER/run"], "--data"),
         (["import-upstream", "FOLDER", "-o", "FOLDER/up"], "no model_NNNNNN.pt"),
