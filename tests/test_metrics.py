@@ -20,6 +20,7 @@ from nanochat.evaluation.metrics import (
     cider,
     exact_match,
     normalize_answer,
+    wilson,
 )
 
 captions = st.lists(st.sampled_from(["a", "dog", "cat", "runs", "on", "grass", "."]), max_size=8).map(" ".join)
@@ -111,6 +112,13 @@ def test_bootstrap_refuses_nothing_and_mismatches():
         accuracy([], [])
     with pytest.raises(ValueError, match="2 scored rows but 1 image keys"):
         accuracy([True, False], ["a"])
+
+
+def test_wilson():
+    assert wilson(80, 100) == pytest.approx(
+        [0.711, 0.867], abs=2e-3
+    )  # Newcombe 1998's form, by an independent calculator
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1 and wilson(10, 10)[0] > 0.6
 
 
 # ---- captions ----

@@ -1,4 +1,4 @@
-"""Closed loop: the figures, the controls, and a small rollout with a policy that knows nothing."""
+"""Closed-loop evaluation: the figures, the controls, and small rollouts with an untrained policy."""
 
 import json
 import multiprocessing
@@ -10,21 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.evaluation import rollout
-from nanochat.evaluation.metrics import wilson
-from nanochat.evaluation.questions import balanced, score
-from nanochat.evaluation.rollout import Job, Outcome, drive, run, summary, told
+from nanochat.evaluation.rollout import Job, Outcome, instruction_for, make_jobs, run_job, run_rollouts, summary
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
-from nanochat.metaworld.scene import Question
 from nanochat.metaworld.workers import in_processes
-from tests.test_robot_model import make_model
-from tests.test_robot_model import tokenizer as tokenizer  # a fixture
 from tests.test_simulator import needs_simulator
+from tests.tiny_policy import make_policy, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    tokenizer, folder = make_tokenizer(["open the door"]), tmp_path_factory.mktemp("policy") / "c"
+    save_checkpoint(folder, make_policy(tokenizer), tokenizer, {})
+    return str(folder)
 
 
 def outcome(task, seed, success, driver="policy"):
@@ -49,62 +51,53 @@ def test_some_tasks_have_no_tiers():
     assert "macro" not in row and row["tasks"] == {"reach": 1.0}
 
 
-def test_intervals_of_rates():
-    assert wilson(80, 100) == pytest.approx(
-        [0.711, 0.867], abs=2e-3
-    )  # Newcombe 1998's form, by an independent calculator
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1 and wilson(10, 10)[0] > 0.6
-
-
 def test_shuffled_instructions_are_another_tasks():
     tasks = list(MT10)
     for names in (tasks, ["reach"], ["reach", "push"]):
         for task in names:
-            assert told(names, task, "policy") == INSTRUCTIONS[task][0]
-            assert told(names, task, "shuffled") != INSTRUCTIONS[task][0]
-    assert len({told(tasks, task, "shuffled") for task in tasks}) == len(tasks)
+            assert instruction_for(names, task, "policy") == INSTRUCTIONS[task][0]
+            assert instruction_for(names, task, "shuffled") != INSTRUCTIONS[task][0]
+    assert len({instruction_for(tasks, task, "shuffled") for task in tasks}) == len(tasks)
 
 
-def test_balanced_accuracy_of_one_answer_is_a_half():
-    truths = ["no"] * 90 + ["yes"] * 10
-    assert balanced(truths, [truth == "no" for truth in truths]) == 0.5
-    asked = [Question("done", "done?", truth) for truth in truths]
-    row = score(asked, list(range(100)), {"aligned": ["no"] * 95 + ["yes"] * 5, "blind": ["no"] * 100})["done"]
-    assert row["aligned"] == 0.95 and row["majority"] == 0.9
-    assert row["balanced"] == {"aligned": pytest.approx(0.75), "blind": 0.5}
+def test_jobs_cover_every_episode_once_in_parts_of_ten():
+    jobs = make_jobs(["reach", "push"], range(3, 15), ["policy", "blind"], 5, 32, 100, None)
+    assert [len(job.seeds) for job in jobs] == [10, 2] * 4
+    asked = [(job.driver, job.task, seed) for job in jobs for seed in job.seeds]
+    assert len(set(asked)) == len(asked) == 2 * 2 * 12
+    assert {seed for *_, seed in asked} == set(range(3, 15))
 
 
 @needs_simulator
-def test_the_expert_drives_and_chance_does_not():
-    expert = drive(Job("door-open", "open the door", "expert", (0, 1), 5, 32, 120))
-    chance = drive(Job("door-open", "open the door", "random", (0, 1), 5, 32, 120))
+def test_the_expert_succeeds_and_random_actions_do_not():
+    expert = run_job(Job("door-open", "open the door", "expert", (0, 1), 5, 32, 120))
+    chance = run_job(Job("door-open", "open the door", "random", (0, 1), 5, 32, 120))
     assert [o.success for o in expert] == [True, True] and [o.success for o in chance] == [False, False]
-    assert [o.seed for o in expert] == [0, 1] and all(o.steps == 120 and o.looks == 24 for o in chance)
+    assert [o.seed for o in expert] == [0, 1] and all(o.steps < 120 for o in expert)
+    assert all(o.steps == 120 and o.looks == 24 for o in chance)
 
 
 @needs_simulator
-def test_a_policy_whose_head_has_gone_mad_moves_nothing(monkeypatch):
-    """NaN from the network: the arm holds, and every action is counted."""
+def test_a_policy_that_returns_nan_moves_nothing():
+    """The arm holds, and every action is counted."""
 
     def broken(images, states, instructions):
         return np.full((len(states), 10, 4), np.nan, np.float32)
 
-    monkeypatch.setattr(rollout, "policy", broken, raising=False)
-    (found,) = drive(Job("reach", "go", "policy", (0,), 5, 32, 10))
+    (found,) = run_job(Job("reach", "go", "policy", (0,), 5, 32, 10), broken)
     assert found.warnings == {"not finite": 10} and not found.success
 
 
 @needs_simulator
-def test_what_the_policy_is_shown_and_told(monkeypatch):
+def test_pictures_and_instructions_of_each_driver():
     seen = []
 
     def watched(images, states, instructions):
         seen.append((images, instructions))
         return np.zeros((len(states), 10, 4), np.float32)
 
-    monkeypatch.setattr(rollout, "policy", watched, raising=False)
     for driver in ("policy", "shuffled", "blind"):
-        drive(Job("reach", told(list(MT10), "reach", driver), driver, (0, 1), 5, 32, 5))
+        run_job(Job("reach", instruction_for(list(MT10), "reach", driver), driver, (0, 1), 5, 32, 5), watched)
     (shown, right), (shown_too, wrong), (hidden, right_too) = seen
     assert hidden == [None, None] and right == right_too == [INSTRUCTIONS["reach"][0]] * 2
     assert wrong == [INSTRUCTIONS["push"][0]] * 2
@@ -113,11 +106,61 @@ def test_what_the_policy_is_shown_and_told(monkeypatch):
 
 
 @needs_simulator
-def test_many_episodes_are_driven_a_few_at_a_time(tokenizer, tmp_path):
-    save_checkpoint(tmp_path / "c", make_model(tokenizer, "continuous", state_dim=4), tokenizer, {})
+def test_a_blind_policy_sees_nothing_while_gifs_are_made(tmp_path):
+    def watched(images, states, instructions):
+        assert images == [None] * len(states)
+        return np.zeros((len(states), 10, 4), np.float32)
+
+    run_job(Job("reach", "go", "blind", (0, 1), 5, 32, 5, str(tmp_path)), watched)
+    assert len(list(tmp_path.glob("blind-reach-*.gif"))) == 2
+
+
+@needs_simulator
+def test_an_episode_ends_within_a_chunk():
+    """At the step of its success, or at max_steps."""
+    (by_step,) = run_job(Job("door-open", "open the door", "expert", (0,), 1, 32, 120))
+    (by_chunk,) = run_job(Job("door-open", "open the door", "expert", (0,), 7, 32, 120))
+    assert by_step.success and by_chunk.success and by_step.steps == by_chunk.steps == by_step.looks
+    assert by_chunk.steps % 7 and by_chunk.looks == by_chunk.steps // 7 + 1
+    (late,) = run_job(Job("door-open", "open the door", "random", (0,), 5, 32, 12))
+    assert (late.steps, late.looks, late.success) == (12, 3, False)
+
+
+@needs_simulator
+def test_only_running_episodes_are_in_the_batch():
+    """Seed 0 and seed 1 need different numbers of steps; the network does not see the one that has finished."""
+    from nanochat.metaworld.simulator import Arm
+
+    arms, sizes = {}, []
+
+    def expert(images, states, instructions):
+        sizes.append(len(states))
+        chunk = []
+        for state in states:
+            seed = next((s for s, arm in arms.items() if np.array_equal(arm.observation[:4].astype(np.float32), state)))
+            action = arms[seed].expert_action()
+            arms[seed].step(action)
+            chunk.append([action])
+        return np.array(chunk)
+
+    for seed in (0, 1):
+        arms[seed] = Arm("door-open", 32)
+        arms[seed].reset(seed)
+    found = run_job(Job("door-open", "open the door", "policy", (0, 1), 1, 32, 120), expert)
+    steps = [o.steps for o in found]
+    assert [o.success for o in found] == [True, True] and steps[0] != steps[1]
+    assert sizes == [2] * min(steps) + [1] * (max(steps) - min(steps))
+    assert [o.looks for o in found] == steps
+
+
+@needs_simulator
+def test_twelve_episodes_are_run_by_two_processes(checkpoint, tmp_path):
     out = tmp_path / "figures.json"
-    run(str(tmp_path / "c"), ["reach"], 12, 3, ["blind", "blind"], 3, 3, 2, None, out, torch.device("cpu"))
+    found = run_rollouts(
+        checkpoint, ["reach"], 12, 3, ["blind", "blind"], 3, 3, 2, gifs=None, json_out=out, device="cpu"
+    )
     result = json.loads(out.read_text())
+    assert result["drivers"] == found["drivers"] and result["peak_memory_mb"] > 50 and result["steps_per_s"] > 0
     assert sorted(outcome["seed"] for outcome in result["outcomes"]) == list(range(3, 15))
     assert {outcome["looks"] for outcome in result["outcomes"]} == {1}
 
@@ -188,14 +231,24 @@ def is_running(process: int) -> bool:
 
 
 @needs_simulator
-def test_a_rollout_from_a_checkpoint(tokenizer, tmp_path):
-    torch.manual_seed(0)
-    model = make_model(tokenizer, "continuous", state_dim=4)
-    save_checkpoint(tmp_path / "c", model, tokenizer, {})
-    out, films = tmp_path / "figures.json", tmp_path / "films"
-    run(str(tmp_path / "c"), ["reach"], 2, 0, ["policy", "shuffled", "blind"], 3, 9, 1, films, out, torch.device("cpu"))
+def test_a_rollout_from_a_checkpoint(checkpoint, tmp_path):
+    out, gifs = tmp_path / "figures.json", tmp_path / "gifs"
+
+    def rollouts(drivers, execute=3, episodes=2, max_steps=9, gifs=None, json_out=None):
+        return run_rollouts(checkpoint, ["reach"], episodes, 0, drivers, execute, max_steps, 1, gifs, json_out, "cpu")
+
+    rollouts(["policy", "shuffled", "blind"], gifs=gifs, json_out=out)
     result = json.loads(out.read_text())
     assert set(result["drivers"]) == {"policy", "shuffled", "blind"} and len(result["outcomes"]) == 6
-    assert len(list(films.glob("*.gif"))) == 6
-    with pytest.raises(ValueError, match="execute must lie in 1..3"):
-        run(str(tmp_path / "c"), ["reach"], 2, 0, ["policy"], 4, 9, 1, None, None, torch.device("cpu"))
+    names = {path.name for path in gifs.iterdir()}
+    assert names == {
+        f"{driver}-reach-{seed}-failure.gif" for driver in ("policy", "shuffled", "blind") for seed in (0, 1)
+    }
+    with Image.open(gifs / "policy-reach-0-failure.gif") as film:
+        assert film.n_frames == 4 and film.size == (256, 256)  # 3 observations, and the end
+    with pytest.raises(ValueError, match="execute must be in 1..3"):
+        rollouts(["policy"], execute=4)
+    with pytest.raises(ValueError, match="episodes must be at least 1"):
+        rollouts(["policy"], episodes=0)
+    with pytest.raises(ValueError, match="max_steps must be in 1..500"):
+        rollouts(["policy"], max_steps=501)

@@ -1,10 +1,9 @@
-"""How good answers and captions are, with 95 % intervals, and the commonest answer, which needs no look at the picture:
-every score is to be read beside it.
+"""Scores of answers and captions, with 95 % intervals. This module does not import torch.
 
-Intervals come from the bootstrap over images: several questions about one image are right or wrong together, so images
-are drawn with replacement, each with all that was asked about it (cluster bootstrap; Efron & Tibshirani 1993). The
-bounds are percentiles. With one image, or where every answer is right, the interval has no width; that is the method's
-limit and no certainty.
+`accuracy` and `bootstrap` resample images, not questions: answers about one image are right or wrong together, so a
+resample draws images with replacement, each with all its questions (cluster bootstrap; Efron & Tibshirani 1993). The
+bounds are percentiles. The interval has no width if there is only one image or if every answer is right; this is a limit
+of the method and does not mean that the score is certain. `wilson` gives the interval of a plain success rate.
 """
 
 import re
@@ -37,7 +36,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Whether the normalised prediction is one of the normalised references."""
+    """Whether the normalised prediction equals one of the normalised references."""
     return normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
 
 
@@ -45,9 +44,12 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
 
 
 def accuracy(correct: Sequence[bool] | np.ndarray, images: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """The mean of 0/1 values (or of any others, as differences of two models or CIDEr) with its interval over images.
+    """The mean of `correct` and its bootstrap interval over images. Any values do: 0/1, CIDEr, differences of two models.
 
-    correct: (n,); images: which image each belongs to, e.g. `data.image_key`.
+    correct: (n,); images: (n,) the image of each, such as `data.image_key`.
+
+    Raises:
+        ValueError: see `bootstrap`.
     """
     correct = np.asarray(correct, dtype=np.float64)
     statistics = np.stack([correct, np.ones_like(correct)], axis=1)  # (n, 2): sum and count
@@ -61,17 +63,17 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[Estimate]:
-    """m scores of summed statistics, and their 95 % percentile intervals over resampled images.
+    """m scores, each a function of summed statistics, with 95 % percentile intervals over resampled images.
 
-    statistics: (n, k), one row a question or caption; score: (..., k) sums -> (..., m).
+    statistics: (n, k), one row for each question or caption; score: (..., k) sums -> (..., m).
 
     Raises:
-        ValueError: nothing to score, or another number of images than of rows.
+        ValueError: there are no rows, or the number of images is not the number of rows.
     """
     if len(statistics) == 0:
         raise ValueError("there is nothing to score: no predictions")
     if len(statistics) != len(images):
-        raise ValueError(f"{len(statistics)} scored rows but {len(images)} image keys; each row needs one")
+        raise ValueError(f"found {len(statistics)} scored rows but {len(images)} image keys; each row needs one key")
     numbers: dict[Hashable, int] = {}
     cluster = np.array([numbers.setdefault(image, len(numbers)) for image in images])
     n = len(numbers)
@@ -90,22 +92,22 @@ def bootstrap(
     return [Estimate(*map(float, row)) for row in zip(score(sums.sum(axis=0)), low, high, strict=True)]
 
 
-# ---- captions ----
-
-
 def wilson(successes: int, n: int) -> list[float]:
-    """[low, high]: the 95 % interval of a rate (Wilson 1927), which holds for small n and for rates of 0 and 1."""
+    """[low, high], the 95 % interval of the rate successes / n (Wilson 1927). It is valid for small n and for rates 0 and 1."""
     z, rate = 1.96, successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
+# ---- captions ----
+
+
 def caption_tokens(text: str) -> list[str]:
     """Lower-case words without punctuation, "A dog's toy." -> a, dog, s, toy.
 
-    Published numbers mostly use the PTBTokenizer, which needs Java and is not used here; it differs little on plain
-    captions (it keeps hyphens and the apostrophe of "'s").
+    Most published numbers use the PTBTokenizer, which needs Java. The difference is small for plain captions: the
+    PTBTokenizer keeps hyphens and the apostrophe of "'s".
     """
     return re.findall(r"[^\W_]+", text.lower())
 
@@ -115,7 +117,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
     Raises:
         ImportError: pycocoevalcap is not installed.
-        ValueError: no predictions, or a caption without references.
+        ValueError: there are no predictions, or a caption has no references.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -128,16 +130,17 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 def bleu_interval(
     predictions: Sequence[str], references: Sequence[Sequence[str]], images: Sequence[Hashable], seed: int = 0
 ) -> list[Estimate]:
-    """BLEU-1 to BLEU-4, 0..1, with intervals over images: corpus BLEU is computed anew from the counts of each resample."""
+    """BLEU-1 to BLEU-4, 0..1, with intervals over images. Each resample has its own corpus BLEU, from its summed counts."""
     statistics = np.array([bleu_statistics(p, r) for p, r in zip(predictions, references, strict=True)])
     return bootstrap(statistics, images, bleu_score, seed)
 
 
 def bleu_statistics(prediction: str, references: Sequence[str]) -> list[int]:
-    """What corpus BLEU sums up: 4 clipped n-gram matches, 4 n-gram counts, length, length of the closest reference."""
+    """The counts that corpus BLEU sums over captions: 4 clipped n-gram matches, 4 n-gram counts, the length, and the
+    length of the closest reference. Raises ValueError if there are no references."""
     words, reference_words = caption_tokens(prediction), [caption_tokens(reference) for reference in references]
     if not reference_words:
-        raise ValueError(f"the caption {prediction!r} has no references to be scored against")
+        raise ValueError(f"the caption {prediction!r} has no references to compare with")
     matches, counts = [], []
     for n in range(1, MAX_N + 1):
         allowed: Counter = Counter()
@@ -161,14 +164,14 @@ def bleu_score(sums: np.ndarray) -> np.ndarray:
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr-D of each caption, (n,) in 0..10 (Vedantam et al. 2015), by pycocoevalcap; their mean is the corpus value.
+    """CIDEr-D of each caption, (n,) in 0..10 (Vedantam et al. 2015), by pycocoevalcap; the mean is the corpus value.
 
-    Rare words weigh more, and rarity is counted over the references given: values of different subsets do not compare,
-    and with one image all are 0.
+    Rare words weigh more, and rarity is counted over the given references. So values of different subsets cannot be
+    compared, and with one image all values are 0.
 
     Raises:
         ImportError: pycocoevalcap is not installed.
-        ValueError: no predictions, or a caption without references.
+        ValueError: there are no predictions, or a caption has no references.
     """
     try:
         from pycocoevalcap.cider.cider import Cider
@@ -181,11 +184,11 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np
 
 
 def _coco_form(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
-    """(references, predictions) as pycocoevalcap takes them: number -> list of texts that it splits at spaces."""
+    """(references, predictions) as pycocoevalcap expects them: number -> list of texts, which it splits at spaces."""
     if not predictions:
         raise ValueError("there is nothing to score: no predictions")
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references")
+        raise ValueError(f"found {len(predictions)} predictions but {len(references)} lists of references")
     for prediction, captions in zip(predictions, references, strict=True):
         if not captions or isinstance(captions, str):
             raise ValueError(f"the caption {prediction!r} needs a list of references, found {captions!r}")

@@ -1,5 +1,5 @@
-"""Scores of a checkpoint, each beside what is reached without looking: the same questions with another picture
-(shuffled), with none (blind, the question-only guess of the same model), and the commonest answer (majority)."""
+"""Scores of a checkpoint on questions or captions about photographs, each next to its controls: the same questions with
+another picture (shuffled), without a picture (blind), and the most common answer (majority)."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,27 +13,26 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat.assistant import Assistant
+from nanochat.agent import Agent
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset
-from nanochat.data.sample import written_whole
 from nanochat.evaluation import metrics
-from nanochat.evaluation.controls import commonest_answer
+from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
+from nanochat.files import atomic_path
 
-WAYS = ("aligned", "shuffled", "blind")
 NEW_TOKENS = {"vqa": 24, "caption": 32}
 
 
 @dataclass
 class Answers:
-    """What the model said to each sample, in each of the ways: not shuffled where there is no other picture."""
+    """The model's answers to all samples under each condition; "shuffled" is missing if there is only one picture."""
 
     dataset: Dataset
-    said: dict[str, list[str]]
+    by_condition: dict[str, list[str]]
     too_long: int = 0
-    "Samples whose question fills the context: their answers are empty, and wrong."
+    "Number of samples whose question fills the context. Their answers are empty and count as wrong."
 
 
-def run(
+def evaluate_dataset(
     checkpoint: str,
     dataset: str,
     split: str,
@@ -42,98 +41,98 @@ def run(
     batch_size: int,
     strict: bool,
     device: torch.device,
-) -> None:
-    """Answer a dataset (a random subset of it with n_samples), print the scores, and write them to `json_out`."""
+) -> dict:
+    """Answer a dataset, or a random subset of n_samples; print the scores and return them (see `score`).
+
+    json_out: a file to write the scores to.
+
+    Raises:
+        ValueError: the batch size is below 1, or a sample has not exactly one picture.
+        DataError, CheckpointError: the dataset or the checkpoint cannot be read.
+    """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-    found = load_dataset(dataset, split, strict)
+    data = load_dataset(dataset, split, strict)
     if n_samples is not None:
-        found.samples = limit(found.samples, n_samples)
-    assistant = Assistant.load(checkpoint, device)
+        data.samples = limit(data.samples, n_samples)
+    agent = Agent.load(checkpoint, device)
     console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("answering", total=None)
         answers = answer_dataset(
-            assistant, found, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
+            agent, data, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     result = score(answers)
     console.print(table(result))
-    if found.skipped:
-        console.print(f"{found.skipped} rows left out: their picture is missing")
+    if data.skipped:
+        console.print(f"{data.skipped} rows left out: their picture is missing")
     if answers.too_long:
-        console.print(f"{answers.too_long} questions do not fit the context: counted as wrong")
+        console.print(f"{answers.too_long} questions do not fit into the context: counted as wrong")
     if json_out is not None:
-        with written_whole(json_out) as new:
+        with atomic_path(json_out) as new:
             new.write_text(json.dumps(result, indent=1))
+    return result
 
 
 def answer_dataset(
-    assistant: Assistant,
+    agent: Agent,
     dataset: Dataset,
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
-    """Greedy answers to every sample. Raises ValueError for samples of other than one picture: "another picture" would
-    have no meaning there."""
+    """Greedy answers to every sample under every condition. progress(done, total) is called after each batch.
+
+    Raises:
+        ValueError: a sample has not exactly one picture; "another picture" would have no meaning for it.
+    """
     samples = dataset.samples
     for sample in samples:
         if len(sample.images) != 1:
             raise ValueError(
-                f"evaluation takes one picture a sample, found {len(sample.images)} at {sample.question!r}"
+                f"evaluation needs exactly one picture per sample, found {len(sample.images)} at {sample.question!r}"
             )
     keys = [image_key(sample.images[0]) for sample in samples]
     images = {key: sample.images[0] for key, sample in zip(keys, samples, strict=True)}
-    context, wanted = assistant.model.config.sequence_len, NEW_TOKENS[dataset.task]
-    rooms = [min(wanted, context - len(assistant.prompt(sample.messages[:-1]))) for sample in samples]
-    ways = WAYS if len(images) > 1 else ("aligned", "blind")
+    row_of = {key: row for row, key in enumerate(images)}
+    context, wanted = agent.model.config.sequence_len, NEW_TOKENS[dataset.task]
+    rooms = [min(wanted, context - len(agent.prompt(sample.messages[:-1]))) for sample in samples]
     parts = list(batches(rooms, batch_size))
-    steps = -(-len(images) // batch_size) + len(ways) * len(parts)
-    done = 0
+    n_conditions = len(CONDITIONS) if len(images) > 1 else len(CONDITIONS) - 1
+    total, done = -(-len(images) // batch_size) + n_conditions * len(parts), 0
 
-    seen: dict[str, torch.Tensor] = {}
-    names = list(images)
-    for start in range(0, len(names), batch_size):
-        part = names[start : start + batch_size]
-        seen |= zip(part, assistant.look([images[name] for name in part]), strict=True)
-        progress(done := done + 1, steps)
-
-    other = dict(zip(names, another_image(names), strict=True))
-    nothing = torch.zeros_like(next(iter(seen.values())))
-    choose = {"aligned": lambda key: seen[key], "shuffled": lambda key: seen[other[key]], "blind": lambda key: nothing}
-    said = {way: [""] * len(samples) for way in ways}
-    for way in ways:
+    looked, pictures = [], list(images.values())
+    for start in range(0, len(pictures), batch_size):
+        looked.append(agent.look(pictures[start : start + batch_size]))
+        progress(done := done + 1, total)
+    by_condition = {}
+    for condition, vectors in conditions(torch.cat(looked), list(images)).items():  # (pictures, N, D)
+        found = by_condition[condition] = [""] * len(samples)
         for room, part in parts:
             conversations = [samples[i].messages[:-1] for i in part]
-            vectors = [choose[way](keys[i])[None] for i in part]
-            for i, answer in zip(part, assistant.answer_all(conversations, vectors, room), strict=True):
-                said[way][i] = answer
-            progress(done := done + 1, steps)
-    return Answers(dataset, said, sum(room < 1 for room in rooms))
+            shown = [vectors[row_of[keys[i]], None] for i in part]  # (1, N, D) each
+            for i, answer in zip(part, agent.answer_all(conversations, shown, room), strict=True):
+                found[i] = answer
+            progress(done := done + 1, total)
+    return Answers(dataset, by_condition, sum(room < 1 for room in rooms))
 
 
 def batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """(new tokens, rows that are answered with so many), at most `size` rows at a time; rows without room in none."""
+    """(number of new tokens, rows that are answered with that number), at most `size` rows each; rows without room are
+    left out."""
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         rows = [row for row, own in enumerate(rooms) if own == room]
         for start in range(0, len(rows), size):
             yield room, rows[start : start + size]
 
 
-def another_image(names: Sequence[str], seed: int = 0) -> list[str]:
-    """For each name another one, no name twice: the successor in a random circle."""
-    order = np.random.default_rng(seed).permutation(len(names))
-    other = [""] * len(names)
-    for here, there in zip(order, np.roll(order, -1), strict=True):
-        other[here] = names[there]
-    return other
-
-
 def score(answers: Answers) -> dict:
-    """{"dataset", "n", "n_images", then "accuracy" for questions, or "bleu1".."bleu4" and "cider" for captions}: each
-    {"aligned", "shuffled" (None where there is one picture), "blind", ("majority",) "ci95": [low, high] of aligned}.
-    Shares are 0..1, BLEU and CIDEr on their usual scale of 0..100. "too_long", where there are such, counts questions that
-    fill the context."""
-    dataset, said = answers.dataset, answers.said
+    """{"dataset", "n", "n_images", "skipped", then "accuracy" for questions, or "bleu1".."bleu4" and "cider" for captions}.
+
+    Each measure is {"aligned", "shuffled" (None if there is only one picture), "blind", "majority" (questions only),
+    "ci95": [low, high] of aligned}. Accuracy is 0..1, BLEU and CIDEr have their usual scale of 0..100. "too_long" is there
+    if some questions fill the context: their number.
+    """
+    dataset = answers.dataset
     keys = [image_key(sample.images[0]) for sample in dataset.samples]
     result = {
         "dataset": dataset.name,
@@ -144,47 +143,47 @@ def score(answers: Answers) -> dict:
     if answers.too_long:
         result["too_long"] = answers.too_long
     scorer = score_vqa if dataset.task == "vqa" else score_captions
-    return result | scorer(dataset.samples, said, keys)
+    return result | scorer(dataset.samples, answers.by_condition, keys)
 
 
-def score_vqa(samples: Sequence[Sample], said: dict[str, list[str]], keys: list[str]) -> dict:
+def score_vqa(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
     references = [sample.references for sample in samples]
 
     def correct(predictions):
         return [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
 
     majority = commonest_answer([usual for usual, *_ in references])
-    ways = said | {"majority": [majority] * len(samples)}
-    row = {way: float(np.mean(correct(predictions))) for way, predictions in ways.items()}
-    return {"accuracy": measure(row, metrics.accuracy(correct(said["aligned"]), keys))}
+    predicted = by_condition | {"majority": [majority] * len(samples)}
+    row = {name: float(np.mean(correct(predictions))) for name, predictions in predicted.items()}
+    return {"accuracy": measure(row, metrics.accuracy(correct(by_condition["aligned"]), keys))}
 
 
-def score_captions(samples: Sequence[Sample], said: dict[str, list[str]], keys: list[str]) -> dict:
+def score_captions(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
     references = [sample.references for sample in samples]
-    bleu = {way: metrics.bleu(predictions, references) for way, predictions in said.items()}
-    intervals = metrics.bleu_interval(said["aligned"], references, keys)
+    bleu = {condition: metrics.bleu(predictions, references) for condition, predictions in by_condition.items()}
+    intervals = metrics.bleu_interval(by_condition["aligned"], references, keys)
     result = {
-        f"bleu{n + 1}": measure({way: values[n] for way, values in bleu.items()}, interval, 100)
+        f"bleu{n + 1}": measure({condition: values[n] for condition, values in bleu.items()}, interval, 100)
         for n, interval in enumerate(intervals)
     }
-    cider = {way: metrics.cider(predictions, references) for way, predictions in said.items()}
-    row = {way: float(values.mean()) for way, values in cider.items()}
+    cider = {condition: metrics.cider(predictions, references) for condition, predictions in by_condition.items()}
+    row = {condition: float(values.mean()) for condition, values in cider.items()}
     return result | {"cider": measure(row, metrics.accuracy(cider["aligned"], keys), 100)}
 
 
 def measure(row: dict[str, float], interval: metrics.Estimate, scale: float = 1) -> dict:
-    """A row of the result: every way, and the interval of aligned."""
-    scaled = {way: scale * value for way, value in row.items()}
-    return dict.fromkeys(WAYS) | scaled | {"ci95": [scale * interval.low, scale * interval.high]}
+    """One measure of the result: its value under every condition, and the interval of aligned."""
+    scaled = {name: scale * value for name, value in row.items()}
+    return dict.fromkeys(CONDITIONS) | scaled | {"ci95": [scale * interval.low, scale * interval.high]}
 
 
 def table(result: dict) -> Table:
-    """The scores as people read them: one row a measure, the right picture's column first."""
+    """The scores for a terminal: one row per measure, the column with the right picture first."""
     measures = {name: row for name, row in result.items() if isinstance(row, dict)}
-    columns = [c for c in (*WAYS, "majority") if any(c in row for row in measures.values())]
+    columns = [c for c in (*CONDITIONS, "majority") if any(c in row for row in measures.values())]
     out = Table(title=f"{escape(result['dataset'])}: {result['n']:,} samples, {result['n_images']:,} pictures")
     if "majority" in columns:
-        out.caption = "majority: the commonest answer of these samples, so flattered"
+        out.caption = "majority: the most common answer, computed on the test answers, so optimistic"
     out.add_column("")
     for column in ("aligned", "95 % interval", *columns[1:]):
         out.add_column(column, justify="right")

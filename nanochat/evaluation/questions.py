@@ -1,53 +1,57 @@
-"""How well a policy answers questions about what it sees: for each kind of question the share of right answers, beside the same
-questions with another picture (shuffled), with none (blind), and the commonest answer (majority).
+"""How well a robot model answers questions about camera pictures of a recorded dataset: for each kind of question the share
+of right answers, next to its controls (see `controls`).
 
-"Is it done?" is answered no by almost every frame of an episode. Its balanced accuracy, the mean of the rates for yes and
-for no, is 50 % for any answer that does not look.
+Almost every frame of an episode has the answer "no" to "is the task done?". The balanced accuracy is the mean of the shares
+of right answers for "yes" and for "no", so it is 50 % for any constant answer.
 """
 
 import json
-from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from rich.table import Table
 
-from nanochat.assistant import Assistant, resolve_checkpoint
-from nanochat.checkpoint import load_checkpoint
-from nanochat.data.demonstrations import Demonstrations, open_demonstrations
-from nanochat.data.sample import written_whole
+from nanochat.agent import Agent
+from nanochat.conversation import user_message
+from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
 from nanochat.evaluation.metrics import accuracy, exact_match
-from nanochat.metaworld.questions import draw_asked, has_scene, question_messages, questions, task_name
+from nanochat.files import atomic_path
+from nanochat.metaworld.questions import draw_asked, has_scene, questions, task_name
 from nanochat.metaworld.scene import Question
 
 NEW_TOKENS = 40  # a description has 25
-WAYS = ("aligned", "shuffled", "blind")
 console = Console()
 
 
-def run(
+def evaluate_questions(
     checkpoint: str, folder: str, split: str, n_frames: int, batch_size: int, json_out: Path | None,
     device: torch.device, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Ask about up to n_frames different random frames of the demonstrations in `folder`, half of them from the ends of
-    episodes, where things get done. split: "val" and "fit" are the episodes that training keeps back, and the others; any
-    other name is all. Prints a table and returns its figures, {kind: {"n", "aligned", ..., "majority", "balanced"}}."""
-    model, tokenizer, training = load_checkpoint(resolve_checkpoint(checkpoint), device)
-    assistant = Assistant(model, tokenizer)
-    if not assistant.tokens_per_image:
-        raise ValueError(f"{checkpoint} is a text model without eyes: these questions are about pictures")
-    recipe = training.get("recipe", {})
-    trained_on, source = recipe.get("data"), open_demonstrations(folder, recipe.get("camera", ""), task_name)
-    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == source.folder.resolve():
-        console.print(
-            "[yellow]The model was trained on these episodes: --split val are those that it was not.[/yellow]"
-        )
+    """Ask about up to n_frames random frames of the demonstrations in `folder`; print the scores and return them.
+
+    Half of the frames are from the ends of episodes, where tasks get done; no frame is used twice. split: "val" for the
+    episodes that training holds out, "fit" for the others, any other name for all. json_out: a file to write the scores to.
+
+    Returns {kind of question: {"n", "aligned", "shuffled", "blind", "majority", "ci95", "balanced"}}, see `score`.
+
+    Raises:
+        ValueError: the batch size is below 1, the model cannot see, or the data has no simulator state.
+        DataError, CheckpointError: the dataset or the checkpoint cannot be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    agent = Agent.load(checkpoint, device)
+    if not agent.tokens_per_image:
+        raise ValueError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
+    source = open_source(folder, split, agent.training.get("recipe", {}))
     data = source.read(
-        split, model.config.vision_image_size, partial(track, description="reading episodes", console=console)
+        split, agent.model.config.vision_image_size, partial(track, description="reading episodes", console=console)
     )
     if not has_scene(data):
         raise ValueError(
@@ -56,68 +60,106 @@ def run(
     rng = np.random.default_rng(seed)
     frames = list(dict.fromkeys(draw_asked(data, n_frames, rng)))
     asked = [found for frame in frames for found in questions(data, frame, rng)]
-    said = {way: [] for way in WAYS}
-    with Progress(console=console) as progress:
-        for start in progress.track(range(0, len(asked), batch_size), description="answering"):
-            part = asked[start : start + batch_size]
-            for way, answers in answer(assistant, data, part).items():
-                said[way] += answers
+    answers = answer_questions(agent, data, asked, batch_size, partial(track, console=console))
     episodes = [int(data.episode[shown[-1]]) for shown, _ in asked]
-    result = score([question for _, question in asked], episodes, said)
+    result = score([question for _, question in asked], episodes, answers)
     console.print(table(result, len(frames), len(data.by_task)))
     if json_out is not None:
-        with written_whole(json_out) as new:
+        with atomic_path(json_out) as new:
             new.write_text(json.dumps(result, indent=1))
     return result
 
 
-def answer(assistant: Assistant, data: Demonstrations, part: list) -> dict[str, list[str]]:
-    """Greedy answers to a batch in each way; "shuffled" shows the pictures of the batch's next frame."""
-    numbers = sorted({frame for frames, _ in part for frame in frames})
-    seen = dict(zip(numbers, assistant.look(list(data.images(numbers))), strict=True))
-    other = dict(zip(numbers, numbers[len(numbers) // 2 :] + numbers[: len(numbers) // 2], strict=True))
-    conversations = [question_messages(asked.question, "", len(frames))[:1] for frames, asked in part]
-    vectors = [torch.stack([seen[frame] for frame in frames]) for frames, _ in part]
-    shuffled = [torch.stack([seen[other[frame]] for frame in frames]) for frames, _ in part]
-    ways = {"aligned": vectors, "shuffled": shuffled, "blind": [torch.zeros_like(v) for v in vectors]}
-    return {way: assistant.answer_all(conversations, shown, NEW_TOKENS) for way, shown in ways.items()}
+def open_source(folder: str, split: str, recipe: dict) -> DemonstrationFolder:
+    """The dataset, with the camera that the model was trained with. Warns if the model was trained on these episodes.
+
+    recipe: of the training run; may be empty.
+    """
+    source = open_demonstrations(folder, recipe.get("camera", ""), task_name)
+    trained_on = recipe.get("data")
+    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == source.folder.resolve():
+        console.print(
+            "[yellow]The model was trained on these episodes; --split val selects the held-out ones.[/yellow]"
+        )
+    if len(source.cameras) > 1:
+        console.print(f"camera {source.camera}; the data has {', '.join(source.cameras)}")
+    return source
 
 
-def score(asked: list[Question], episodes: list[int], said: dict[str, list[str]]) -> dict:
-    """For each kind of question, see `run`. Intervals are over episodes: frames of one are right or wrong together."""
+def answer_questions(
+    agent: Agent,
+    data: Demonstrations,
+    asked: Sequence[tuple[list[int], Question]],
+    batch_size: int,
+    progress: Callable[..., Iterable[int]] = lambda starts, description: starts,
+) -> dict[str, list[str]]:
+    """Greedy answers to all questions under each condition; "shuffled" is missing if all frames are of one episode.
+
+    asked: (frames to show, question). Pictures are exchanged between episodes, over all frames that are asked about: the
+    batch size changes no answer. progress: wraps the starts of the batches.
+    """
+    numbers = sorted({frame for frames, _ in asked for frame in frames})
+    row_of = {frame: row for row, frame in enumerate(numbers)}
+    starts = range(0, len(numbers), batch_size)
+    looked = [
+        agent.look(list(data.images(numbers[start : start + batch_size])))
+        for start in progress(starts, description="encoding pictures")
+    ]
+    shown = conditions(torch.cat(looked), [int(data.episode[frame]) for frame in numbers])  # (frames, N, D) each
+    answers: dict[str, list[str]] = {condition: [] for condition in shown}
+    for start in progress(range(0, len(asked), batch_size), description="answering"):
+        part = asked[start : start + batch_size]
+        conversations = [[user_message(found.question, len(frames))] for frames, found in part]
+        rows = [[row_of[frame] for frame in frames] for frames, _ in part]
+        for condition, vectors in shown.items():
+            answers[condition] += agent.answer_all(conversations, [vectors[own] for own in rows], NEW_TOKENS)
+    return answers
+
+
+def score(asked: Sequence[Question], episodes: Sequence[int], answers: dict[str, list[str]]) -> dict:
+    """{kind: {"n", "aligned", "shuffled", "blind", "majority", "ci95": [low, high] of aligned, "balanced": {condition: ...}}}.
+
+    Values are shares of right answers; None under a condition that is not in `answers`. The interval is over episodes,
+    because the frames of one episode are right or wrong together.
+    """
     result = {}
     for kind in dict.fromkeys(question.kind for question in asked):
         rows = [i for i, question in enumerate(asked) if question.kind == kind]
         truths = [asked[i].answer for i in rows]
-        right = {way: [exact_match(said[way][i], [asked[i].answer]) for i in rows] for way in said}
-        counts = Counter(truths)
-        result[kind] = {"n": len(rows)} | {way: float(np.mean(hits)) for way, hits in right.items()}
-        result[kind]["majority"] = counts.most_common(1)[0][1] / len(rows)
+        right = {name: [exact_match(found[i], [asked[i].answer]) for i in rows] for name, found in answers.items()}
+        majority = commonest_answer(truths)
         estimate = accuracy(right["aligned"], [episodes[i] for i in rows])
-        result[kind]["ci95"] = [estimate.low, estimate.high]
-        result[kind]["balanced"] = {way: balanced(truths, hits) for way, hits in right.items()}
+        result[kind] = {
+            "n": len(rows),
+            **dict.fromkeys(CONDITIONS),
+            **{name: float(np.mean(hits)) for name, hits in right.items()},
+            "majority": float(np.mean([exact_match(majority, [truth]) for truth in truths])),
+            "ci95": [estimate.low, estimate.high],
+            "balanced": dict.fromkeys(CONDITIONS) | {name: balanced(truths, hits) for name, hits in right.items()},
+        }
     return result
 
 
 def balanced(truths: list[str], hits: list[bool]) -> float:
-    """The mean, over the different right answers, of the share that was hit."""
+    """Balanced accuracy: the mean, over the different right answers, of the share that was answered rightly."""
     return float(
         np.mean([np.mean([h for t, h in zip(truths, hits, strict=True) if t == truth]) for truth in set(truths)])
     )
 
 
 def table(result: dict, n_frames: int, n_tasks: int) -> Table:
-    out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks, % right")
+    """The scores for a terminal: one row per kind of question."""
+    out = Table(title=f"questions about {n_frames:,} frames of {n_tasks} tasks, % of answers that are right")
     out.caption = (
-        "other: about another picture; major: always the commonest answer; bal: mean over the different answers"
+        "shuf: with a picture of another episode; major: the most common answer, computed on the test answers, so "
+        "optimistic; bal: balanced accuracy"
     )
-    columns = ("kind", "n", "right", "95 %", "other", "blind", "major", "bal", "other")
+    columns = ("kind", "n", "right", "95 %", "shuf", "blind", "major", "bal", "bal shuf")
     for column in columns:
         out.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
     for kind, row in result.items():
-        shares = [row[way] for way in ("aligned", "shuffled", "blind", "majority")]
-        right, *others = [
-            f"{share:.1%}" for share in (*shares, row["balanced"]["aligned"], row["balanced"]["shuffled"])
-        ]
+        shares = [row[name] for name in ("aligned", "shuffled", "blind", "majority")]
+        shares += [row["balanced"]["aligned"], row["balanced"]["shuffled"]]
+        right, *others = ["" if share is None else f"{share:.1%}" for share in shares]
         out.add_row(kind, str(row["n"]), right, "..".join(f"{100 * v:.0f}" for v in row["ci95"]), *others)
     return out

@@ -1,14 +1,15 @@
-"""Closed loop: a policy drives the simulated arm, and what counts is whether the task is done.
+"""Closed-loop evaluation: a policy drives the simulated arm, and the score is the share of episodes that succeed.
 
-An episode is a task and a seed. Processes take the tasks in turn; each drives up to ten episodes of a task side by side, with
-one batched pass through the network for all of them. Beside the policy, the same seeds with another task's words (shuffled),
-without a picture (blind), with random actions, and with the scripted expert.
+An episode is a task and a seed. Worker processes take jobs of up to ten episodes of one task and run the episodes of a job in
+lockstep, with one batched pass through the network for all of them. The policy can be compared, on the same seeds, with its
+controls (the instruction of another task: shuffled; no picture: blind), with random actions, and with the scripted expert.
 """
 
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,21 +20,26 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat.data.sample import written_whole
+from nanochat.agent import Agent
 from nanochat.evaluation import metrics
+from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
 from nanochat.metaworld.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
 from nanochat.metaworld.workers import in_processes
-from nanochat.policy import Policy
 
-DRIVERS = ("policy", "shuffled", "blind", "random", "expert")
-SIDE_BY_SIDE = 10  # episodes of a job: each has a simulator and a renderer, 100 to 200 MB
+EPISODES_PER_JOB = 10  # each has a simulator and a renderer, 100 to 200 MB
+NETWORK_DRIVERS = ("policy", "shuffled", "blind")
 console = Console()
+
+Act = Callable[[Sequence, np.ndarray, Sequence[str]], np.ndarray]  # images, states, instructions -> (B, chunk, 4)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Episodes of one task. instruction: what the policy is told; execute: steps of a chunk until it looks again."""
+    """Episodes of one task. instruction: given to the policy. driver: policy, shuffled, blind, random or expert.
+
+    execute: actions of a chunk that are executed before the next observation. gifs: folder for a GIF of each episode.
+    """
 
     task: str
     instruction: str
@@ -42,12 +48,14 @@ class Job:
     execute: int
     image_size: int
     max_steps: int = MAX_STEPS
-    record: str | None = None
+    gifs: str | None = None
 
 
 @dataclass
 class Outcome:
-    """How one episode went. looks: passes through the network; seconds: of the whole job, shared by its episodes."""
+    """The result of one episode. looks: chunks that the driver chose, each after a new observation. network_s: the episode's
+    share of the time in the network. seconds: the time of the whole job, which its episodes share. warnings: counts of
+    corrected actions, see `safety.SafeActions`."""
 
     task: str
     driver: str
@@ -60,34 +68,36 @@ class Outcome:
     warnings: dict
 
 
-def run(
+# ---- running ----
+
+
+def run_rollouts(
     checkpoint: str, tasks: list[str], episodes: int, seed: int, drivers: list[str], execute: int, max_steps: int,
-    processes: int, record: Path | None, json_out: Path | None, device: torch.device,
-) -> None:  # fmt: skip
-    """Drive, print the tables, and write the figures to `json_out`."""
-    policy = Policy.load(checkpoint)
-    if not 1 <= execute <= policy.model.config.chunk:
-        raise ValueError(f"execute must lie in 1..{policy.model.config.chunk}, the policy's chunk, got {execute}")
-    if episodes < 1 or seed < 0:
-        raise ValueError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
-    if not 1 <= max_steps <= MAX_STEPS:
-        raise ValueError(f"max_steps must lie in 1..{MAX_STEPS}, where Meta-World ends an episode, got {max_steps}")
-    if record is not None:
-        record.mkdir(parents=True, exist_ok=True)
-    size = policy.model.config.vision_image_size
-    Arm(tasks[0], size).image()  # a machine that cannot draw says so once, not in every process
-    drivers, last = list(dict.fromkeys(drivers)), seed + episodes
-    jobs = [
-        Job(task, told(tasks, task, driver), driver, seeds, execute, size, max_steps, str(record) if record else None)
-        for driver in drivers
-        for task in tasks
-        for first in range(seed, last, SIDE_BY_SIDE)
-        for seeds in [tuple(range(first, min(first + SIDE_BY_SIDE, last)))]
-    ]
+    processes: int, gifs: Path | None, json_out: Path | None, device: torch.device | str,
+) -> dict:  # fmt: skip
+    """Run all episodes, print the tables and return the figures (see `summary`).
+
+    episodes: per task, with the seeds seed, seed + 1, ...; gifs: folder for a GIF of every episode; json_out: a file for the
+    figures. Every process loads the checkpoint to `device`.
+
+    Raises:
+        ValueError: a number is out of its range, or the checkpoint is not a policy.
+        SimulatorError: Meta-World is not installed, or nothing can be rendered here.
+    """
+    agent = Agent.load(checkpoint)
+    agent.check_can_act()
+    config = agent.model.config
+    check_numbers(episodes, seed, execute, max_steps, config.chunk)
+    if gifs is not None:
+        gifs.mkdir(parents=True, exist_ok=True)
+    size = config.vision_image_size
+    Arm(tasks[0], size).image()  # if rendering fails, it fails once here and not in every process
+    drivers = list(dict.fromkeys(drivers))
+    jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs)
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
-        bar = progress.add_task("driving", total=len(drivers) * len(tasks) * episodes)
-        for found in in_processes(drive, jobs, processes, open_policy, (checkpoint, str(device))):
+        bar = progress.add_task("running episodes", total=len(drivers) * len(tasks) * episodes)
+        for found in in_processes(run_job_here, jobs, processes, load_here, (checkpoint, str(device))):
             outcomes += found
             progress.advance(bar, len(found))
     seconds = time.perf_counter() - started
@@ -98,83 +108,128 @@ def run(
     }  # fmt: skip
     report(result, tasks, drivers)
     if json_out is not None:
-        with written_whole(json_out) as new:
+        with atomic_path(json_out) as new:
             new.write_text(json.dumps(result | {"outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1))
+    return result
 
 
-def told(tasks: list[str], task: str, driver: str) -> str:
-    """The instruction: the task's own, or for "shuffled" that of the next task of the list (of all tasks, if there is one)."""
+def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk: int) -> None:
+    if not 1 <= execute <= chunk:
+        raise ValueError(f"execute must be in 1..{chunk}, the policy's chunk, got {execute}")
+    if episodes < 1 or seed < 0:
+        raise ValueError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
+    if not 1 <= max_steps <= MAX_STEPS:
+        raise ValueError(f"max_steps must be in 1..{MAX_STEPS}, where Meta-World ends an episode, got {max_steps}")
+
+
+def make_jobs(
+    tasks: list[str], seeds: range, drivers: list[str], execute: int, size: int, max_steps: int, gifs: Path | None
+) -> list[Job]:
+    """Jobs of up to EPISODES_PER_JOB episodes, driver by driver and task by task."""
+    parts = [tuple(seeds[start : start + EPISODES_PER_JOB]) for start in range(0, len(seeds), EPISODES_PER_JOB)]
+    folder = str(gifs) if gifs else None
+    return [
+        Job(task, instruction_for(tasks, task, driver), driver, part, execute, size, max_steps, folder)
+        for driver in drivers
+        for task in tasks
+        for part in parts
+    ]
+
+
+def instruction_for(tasks: list[str], task: str, driver: str) -> str:
+    """The instruction of the task. For "shuffled" it is that of the next task in `tasks`, or in all tasks if there is one."""
     if driver != "shuffled":
         return INSTRUCTIONS[task][0]
     names = tasks if len(tasks) > 1 else sorted(INSTRUCTIONS)
     return INSTRUCTIONS[names[(names.index(task) + 1) % len(names)]][0]
 
 
-def open_policy(checkpoint: str, device: str) -> None:
-    """Each process has its own: the network is small, and one thread is the fastest for it."""
-    global policy
+def load_here(checkpoint: str, device: str) -> None:
+    """Load the checkpoint for this worker process. One thread is the fastest for a small network."""
+    global worker_agent
     torch.set_num_threads(1)
-    policy = Policy.load(checkpoint, device)
+    worker_agent = Agent.load(checkpoint, device)
 
 
-def drive(job: Job) -> list[Outcome]:
-    """All episodes of a job side by side."""
-    started, network = time.perf_counter(), 0.0
-    arms = [Arm(job.task, job.image_size) for _ in job.seeds]
-    scenes = [arm.reset(seed) for arm, seed in zip(arms, job.seeds, strict=True)]
-    limits = [arm_limits() for _ in arms]
-    done, looks = [False] * len(arms), [0] * len(arms)
-    films: list[list[np.ndarray]] = [[] for _ in arms]
-    rng = np.random.default_rng(job.seeds[0])
-    while running := [i for i, arm in enumerate(arms) if not done[i] and arm.steps < job.max_steps]:
-        images = dict.fromkeys(running)
-        if job.record or job.driver in ("policy", "shuffled"):
-            images = {i: arms[i].image() for i in running}
-        if job.record:
-            for i in running:
-                films[i].append(images[i])
-        since = time.perf_counter()
-        chunks = choose(job, [images[i] for i in running], np.stack([scenes[i].state for i in running]), rng)
-        network += time.perf_counter() - since
-        for number, i in enumerate(running):
-            looks[i] += 1
-            for step in range(job.execute):
-                action = arms[i].expert_action() if job.driver == "expert" else chunks[number, step]
-                scenes[i] = arms[i].step(limits[i](action))
-                done[i] = scenes[i].success
-                if done[i] or arms[i].steps == job.max_steps:
-                    break
-    if job.record:
-        for arm, film, seed, success in zip(arms, films, job.seeds, done, strict=True):
-            name = f"{job.driver}-{job.task}-{seed}-{'success' if success else 'failure'}.gif"
-            write_gif(Path(job.record) / name, [*film, arm.image()])
-    seconds = time.perf_counter() - started
-    outcomes = []
-    for i, arm in enumerate(arms):
-        share = network * looks[i] / sum(looks)
-        outcomes.append(
-            Outcome(
-                job.task, job.driver, job.seeds[i], done[i], arm.steps, looks[i], share, seconds, dict(limits[i].counts)
-            )
+def run_job_here(job: Job) -> list[Outcome]:
+    return run_job(job, worker_agent.act)
+
+
+class Episode:
+    """One episode in progress."""
+
+    def __init__(self, job: Job, seed: int):
+        self.job, self.seed = job, seed
+        self.arm, self.limits = Arm(job.task, job.image_size), arm_limits()
+        self.scene = self.arm.reset(seed)
+        self.looks, self.film = 0, []
+
+    @property
+    def running(self) -> bool:
+        return not self.scene.success and self.arm.steps < self.job.max_steps
+
+    def picture(self) -> np.ndarray | None:
+        """(S, S, 3) uint8; None if neither the driver nor a GIF needs it, because rendering is slow."""
+        if not self.job.gifs and self.job.driver not in ("policy", "shuffled"):
+            return None
+        image = self.arm.image()
+        if self.job.gifs:
+            self.film.append(image)
+        return image
+
+    def execute(self, chunk: np.ndarray | None) -> None:
+        """Execute the first actions of a chunk (chunk, 4); None: let the expert choose every action."""
+        self.looks += 1
+        for step in range(self.job.execute):
+            action = self.arm.expert_action() if chunk is None else chunk[step]
+            self.scene = self.arm.step(self.limits(action))
+            if not self.running:
+                break
+
+    def finish(self, network_s: float, seconds: float) -> Outcome:
+        """Write the GIF and close the simulator."""
+        job, success = self.job, self.scene.success
+        if job.gifs:
+            name = f"{job.driver}-{job.task}-{self.seed}-{'success' if success else 'failure'}.gif"
+            write_gif(Path(job.gifs) / name, [*self.film, self.arm.image()])
+        steps = self.arm.steps
+        self.arm.close()
+        return Outcome(
+            job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts)
         )
-        arm.close()
-    return outcomes
 
 
-def choose(job: Job, images: list, states: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    """Chunks of actions (B, chunk, 4); None for the expert, who decides anew at every step."""
+def run_job(job: Job, act: Act | None = None) -> list[Outcome]:
+    """Run all episodes of a job in lockstep. act: the policy, see `Act`; the drivers random and expert need none."""
+    started, network = time.perf_counter(), 0.0
+    episodes = [Episode(job, seed) for seed in job.seeds]
+    rng = np.random.default_rng(job.seeds[0])
+    while running := [episode for episode in episodes if episode.running]:
+        images = [episode.picture() for episode in running]
+        states = np.stack([episode.scene.state for episode in running])
+        since = time.perf_counter()
+        chunks = choose(job, act, images, states, rng)
+        network += time.perf_counter() - since
+        for number, episode in enumerate(running):
+            episode.execute(None if chunks is None else chunks[number])
+    seconds, looks = time.perf_counter() - started, sum(episode.looks for episode in episodes)
+    return [episode.finish(network * episode.looks / looks, seconds) for episode in episodes]
+
+
+def choose(job: Job, act: Act | None, images: list, states: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    """Chunks of actions (B, chunk, 4); None for the expert, which chooses an action at every step."""
     if job.driver == "expert":
         return None
     if job.driver == "random":
         return rng.uniform(-1, 1, (len(states), job.execute, ACTION_DIM)).astype(np.float32)
     if job.driver == "blind":
         images = [None] * len(states)
-    return policy(images, states, [job.instruction] * len(states))
+    return act(images, states, [job.instruction] * len(states))
 
 
 def write_gif(path: Path, film: list[np.ndarray]) -> None:
     frames = [Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC) for image in film]
-    with written_whole(path) as new:
+    with atomic_path(path) as new:
         frames[0].save(new, format="GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
@@ -183,7 +238,7 @@ def write_gif(path: Path, film: list[np.ndarray]) -> None:
 
 def summary(outcomes: list[Outcome], tasks: list[str]) -> dict:
     """{"drivers": {driver: {"tasks": {task: rate}, "pooled", "pooled_ci95", "ms_per_chunk", "warnings", and for all 50 tasks
-    "tiers", "macro", "macro_ci95"}}}; rates are shares."""
+    "tiers", "macro", "macro_ci95"}}}; rates are 0..1."""
     result = {}
     for driver in dict.fromkeys(outcome.driver for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.driver == driver]
@@ -202,46 +257,50 @@ def summary(outcomes: list[Outcome], tasks: list[str]) -> dict:
     return {"drivers": result}
 
 
-def tier_rates(by_task: dict[str, list[bool]], n_draws: int = 2000) -> dict:
-    """The tiers' rates, their mean, and its interval: episodes of each task are drawn anew, tasks are not."""
+def tier_rates(by_task: dict[str, list[bool]], resamples: int = 2000) -> dict:
+    """The success rate of each tier, their mean, and its bootstrap interval: the episodes of each task are resampled, the
+    tasks are not."""
     tiers = {tier: float(np.mean([s for task in names for s in by_task[task]])) for tier, names in TIERS.items()}
     rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(n_draws):
-        again = {task: rng.choice(successes, len(successes)).mean() for task, successes in by_task.items()}
-        draws.append(np.mean([np.mean([again[task] for task in names]) for names in TIERS.values()]))
-    low, high = np.quantile(draws, (0.025, 0.975)).tolist()
+    means = []
+    for _ in range(resamples):
+        resampled = {task: rng.choice(successes, len(successes)).mean() for task, successes in by_task.items()}
+        means.append(np.mean([np.mean([resampled[task] for task in names]) for names in TIERS.values()]))
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
     return {"tiers": tiers, "macro": float(np.mean(list(tiers.values()))), "macro_ci95": [low, high]}
 
 
 def peak_memory_mb() -> float:
-    """Of the largest of the driving processes, where they have ended."""
+    """The peak memory of the largest worker process that has ended."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
 
 def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
-    rows = result["drivers"]
-    table = Table(title=f"success, {result['episodes']} episodes a task from seed {result['seed']}")
+    """Print the success rates, a column per driver, and the speed."""
+    rows = [result["drivers"][driver] for driver in drivers]
+    table = Table(title=f"success rate, {result['episodes']} episodes per task from seed {result['seed']}")
     table.add_column("task")
     for driver in drivers:
         table.add_column(driver, justify="right")
     for task in tasks:
-        table.add_row(task, *(f"{rows[driver]['tasks'][task]:.0%}" for driver in drivers))
+        table.add_row(task, *(f"{row['tasks'][task]:.0%}" for row in rows))
     table.add_section()
-    for tier in rows[drivers[0]].get("tiers", {}):
-        table.add_row(tier, *(f"{rows[driver]['tiers'][tier]:.1%}" for driver in drivers))
+    for tier in rows[0].get("tiers", {}):
+        table.add_row(tier, *(f"{row['tiers'][tier]:.1%}" for row in rows))
     for name, label in (("macro", "mean of the tiers"), ("pooled", "all episodes")):
-        if name in rows[drivers[0]]:
-            low_high = [" .. ".join(f"{v:.1%}" for v in rows[driver][f"{name}_ci95"]) for driver in drivers]
-            cells = [
-                f"{rows[driver][name]:.1%}\n{interval}" for driver, interval in zip(drivers, low_high, strict=True)
-            ]
-            table.add_row(label, *cells)
+        if name in rows[0]:
+            intervals = [" .. ".join(f"{value:.1%}" for value in row[f"{name}_ci95"]) for row in rows]
+            table.add_row(
+                label, *(f"{row[name]:.1%}\n{low_high}" for row, low_high in zip(rows, intervals, strict=True))
+            )
     console.print(table)
-    asked = [driver for driver in drivers if driver in ("policy", "shuffled", "blind")]
-    network = f"{rows[asked[0]]['ms_per_chunk']:.1f} ms of network a chunk and episode (batched), " if asked else ""
+    with_network = [driver for driver in drivers if driver in NETWORK_DRIVERS]
+    network = ""
+    if with_network:
+        ms = result["drivers"][with_network[0]]["ms_per_chunk"]
+        network = f"{ms:.1f} ms of network per chunk and episode (batched), "
     console.print(
-        f"{network}{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB a process, "
+        f"{network}{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB per process, "
         f"{result['seconds'] / 60:.1f} min"
     )
