@@ -9,17 +9,13 @@ import torch
 from PIL import Image
 
 from nanochat.agent import Agent
-from nanochat.checkpoint import save_checkpoint
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
-from nanochat.evaluation import questions as exam
-from nanochat.evaluation.questions import answer
-from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig
+from nanochat.gpt import IGNORE_INDEX
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, task_name
-from nanochat.tokenizer import Tokenizer
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch, question_batch, shift_pictures
 from nanochat.training.robots import RobotRun, build_robot, make_tokenizer, read_data, train_robot
@@ -256,48 +252,6 @@ def test_a_robot_with_a_single_joint(tmp_path):
     write_dataset(tmp_path / "one", episodes, 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(tmp_path / "one"), out=str(tmp_path / "run"), steps=1, **TINY))
     assert Agent.load(str(out)).metadata["action_dim"] == 1
-
-
-def test_the_exam_asks_about_what_was_kept_back(folder, tmp_path, capsys):
-    out = str(train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=1, **TINY)))
-    figures = tmp_path / "figures.json"
-    found = exam.run(out, str(folder), "val", 200, 16, figures, torch.device("cpu"))
-    assert json.loads(figures.read_text()) == found
-    assert 20 < found["task"]["n"] <= 6 * 6  # 6 episodes of 6 frames are kept back, and none is asked about twice
-    assert 0 <= found["task"]["ci95"][0] <= found["task"]["aligned"] <= found["task"]["ci95"][1] <= 1
-    assert "was trained on" not in capsys.readouterr().out
-    exam.run(out, str(folder), "test", 8, 16, None, torch.device("cpu"))
-    assert "was trained on these episodes" in capsys.readouterr().out
-
-
-def test_the_exam_looks_through_the_camera_that_was_trained_with(tmp_path):
-    episodes = [toy_episode(n) for n in range(4)]
-    for episode in episodes:
-        (pictures,) = episode.images.values()
-        episode.images = {
-            "observation.images.dark": [encode_png(np.zeros((SIZE, SIZE, 3), np.uint8))] * 12,
-            "observation.images.toy": pictures,
-        }
-    write_dataset(tmp_path / "two", episodes, 10, "toy", (SIZE, SIZE, 3))
-    settings = TINY | dict(
-        data=str(tmp_path / "two"), out=str(tmp_path / "run"), camera="observation.images.toy", steps=1
-    )
-    out = str(train_robot(Robot(**settings)))
-    with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        patch.setattr(
-            exam, "answer", lambda assistant, data, part: seen.append(data.images([0])) or answer(assistant, data, part)
-        )
-        exam.run(out, str(tmp_path / "two"), "test", 4, 16, None, torch.device("cpu"))
-    assert seen[0].max() == 255
-
-
-def test_the_exam_wants_eyes(folder, tmp_path):
-    tokenizer = Tokenizer.train(["open the door"], 300)
-    config = GPTConfig(sequence_len=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
-    save_checkpoint(tmp_path / "text", GPT(config), tokenizer, {})
-    with pytest.raises(ValueError, match="without eyes"):
-        exam.run(str(tmp_path / "text"), str(folder), "val", 8, 16, None, torch.device("cpu"))
 
 
 def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):
