@@ -51,14 +51,12 @@ def caption(images: Pictures, sampling: OmitArgPrefixes[SamplingFlags] = Samplin
 
 
 def answer_each(images: Sequence[str], question: str, flags: SamplingFlags) -> None:
-    from nanochat.vision.images import open_image
-
     sampling, agent = flags.sampling(), flags.agent()
-    opened = [open_image(image) for image in images]  # an unreadable file is reported before the first answer
-    for name, image in zip(images, opened, strict=True):
+    seen = [agent.look(image) for image in images]  # an unreadable file is reported before the first answer
+    for name, vectors in zip(images, seen, strict=True):
         if len(images) > 1:
             print(f"{name}: ", end="")
-        print_stream(agent.ask(question, agent.look(image), flags.max_new_tokens, sampling))
+        print_stream(agent.ask(question, vectors, flags.max_new_tokens, sampling))
 
 
 def print_stream(pieces: Iterable[str]) -> None:

@@ -278,11 +278,13 @@ class Engine:
         engine = Engine(self.model)  # of its own, so that steps of others are not consumed
         for sample, (prompt, image, state) in enumerate(zip(prompts, images, states, strict=True)):
             engine.add(prompt, max_new_tokens, images=image, states=state, sample=sample, **options)
-        return (said for said in engine.steps() if said)
 
-    def steps(self) -> Iterator[dict[int, int]]:
-        while self.rows:
-            yield self.step()
+        def steps():
+            while engine.rows:
+                if said := engine.step():
+                    yield said
+
+        return steps()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
         """Like `stream`, but returns the new ids of each prompt."""

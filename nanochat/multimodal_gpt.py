@@ -95,7 +95,7 @@ class MultimodalGPT(GPT):
             maps = self.vision_encoder.maps(pixels, [layer])[layer]
         return self.pool(maps.float())
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
     def look(self, images) -> torch.Tensor:
         """One picture or a list of B -> (B, vision_tokens_per_image, vision_embedding_dim) float32, on the encoder's device.
 

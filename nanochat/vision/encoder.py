@@ -4,7 +4,7 @@ A new encoder is a class with the methods of `Encoder` in a file of its own, plu
 `encoder_from_architecture`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -127,20 +127,6 @@ def read_pixels(encoder: Encoder, images: ImageSource | Sequence[ImageSource]) -
     squares, fits = zip(*[square(image, encoder.image_size) for image in as_list(images)], strict=True)
     weight = next(encoder.parameters())
     return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
-
-
-@torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
-def look_at(
-    encoder: Encoder, images: ImageSource | Sequence[ImageSource], see: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """see(pixels) for one image or a list of B, with the encoder in evaluation mode and without gradients.
-
-    see: a function of pixels (B, 3, S, S) that runs the encoder. Raises ImageError for an image that cannot be opened,
-    ValueError for an empty list.
-    """
-    pixels, _ = read_pixels(encoder, images)
-    with evaluating(encoder):
-        return see(pixels)
 
 
 @contextmanager

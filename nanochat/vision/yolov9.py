@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.vision.detections import Detection
-from nanochat.vision.encoder import evaluating, look_at, read_pixels, usable_device
+from nanochat.vision.encoder import evaluating, read_pixels, usable_device
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
 from nanochat.vision.weights import WeightsError, class_names, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
@@ -231,7 +231,7 @@ class YOLOv9Plus(nn.Module):
 
     def extract_features(self, images: ImageSource | Sequence[ImageSource], layer: str | int = "head") -> torch.Tensor:
         """One image or a list of B -> the layer's map (B, C, H, W), not pooled. Raises as `encode` does."""
-        return look_at(self, images, lambda pixels: self(pixels, layer))
+        return self.encode(images, [layer]).maps[layer]
 
     def get_image_embeddings(
         self, images: ImageSource | Sequence[ImageSource], pool: str = "avg", layer: str | int = "head"
