@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py [--device cpu|cuda] [--n-layer 8] [--rows 32] [--tokens 256]
 
-Each way runs in a process of its own, since a process's peak memory never falls. The loss of both must be the same.
+Each mode runs in a process of its own, since a process's peak memory never falls. The loss of both must be the same.
 """
 
 import json
@@ -26,7 +26,7 @@ class Args:
     rows: int = 32
     tokens: int = 256
     steps: int = 3
-    way: str = "both"
+    mode: str = "both"
     "plain, checkpointed, or both (in turn)."
 
 
@@ -35,7 +35,7 @@ def measure(args: Args) -> dict:
     config = GPTConfig(args.tokens, 1000, args.n_layer, n_head=4, n_kv_head=4, n_embd=256)
     model = GPT(config).to(args.device)
     model.init_weights()
-    model.gradient_checkpointing = args.way == "checkpointed"
+    model.gradient_checkpointing = args.mode == "checkpointed"
     idx = torch.randint(0, 1000, (args.rows, args.tokens), device=args.device)
     before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for _ in range(args.steps):
@@ -53,14 +53,14 @@ def measure(args: Args) -> dict:
 
 
 def main(args: Args) -> None:
-    if args.way != "both":
+    if args.mode != "both":
         print(json.dumps(measure(args)))
         return
     results = {}
-    for way in ("plain", "checkpointed"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        results[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(f"{way:13s} loss {{loss:.6f}}  peak {{peak_gb:.2f}} GB  {{seconds:.2f}} s a step".format(**results[way]))
+    for mode in ("plain", "checkpointed"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode]
+        results[mode] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"{mode:13s} loss {{loss:.6f}}  peak {{peak_gb:.2f}} GB  {{seconds:.2f}} s a step".format(**results[mode]))
     plain, checkpointed = results["plain"], results["checkpointed"]
     print(
         f"checkpointing: {checkpointed['peak_gb'] / plain['peak_gb']:.2f} of the memory, "
