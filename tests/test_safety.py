@@ -97,6 +97,12 @@ def test_each_dimension_has_its_own_rate():
     assert safe.counts == {"rate limited": 3}
 
 
+def test_the_rate_is_measured_from_the_value_that_was_sent():
+    safe = SafeActions([-1], [1], max_change=0.1)
+    sent = [safe(action)[0] for action in ([5], [-5], [-5], [5], [5], [5])]  # 5 was sent as 1
+    np.testing.assert_allclose(sent, [1, 0.9, 0.8, 0.9, 1, 1], atol=1e-6)
+
+
 def test_limits_are_copied():
     low = np.array([-1.0])
     safe = SafeActions(low, [1])
