@@ -1,4 +1,4 @@
-"""From logits to the next token id, in plain numpy, so that every runtime chooses tokens by the same few lines."""
+"""From logits to the next token id, in plain numpy, so that every runtime chooses tokens with the same code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Sampling:
     temperature: 0 is greedy; else logits are divided by it.
     top_k: keep the k likeliest. top_p: keep the smallest set whose probability reaches p (nucleus, arXiv 1904.09751).
     min_p: keep tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
-    allowed_ids: nothing else may be chosen (action tokens, say). seed: same seed, same tokens.
+    allowed_ids: only these may be chosen (the bins of an action, for example). seed: same seed, same tokens.
     """
 
     repetition_penalty: float = 1.0

@@ -2,7 +2,7 @@
 
     model_NNNNNN.pt    tensors only, read with weights_only=True
     meta_NNNNNN.json   {"model_config": {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}, ...}
-    tokenizer.pkl      a pickled tiktoken.Encoding: read only with the user's explicit word
+    tokenizer.pkl      a pickled tiktoken.Encoding: read only with trust_pickle=True
 
 Later upstream models have other parts (value embeddings, smear, per-layer scalars, windows); they are refused.
 """
@@ -70,7 +70,7 @@ def last_step(source: Path) -> int:
 
 def read_meta(path: Path) -> tuple[GPTConfig, dict]:
     if not path.is_file():
-        raise UpstreamError(f"there is no {path}: it tells the model's shape")
+        raise UpstreamError(f"there is no {path}, which holds the model's shape")
     try:
         meta = json.loads(path.read_text())
         given = dict(meta["model_config"])
@@ -86,8 +86,8 @@ def read_meta(path: Path) -> tuple[GPTConfig, dict]:
 
 def later_architecture(found: str) -> UpstreamError:
     return UpstreamError(
-        f"{found}: this is another architecture than nanochat's of October 2025, the only one that is read (rotary, QK norm, "
-        "ReLU² MLP, untied head and nothing else)"
+        f"{found}: this is not the architecture of nanochat in October 2025, the only one that can be imported (rotary, QK "
+        "norm, ReLU² MLP, untied head and nothing else)"
     )
 
 
@@ -104,7 +104,7 @@ def load_weights(model: GPT, path: Path) -> None:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         for name, tensor in state.items()
     ):
-        raise UpstreamError(f"{path} holds something else than named floating-point tensors: is it a model's file?")
+        raise UpstreamError(f"{path} must hold named floating-point tensors and nothing else: is it the file of a model?")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if unknown := sorted(set(state) - set(expected)):
@@ -123,11 +123,11 @@ def load_weights(model: GPT, path: Path) -> None:
 
 def read_tokenizer(path: Path, trust_pickle: bool) -> Tokenizer:
     if not path.is_file():
-        raise UpstreamError(f"there is no {path}: say where upstream's tokenizer.pkl is (--tokenizer-path)")
+        raise UpstreamError(f"there is no {path}: give the path of upstream's tokenizer.pkl (--tokenizer-path)")
     if not trust_pickle:
         raise UpstreamError(
-            f"{path} is a pickle, and reading one can run any code that its maker put there: if you trust where it comes "
-            "from, say so with trust_pickle=True (--trust-pickle)"
+            f"{path} is a pickle, and loading a pickle can run any code. If you trust its source, pass trust_pickle=True "
+            "(--trust-pickle)"
         )
     try:
         import tiktoken
