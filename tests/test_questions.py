@@ -109,7 +109,7 @@ def test_one_episode_has_no_shuffled_condition():
     result = score(questions, [0] * 11, {name: ["yes"] * 11 for name in answers})
     assert result["task"]["shuffled"] is None and result["task"]["balanced"]["shuffled"] is None
     cells = {column.header: list(column.cells) for column in table(result, 6, 1).columns}
-    assert cells["shuf"] == cells["bal shuf"] == [""] and cells["right"] == cells["blind"] == ["100.0%"]
+    assert cells["shuf"] == cells["bal\nshuf"] == [""] and cells["right"] == cells["blind"] == ["100.0%"]
 
 
 # ---- scores ----

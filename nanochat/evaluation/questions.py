@@ -154,7 +154,7 @@ def table(result: dict, n_frames: int, n_tasks: int) -> Table:
         "shuf: with a picture of another episode; major: the most common answer, computed on the test answers, so "
         "optimistic; bal: balanced accuracy"
     )
-    columns = ("kind", "n", "right", "95 %", "shuf", "blind", "major", "bal", "bal shuf")
+    columns = ("kind", "n", "right", "95 %", "shuf", "blind", "major", "bal", "bal\nshuf")
     for column in columns:
         out.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
     for kind, row in result.items():
