@@ -1,5 +1,6 @@
-"""The cache gives what the encoder gives, computes nothing twice, and survives being killed."""
+"""The cache holds what the model's encoder gives, computes nothing twice, and survives a killed process."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat.data import DataError
-from nanochat.multimodal_gpt import pool_to_tokens
+from nanochat.files import DataError
+from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
+from nanochat.training import features as module
 from nanochat.training.features import cache_key, cached_features, source_digest
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.images import ImageError
@@ -41,17 +43,27 @@ def encoder(shared_encoder):
     return deepcopy(shared_encoder)  # a third of the time of building one
 
 
+def model_with(encoder, layer="p5", n=1):
+    config = MultimodalGPTConfig(
+        sequence_len=64, vocab_size=97, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, vision_layer=layer,
+        vision_embedding_dim=encoder.channels(layer), vision_tokens_per_image=n, vision_image_size=64,
+    )  # fmt: skip
+    model = MultimodalGPT(config)
+    model.attach_encoder(encoder)
+    return model.eval()
+
+
 @pytest.fixture
-def forwards(encoder, monkeypatch):
-    """The number of images in each call of the encoder."""
+def model(encoder):
+    """Reads one token of p5."""
+    return model_with(encoder)
+
+
+@pytest.fixture
+def encoded(encoder):
+    """The number of images in each forward pass of the encoder."""
     calls = []
-    extract = encoder.extract_features
-
-    def counted(images, layer):
-        calls.append(len(images))
-        return extract(images, layer)
-
-    monkeypatch.setattr(encoder, "extract_features", counted)
+    encoder.net.model[0].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     return calls
 
 
@@ -72,90 +84,89 @@ def images(tmp_path):
 @pytest.fixture(scope="module")
 def filled(shared_encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
-    cached_features(shared_encoder, seven_images(folder), "p5", 1, folder / "cache")
+    cached_features(model_with(shared_encoder), seven_images(folder), folder / "cache")
     return folder / "cache"
 
 
 @pytest.fixture
 def cache(filled, tmp_path):
-    """A cache with the one-token features of p5 of all images."""
+    """A cache that holds all images, as `model` sees them."""
     return shutil.copytree(filled, tmp_path / "cache")
 
 
-def direct(encoder, images, layer, n):
-    with torch.no_grad():
-        return torch.cat([pool_to_tokens(encoder.extract_features([image], layer), n) for image in images]).numpy()
+def direct(model, images):
+    return torch.cat([model.look(image) for image in images]).numpy()
 
 
-def assert_same_features(found, expected):
-    """To float16's precision in each row, for features of any size: those of random weights are tiny."""
+def assert_close(found, expected):
+    """Relative to the largest number of each image: vectors of random weights are tiny."""
     largest = np.abs(expected).max(axis=(1, 2), keepdims=True)
     assert (largest > 0).all()
-    np.testing.assert_allclose(found / largest, expected / largest, atol=2e-3)
+    np.testing.assert_allclose(found / largest, expected / largest, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer,n", [("p3", 4), ("p5", 1), ("head", 4)])
 def test_equal_to_direct_computation(encoder, images, tmp_path, layer, n):
-    features = cached_features(encoder, images, layer, n, tmp_path / "cache", batch_size=3)
+    model = model_with(encoder, layer, n)
+    features = cached_features(model, images, tmp_path / "cache", batch_size=3)
     assert features.shape == (7, n, encoder.channels(layer)) and len(features) == 7
-    assert_same_features(features[:], direct(encoder, images, layer, n))
+    assert_close(features[:], direct(model, images))
 
 
-def test_indexing(encoder, images, tmp_path):
-    features = cached_features(encoder, images, "p5", 4, tmp_path / "cache")
+def test_indexing(encoder, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_IMAGES", 3)  # the seven images are in three parts
+    features = cached_features(model_with(encoder, n=4), images, tmp_path / "cache")
     everything = features[:]
     assert everything.dtype == features.dtype == np.float32
     assert features[2].shape == (4, encoder.channels("p5"))
-    for index in (3, -1, [0, 2, 2], np.array([5, 1]), slice(1, 4), torch.tensor([4, 4])):
+    for index in (3, -1, [0, 2, 2, 6], np.array([5, 1]), slice(1, 4), torch.tensor([4, 4])):
         assert np.array_equal(features[index], everything[index])
-    assert torch.from_numpy(features[[1, 2]]).shape == (
-        2,
-        4,
-        encoder.channels("p5"),
-    )  # writable memory: no warning
+    assert torch.from_numpy(features[[1, 2]]).shape == (2, 4, encoder.channels("p5"))  # writable memory: no warning
 
 
-def test_the_second_call_computes_nothing(encoder, images, tmp_path, forwards):
+def test_the_second_call_computes_nothing(model, images, tmp_path, encoded):
     progress = []
 
     def note(done, total):
         progress.append((done, total))
 
-    first = cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=3, progress=note)[:]
-    assert forwards == [3, 3, 1] and progress == [(3, 7), (6, 7), (7, 7)]
-    second = cached_features(encoder, images[::-1], "p5", 1, tmp_path / "cache", progress=note)[:]
-    assert forwards == [3, 3, 1] and len(progress) == 3
+    first = cached_features(model, images, tmp_path / "cache", batch_size=3, progress=note)[:]
+    assert encoded == [3, 3, 1] and progress == [(3, 7), (6, 7), (7, 7)]
+    second = cached_features(model, images[::-1], tmp_path / "cache", progress=note)[:]
+    assert encoded == [3, 3, 1] and len(progress) == 3
     assert np.array_equal(first[::-1], second)
 
 
-def test_images_are_known_by_their_bytes(encoder, images, tmp_path, forwards):
+def test_images_are_known_by_their_bytes(model, images, tmp_path, encoded):
     data = [path.read_bytes() for path in images]
-    features = cached_features(encoder, [images[0], images[0], data[0], images[1]], "p5", 1, tmp_path / "cache")
-    assert forwards == [2]
+    features = cached_features(model, [images[0], images[0], data[0], images[1]], tmp_path / "cache")
+    assert encoded == [2]
     assert np.array_equal(features[0], features[2]) and not np.array_equal(features[0], features[3])
     images[0].rename(tmp_path / "moved.png")
     again = [tmp_path / "moved.png", {"bytes": data[1], "path": None}, str(images[2])]
-    cached_features(encoder, again, "p5", 1, tmp_path / "cache")
-    assert forwards == [2, 1]
+    moved = cached_features(model, again, tmp_path / "cache")
+    assert encoded == [2, 1] and np.array_equal(moved[:2], features[[0, 3]])
     images[2].write_bytes(data[3])  # another picture under the old name
-    cached_features(encoder, again, "p5", 1, tmp_path / "cache")
-    assert forwards == [2, 1, 1]
+    cached_features(model, again, tmp_path / "cache")
+    assert encoded == [2, 1, 1]
 
 
-def test_pixels_without_a_file(encoder, tmp_path, forwards):
+def test_pixels_without_a_file(model, tmp_path, encoded):
     black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
-    features = cached_features(encoder, [black, white, Image.fromarray(black)], "p5", 1, tmp_path / "cache")
-    assert forwards == [2] and np.array_equal(features[0], features[2])
+    features = cached_features(model, [black, white, Image.fromarray(black)], tmp_path / "cache")
+    assert encoded == [2] and np.array_equal(features[0], features[2])
 
 
-def test_what_changes_features_misses_the_cache(encoder, images, tmp_path, forwards):
-    def compute(layer="p5", n=4):
-        forwards.clear()
-        cached_features(encoder, images, layer, n, tmp_path / "cache")
-        return bool(forwards)
+def test_what_changes_features_misses_the_cache(encoder, images, tmp_path, encoded):
+    def compute(layer="p5", n=4, dtype=torch.float32):
+        model = model_with(encoder, layer, n)
+        model.set_compute_dtype(dtype)
+        encoded.clear()
+        cached_features(model, images, tmp_path / "cache")
+        return bool(encoded)
 
     assert compute() and not compute()
-    assert compute(layer="p4") and compute(n=1) and not compute()
+    assert compute(layer="p4") and compute(n=1) and compute(dtype=torch.bfloat16) and not compute()
     with torch.no_grad():
         parameter = next(encoder.parameters())
         parameter.view(-1)[0] += 1e-3
@@ -166,98 +177,112 @@ def test_what_changes_features_misses_the_cache(encoder, images, tmp_path, forwa
     same, larger = (YOLOv9Plus.from_architecture(encoder.architecture | {"image_size": size}) for size in (64, 96))
     same.load_state_dict(encoder.state_dict())
     larger.load_state_dict(encoder.state_dict())
-    assert cache_key(same, "p5", 4) == cache_key(encoder, "p5", 4) != cache_key(larger, "p5", 4)
+    keys = [cache_key(model_with(found)) for found in (encoder, same, larger)]
+    assert keys[0] == keys[1] != keys[2]
 
 
-def test_training_mode_changes_nothing_and_is_kept(encoder, images, tmp_path):
-    expected = direct(encoder, images, "p5", 1)
+def test_training_mode_changes_nothing_and_is_kept(encoder, model, images, tmp_path):
+    expected = direct(model, images)
     encoder.train()
-    features = cached_features(encoder, images, "p5", 1, tmp_path / "cache")
-    assert all(module.training for module in encoder.modules())
-    assert_same_features(features[:], expected)
+    features = cached_features(model, images, tmp_path / "cache")
+    assert all(layer.training for layer in encoder.modules())
+    assert_close(features[:], expected)
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_an_unreadable_image_keeps_what_was_done(encoder, images, tmp_path, forwards):
+def test_an_unreadable_image_keeps_what_was_done(model, images, tmp_path, encoded):
     images[5].write_bytes(b"no picture")
     with pytest.raises(ImageError):
-        cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
-    del images[5], forwards[:]
-    cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
-    assert forwards == [2]  # 0 to 3 were there
+        cached_features(model, images, tmp_path / "cache", batch_size=2)
+    del images[5], encoded[:]
+    cached_features(model, images, tmp_path / "cache", batch_size=2)
+    assert encoded == [2]  # 0 to 3 were there
 
 
-def test_a_missing_image_and_no_images(encoder, images, tmp_path):
+def test_a_missing_image_and_no_images(model, images, tmp_path):
     with pytest.raises(ImageError, match="gone.png"):
-        cached_features(encoder, [*images, tmp_path / "gone.png"], "p5", 1, tmp_path / "cache")
+        cached_features(model, [*images, tmp_path / "gone.png"], tmp_path / "cache")
     with pytest.raises(ValueError, match="no images"):
-        cached_features(encoder, [], "p5", 1, tmp_path / "cache")
-
-
-def constant_features(encoder, monkeypatch, value):
-    maps = torch.full((encoder.channels("p5"), 2, 2), value)
-    monkeypatch.setattr(encoder, "extract_features", lambda images, layer: torch.stack([maps] * len(images)))
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-38, -3e-9, 0.1, -65504.0, 1e37])
-def test_features_of_any_size_keep_their_precision(encoder, images, tmp_path, monkeypatch, value):
-    constant_features(encoder, monkeypatch, value)
-    features = cached_features(encoder, images, "p5", 1, tmp_path / "cache")
-    np.testing.assert_allclose(features[:], np.float32(value), rtol=2**-11)
+        cached_features(model, [], tmp_path / "cache")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_features_that_are_no_numbers(encoder, images, tmp_path, monkeypatch, value):
-    constant_features(encoder, monkeypatch, value)
+def test_features_that_are_not_finite_are_refused(model, images, tmp_path, value):
+    last = [p for name, p in model.vision_encoder.named_parameters() if name.endswith("bn.bias")]
+    with torch.no_grad():
+        for bias in last:
+            bias.fill_(value)
     with pytest.raises(ValueError, match="layer 'p5' gives NaN or infinite features"):
-        cached_features(encoder, images, "p5", 1, tmp_path / "cache")
+        cached_features(model, images, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
-# ---- killed and damaged ----
+# ---- killed, concurrent and damaged
 
 
-def files(folder):
-    (place,) = folder.iterdir()
-    return place / "features.f16", place / "index.txt"
+def parts(cache):
+    """The (.npy, .json) of each part."""
+    (place,) = cache.iterdir()
+    return [(path.with_suffix(".npy"), path) for path in sorted(place.glob("*.json"))]
 
 
-@pytest.mark.parametrize("features_left,index_left", [(7, 4.5), (6.5, 4), (7, 0), (4, 4), (0.5, 0)])
-def test_resumes_after_a_write_that_was_cut_off(encoder, images, cache, forwards, features_left, index_left):
-    """At any moment of a kill: rows without lines, a part of a row, a part of a line."""
-    expected = cached_features(encoder, images, "p5", 1, cache)[:]
-    assert forwards == []
-    for path, left in zip(files(cache), (features_left, index_left), strict=True):
-        os.truncate(path, int(path.stat().st_size / 7 * left))
-    again = cached_features(encoder, images, "p5", 1, cache)[:]
-    assert forwards == [7 - int(index_left)]
-    assert_same_features(again, expected)
-    cached_features(encoder, images, "p5", 1, cache)
-    assert len(forwards) == 1
+@pytest.mark.parametrize("content", [None, b"", b"half a part"])
+def test_an_npy_without_its_json_is_ignored(model, images, cache, encoded, content):
+    """What a kill leaves between the two files of a part."""
+    expected = cached_features(model, images, cache)[:]
+    assert encoded == []
+    ((vectors, index),) = parts(cache)
+    index.unlink()
+    if content is not None:
+        vectors.write_bytes(content)
+    assert_close(cached_features(model, images, cache)[:], expected)
+    assert encoded == [7] and parts(cache) == [(vectors, index)]
+    cached_features(model, images, cache)
+    assert len(encoded) == 1
 
 
-def test_a_killed_process_is_resumed(encoder, images, tmp_path, forwards):
+def test_a_killed_process_loses_a_part_at_most(encoder, model, images, tmp_path, encoded):
     torch.save(encoder.state_dict(), tmp_path / "weights.pt")
     script = f"""
-        import os, signal, sys
+        import os, signal
         import torch
         torch.set_num_threads(1)
-        from nanochat.training.features import cached_features
+        from nanochat.training import features
         from nanochat.vision import YOLOv9Plus
+        from tests.test_features import model_with
 
+        features.PART_IMAGES = 2
         encoder = YOLOv9Plus("yolov9t.yaml", image_size=64)
         encoder.load_state_dict(torch.load({str(tmp_path / "weights.pt")!r}, weights_only=True))
 
         def kill(done, total):
-            if done >= 4:
+            if done >= 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        cached_features(encoder, {[str(path) for path in images]!r}, "p5", 1, {str(tmp_path / "cache")!r}, 2, kill)
+        images = {[str(path) for path in images]!r}
+        features.cached_features(model_with(encoder), images, {str(tmp_path / "cache")!r}, 1, kill)
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1], timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    features = cached_features(encoder, images, "p5", 1, tmp_path / "cache", batch_size=2)
-    assert forwards == [2, 1]
-    assert_same_features(features[:], direct(encoder, images, "p5", 1))
+    features = cached_features(model, images, tmp_path / "cache")
+    assert encoded == [3]  # 0 to 3 are two parts, the fifth image was lost
+    assert_close(features[:], direct(model, images))
+
+
+def test_two_processes_only_do_double_work(model, images, tmp_path, encoded, monkeypatch):
+    """Another process fills the cache while this one encodes."""
+    look, expected = module.look, direct(model, images)
+
+    def look_and_be_overtaken(*args):
+        monkeypatch.setattr(module, "look", look)
+        cached_features(model, images[:4], tmp_path / "cache")
+        return look(*args)
+
+    monkeypatch.setattr(module, "look", look_and_be_overtaken)
+    assert_close(cached_features(model, images, tmp_path / "cache")[:], expected)
+    encoded.clear()
+    assert_close(cached_features(model, images[::-1], tmp_path / "cache")[:], expected[::-1])
+    assert encoded == []
 
 
 def flip(path, position):
@@ -266,22 +291,29 @@ def flip(path, position):
     path.write_bytes(data)
 
 
+def fewer_images(index):
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"images": content["images"][:-1]}))
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "message"),
     [
-        lambda features, index: features.unlink(),
-        lambda features, index: os.truncate(features, 10),
-        lambda features, index: flip(features, 100),
-        lambda features, index: flip(index, 90),  # in the second digest
-        lambda features, index: index.write_bytes(b"x" * index.stat().st_size),
-        lambda features, index: index.write_bytes(index.read_bytes()[:80] * 7),
+        (lambda vectors, index: vectors.unlink(), r"npy is missing: delete .*json"),
+        (lambda vectors, index: os.truncate(vectors, 100), r"npy is damaged, .*delete both files"),
+        (lambda vectors, index: flip(vectors, 300), r"npy is damaged, .*delete both files"),
+        (lambda vectors, index: fewer_images(index), r"npy is damaged, .*delete both files"),
+        (lambda vectors, index: index.write_bytes(b"x" * 80), r"json is damaged, delete it"),
+        (lambda vectors, index: index.write_bytes(b"[]"), r"json is damaged, delete it"),
+        (lambda vectors, index: index.write_bytes(b'{"images": [7]}'), r"json is damaged, .*delete it"),
     ],
-    ids=["no features", "short features", "altered features", "altered index", "nonsense index", "repeated line"],
+    ids=["no npy", "short npy", "altered npy", "other images", "no JSON", "no object", "no digests"],
 )
-def test_damage_is_an_error_that_says_what_to_do(encoder, images, cache, damage):
-    damage(*files(cache))
-    with pytest.raises(DataError, match=r"is damaged: .*; delete the folder .*cache"):
-        cached_features(encoder, images, "p5", 1, cache)
+def test_damage_is_an_error_that_says_what_to_delete(model, images, cache, damage, message):
+    (part,) = parts(cache)
+    damage(*part)
+    with pytest.raises(DataError, match=message):
+        cached_features(model, images, cache)
 
 
 def test_source_digest(images):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nanochat.conversation import render
 from nanochat.data.sample import caption_sample, one_per_reference
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.batches import Row, collate
-from nanochat.training.rewards import sentence_bleu, split_row, tries
+from nanochat.training.batches import Row, make_batch
+from nanochat.training.rewards import sample_captions, sentence_bleu, split_row
 from tests.conftest import make_model
 
 CAPTIONS = ("a red square .", "one red box on white .")
@@ -54,10 +54,10 @@ def test_the_reward_is_a_share_and_full_for_a_reference_itself(said, other):
     assert sentence_bleu("", [other, "a dog"]) == sentence_bleu("cat", ["a dog"]) == 0
 
 
-def test_tries_are_rows_of_the_same_picture_and_advantages_compare_them(tokenizer):
+def test_samples_are_rows_of_the_same_picture_and_advantages_compare_them(tokenizer):
     model = captioner(tokenizer)
     groups = [caption_rows(tokenizer, 7), caption_rows(tokenizer, 3)]
-    rows, advantages, reward = tries(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=1)
+    rows, advantages, reward = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=1)
     assert [row.images for row in rows] == [(7,)] * 4 + [(3,)] * 4
     prompt = split_row(groups[0][0])[0]
     for row in rows:
@@ -67,7 +67,7 @@ def test_tries_are_rows_of_the_same_picture_and_advantages_compare_them(tokenize
     for i in range(4):  # against the mean of the other three
         others = np.delete(rewards, i, axis=1).mean(1)
         np.testing.assert_allclose(advantages.view(2, 4)[:, i], rewards[:, i] - others, atol=1e-6)
-    again, _, _ = tries(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=2)
+    again, _, _ = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=2)
     assert [row.ids for row in again] != [row.ids for row in rows]
 
 
@@ -76,16 +76,16 @@ def test_following_the_reward_raises_it(tokenizer):
     model = captioner(tokenizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     groups, vectors = [caption_rows(tokenizer, i) for i in range(4)], torch.randn(4, 1, 12)
-    imitated = collate([row for rows in groups for row in rows])
+    imitated = make_batch([row for rows in groups for row in rows])
     for _ in range(25):  # until it can half describe: without that there is no reward to follow
         optimizer.zero_grad()
         model(imitated.idx, vectors.repeat_interleave(2, 0), targets=imitated.targets).backward()
         optimizer.step()
     rewards = []
     for seed in range(40):
-        rows, advantages, reward = tries(model, tokenizer, groups, vectors, 8, seed)
+        rows, advantages, reward = sample_captions(model, tokenizer, groups, vectors, 8, seed)
         rewards.append(reward)
-        batch = collate(rows)
+        batch = make_batch(rows)
         nats = model(batch.idx, vectors.repeat_interleave(8, 0), targets=batch.targets, loss_reduction="none")
         optimizer.zero_grad()
         (nats.view(batch.idx.shape).sum(1) * advantages).mean().backward()

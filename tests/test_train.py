@@ -1,12 +1,14 @@
 """Training runs on small pictures: gradients, resuming, and what a user can do wrong."""
 
+import ast
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,13 @@ from PIL import Image
 
 from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import vqa_sample
-from nanochat.evaluation.validation import three_ways
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.batches import Rows, augment, collate, forget_words, hide
-from nanochat.training.optimizers import learning_rate_factor, make_optimizers
-from nanochat.training.pictures import PictureRun, build_model, open_eyes, texts_of, train
-from nanochat.training.recipes import Folder
-from nanochat.training.run import started_recipe
+from nanochat.training import recipes
+from nanochat.training.batches import Rows, augment, make_batch, mask_images, mask_tokens
+from nanochat.training.pictures import PictureTask
+from nanochat.training.recipes import RECIPES, Folder
+from nanochat.training.run import Run, started_recipe
+from nanochat.training.task import set_training
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
@@ -56,18 +58,16 @@ def recipe_for(pictures, tmp_path, **changes):
     )
 
 
-def new_run(recipe):
-    """A run at its first step, without going."""
-    from nanochat.data import load_dataset
+def train(recipe):
+    return Run(recipe).train()
 
-    torch.manual_seed(0)
-    samples = load_dataset(recipe.data, recipe.train_split).samples
-    tokenizer = Tokenizer.train(texts_of(samples), recipe.vocab_size)
-    model = build_model(recipe, tokenizer, torch.device("cpu"))
-    data = Rows(samples, tokenizer, model.config)
-    eyes, val_eyes = open_eyes(recipe, model, data, data, Path(recipe.out))
-    start = {"step": 0, "seconds": 0.0, "history": []}
-    return PictureRun(recipe, Path(recipe.out), model, tokenizer, data, data, 50, start, eyes, val_eyes)
+
+def randomize_zeros(model):
+    """A new model's output layers are zero, and let no gradient pass."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in (model.lm_head.weight, *(block.attn.c_proj.weight for block in model.transformer.h)):
+            p.normal_(0, 0.1)
 
 
 def test_end_to_end_training_learns_from_the_picture(pictures, tmp_path):
@@ -101,31 +101,22 @@ def test_accumulated_gradients_are_those_of_the_large_batch(pictures, tmp_path, 
         recipe = recipe_for(
             pictures, tmp_path, train_encoder=True, device_batch_size=device_batch_size, blind_share=0.0, word_loss=0.5
         )
-        run = new_run(recipe)
-        with torch.no_grad():  # a new head is zero, and sends no gradient back
-            torch.manual_seed(1)
-            for p in (run.model.lm_head.weight, *(b.attn.c_proj.weight for b in run.model.transformer.h)):
-                p.normal_(0, 0.1)
-        seen, named = {}, dict(run.model.named_parameters())
-
-        def look(seen=seen, named=named):
-            seen |= {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-
-        for optimizer in run.optimizers:
-            optimizer.step = look
-        run.train_step()
-        gradients.append(seen)
+        run = Run(recipe)
+        randomize_zeros(run.model)
+        set_training(run.model, recipe)
+        run.task.backward(0)
+        gradients.append({name: p.grad for name, p in run.model.named_parameters() if p.grad is not None})
     whole, parts = gradients
     assert whole.keys() == parts.keys() and any(name.startswith("vision_encoder") for name in whole)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-6)
 
 
-def test_gradient_checkpointing_trains_alike(pictures, tmp_path):
+def test_gradient_checkpointing_changes_no_loss(pictures, tmp_path):
     losses = []
     for on in (False, True):
-        run = new_run(recipe_for(pictures, tmp_path, gradient_checkpointing=on))
-        losses.append([run.train_step()[0] for _ in range(4)])
+        run = Run(recipe_for(pictures, tmp_path, gradient_checkpointing=on))
+        losses.append([run.take_step().value for _ in range(4)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
@@ -172,7 +163,7 @@ def test_rewards_are_for_captions(pictures, described, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_encoder_of_a_checkpoint_can_be_taken_on(pictures, tmp_path):
+def test_the_encoder_of_a_checkpoint_can_be_used(pictures, tmp_path):
     first = train(recipe_for(pictures, tmp_path, steps=2, train_encoder=True, encoder_lr=0.1))
     second = train(recipe_for(pictures, tmp_path, steps=2, encoder=str(first), layer="1", out=str(tmp_path / "second")))
     taken, given = (load_checkpoint(folder)[0].vision_encoder for folder in (second, first))
@@ -181,7 +172,7 @@ def test_the_encoder_of_a_checkpoint_can_be_taken_on(pictures, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_checkpoint_goes_on_with_other_data(pictures, described, tmp_path):
+def test_training_starts_from_a_checkpoint_with_other_data(pictures, described, tmp_path):
     first = train(recipe_for(described, tmp_path, steps=4, train_encoder=True, vocab_size=300, image_size=64))
     given, words, _ = load_checkpoint(first)
     recipe = recipe_for(pictures, tmp_path, steps=1, start_from=str(first), out=str(tmp_path / "second"))
@@ -191,15 +182,13 @@ def test_a_checkpoint_goes_on_with_other_data(pictures, described, tmp_path):
     for name, tensor in given.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     recipe = replace(recipe, out=str(tmp_path / "third"), steps=2)
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
-        stop_behind(monkeypatch, 1)
-        train(recipe)
-    moved, _, training = load_checkpoint(train(started_recipe(recipe)))  # as the command line goes on
+    stop_after(recipe, 1)
+    moved, _, training = load_checkpoint(train(started_recipe(recipe)))  # as the command line resumes
     assert training["step"] == 2 and not torch.equal(moved.lm_head.weight, given.lm_head.weight)
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order(pictures, tmp_path):
-    rows = new_run(recipe_for(pictures, tmp_path)).data
+    rows = Run(recipe_for(pictures, tmp_path)).task.rows
     n = len(rows.groups)
     epochs = []
     for epoch in range(2):
@@ -209,10 +198,10 @@ def test_every_epoch_shows_every_picture_once_in_another_order(pictures, tmp_pat
     assert all(len(group) == 2 for group in rows.step(0, 4, 5, seed=0))
 
 
-def test_collate_pads_shifts_and_masks(pictures, tmp_path):
-    rows = new_run(recipe_for(pictures, tmp_path)).data
+def test_batches_are_padded_shifted_and_masked(pictures, tmp_path):
+    rows = Run(recipe_for(pictures, tmp_path)).task.rows
     picked = [row for group in rows.groups[:2] for row in group]
-    batch = collate(picked)
+    batch = make_batch(picked)
     for line, row in enumerate(picked):
         length = len(row.ids) - 1
         assert batch.idx[line, :length].tolist() == row.ids[:-1]
@@ -220,7 +209,7 @@ def test_collate_pads_shifts_and_masks(pictures, tmp_path):
         assert batch.targets[line].tolist() == expected + [-1] * (batch.idx.size(1) - length)
     assert len(batch.numbers) == 2 and batch.slots.tolist() == [0, 0, 1, 1]
     vectors = torch.tensor([[[1.0]], [[2.0]]])
-    assert batch.spread(vectors).flatten().tolist() == [1, 1, 2, 2]
+    assert batch.in_rows(vectors).flatten().tolist() == [1, 1, 2, 2]
 
 
 def test_augmentation_mirrors_shifts_and_keeps_range():
@@ -234,88 +223,151 @@ def test_augmentation_mirrors_shifts_and_keeps_range():
     assert 0 <= moved.min() and moved.max() <= 1 and moved.sum((1, 2, 3)).std() > 10
 
 
-def test_hidden_rows_are_zero_and_as_many_as_asked():
+def test_masked_pictures_are_zero_and_as_many_as_asked():
     vectors = torch.ones(1000, 2, 3)
-    hidden = hide(vectors, np.random.default_rng(0), 0.2)
-    zero = (hidden == 0).all((1, 2))
-    assert 150 < zero.sum() < 250 and (hidden[~zero] == 1).all()
+    masked = mask_images(vectors, np.random.default_rng(0), 0.2)
+    zero = (masked == 0).all((1, 2))
+    assert 150 < zero.sum() < 250 and (masked[~zero] == 1).all()
+    rows = mask_images(vectors, np.random.default_rng(0), 0.2, [2] * 500)  # both pictures of a row, or none
+    assert torch.equal(rows[::2], rows[1::2]) and 50 < (rows[::2, 0, 0] == 0).sum() < 150
 
 
-def test_word_dropout_hides_words_and_no_special_tokens(pictures, tmp_path):
-    run = new_run(recipe_for(pictures, tmp_path))
-    idx = collate([row for group in run.data.groups for row in group], pad_id=run.unknown_id).idx
-    special = torch.isin(idx, torch.tensor(sorted(run.tokenizer.special_ids)))
+def test_word_dropout_replaces_text_and_no_special_tokens(pictures, tmp_path):
+    task = Run(recipe_for(pictures, tmp_path)).task
+    idx = make_batch([row for group in task.rows.groups for row in group]).idx
+    special = torch.isin(idx, torch.tensor(sorted(task.tokenizer.special_ids)))
 
-    def hide_share(share):
-        return forget_words(idx, np.random.default_rng(0), share, run.tokenizer.special_ids, run.unknown_id)
+    def dropped(share):
+        return mask_tokens(idx, np.random.default_rng(0), share, task.tokenizer.special_ids, task.unknown_id)
 
-    everything = hide_share(1.0)
-    assert torch.equal(everything[special], idx[special]) and (everything[~special] == run.unknown_id).all()
-    hidden = (hide_share(0.3) != idx)[~special].float().mean()
-    assert 0.2 < hidden < 0.4 and torch.equal(hide_share(0.0), idx)
+    everything = dropped(1.0)
+    assert torch.equal(everything[special], idx[special]) and (everything[~special] == task.unknown_id).all()
+    assert 0.2 < (dropped(0.3) != idx)[~special].float().mean() < 0.4 and torch.equal(dropped(0.0), idx)
 
 
-def test_learning_rates_rise_stay_and_fall():
-    recipe = Folder(warmup_steps=10, cooldown=0.5)
-    factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
+def test_learning_rates_rise_stay_and_fall(described, tmp_path):
+    recipe = recipe_for(described, tmp_path, steps=100, warmup_steps=10, cooldown=0.5)
+    plain = Run(recipe).task
+    factors = [plain.rate_factor(step) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:50] == [1.0] * 41 and factors[-1] == pytest.approx(0.02)
-    run = object.__new__(PictureRun)
-    run.recipe, run.steps = replace(recipe, reward_steps=20, reward_lr=0.1), 120
-    rewarded = []
-    for run.step in range(120):
-        rewarded.append(run.rate_factor())
-    assert rewarded[:100] == factors
-    assert [rewarded[step] for step in (100, 110, 119)] == pytest.approx([0.1, 0.05, 0.005])
+    rewarded = Run(replace(recipe, reward_steps=20, reward_lr=0.1)).task
+    assert rewarded.steps == 120 and [rewarded.rate_factor(step) for step in range(100)] == factors
+    assert [rewarded.rate_factor(step) for step in (100, 110, 119)] == pytest.approx([0.1, 0.05, 0.005])
+
+
+def test_a_step_uses_the_learning_rate_of_that_step(pictures, tmp_path):
+    run = Run(recipe_for(pictures, tmp_path, steps=10, warmup_steps=4, matrix_lr=0.4, head_lr=0.8))
+    run.take_step()
+    run.take_step()
+    muon, adamw = run.optimizers
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.2)
+    assert [group["lr"] for group in adamw.param_groups] == pytest.approx([5e-3 / 2, 0.4])
 
 
 def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
-    run = new_run(recipe_for(pictures, tmp_path, train_encoder=True, vision_tokens=4))
+    run = Run(recipe_for(pictures, tmp_path, train_encoder=True, vision_tokens=4, word_loss=1.0))
     names = {id(p): name for name, p in run.model.named_parameters()}
-    muon, adamw = (
-        [names[id(p)] for g in o.param_groups for p in g["params"]] for o in make_optimizers(run.model, run.recipe)
-    )
-    assert all(".attn." in n or ".mlp." in n or "vision_projector.c_" in n for n in muon) and len(muon) == 8
-    assert {"transformer.wte.weight", "lm_head.weight", "vision_projector.position"} <= set(adamw)
-    assert sum(n.startswith("vision_encoder.") for n in adamw) == len(list(run.model.vision_encoder.parameters()))
+    names |= {id(p): f"auxiliary.{name}" for name, p in run.task.auxiliary.named_parameters()}
+    muon, adamw = ([[names[id(p)] for p in g["params"]] for g in o.param_groups] for o in run.optimizers)
+    block = [
+        f"transformer.h.0.{name}.weight"
+        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert muon == [[*block, "vision_projector.c_fc.weight", "vision_projector.c_proj.weight"]]
+    embeddings, outputs, encoder, auxiliary = adamw
+    assert embeddings == ["transformer.wte.weight"]
+    assert outputs == ["lm_head.weight", "vision_projector.position"]
+    assert encoder == [f"vision_encoder.{name}" for name, _ in run.model.vision_encoder.named_parameters()]
+    assert auxiliary == ["auxiliary.linear.weight", "auxiliary.linear.bias"]
 
 
-def test_the_word_loss_reaches_the_encoder_and_knows_the_telling_words(pictures, tmp_path):
+def test_the_auxiliary_loss_reaches_the_encoder_and_predicts_specific_words(pictures, tmp_path):
     recipe = recipe_for(pictures, tmp_path, train_encoder=True, word_loss=1.0, decoder_gradient=0.0, blind_share=0.0)
-    run = new_run(recipe)
+    run = Run(recipe)
+    task, tokens = run.task, run.task.auxiliary.tokens
     # the end of the turn is in every answer and tells nothing; colours do
     end = run.tokenizer.special("<|assistant_end|>")
-    assert all(words and end not in words for words in run.helper.words)
-    by_colour = {tuple(run.helper.words[run.data.groups[i][0].images[0]]) for i in range(len(run.data.groups))}
-    assert len(by_colour) == len(COLOURS)
-    batch = collate([row for group in run.data.groups[:4] for row in group])
-    answers, words = run.losses(batch, np.random.default_rng(0))
+    assert all(found and end not in found for found in tokens)
+    assert len({tuple(tokens[group[0].images[0]]) for group in task.rows.groups}) == len(COLOURS)
+    batch = make_batch([row for group in task.rows.groups[:4] for row in group])
+    randomize_zeros(run.model)
+    answers, _ = task.losses(batch, np.random.default_rng(0))
     answers.backward()
-    encoder = run.model.vision_encoder.net.model[0].conv.weight
-    assert encoder.grad is None or encoder.grad.abs().sum() == 0
-    _, words = run.losses(batch, np.random.default_rng(0))
-    words.backward()
-    assert encoder.grad.abs().sum() > 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in run.model.vision_encoder.parameters())
+    assert run.model.vision_projector.c_fc.weight.grad.abs().sum() > 0
+    _, auxiliary = task.losses(batch, np.random.default_rng(0))
+    auxiliary.backward()
+    assert next(run.model.vision_encoder.parameters()).grad.abs().sum() > 0
 
 
-def test_three_ways_are_equal_for_a_model_that_ignores_the_picture(pictures, tmp_path):
-    run = new_run(recipe_for(pictures, tmp_path))
-    check = three_ways(run.model, run.val, run.val_eyes, 4)
+def test_a_share_of_the_decoders_gradient_reaches_the_encoder(pictures, tmp_path):
+    sums = []
+    for share in (1.0, 0.25):
+        recipe = recipe_for(pictures, tmp_path, train_encoder=True, decoder_gradient=share, blind_share=0.0)
+        run = Run(recipe)
+        randomize_zeros(run.model)
+        set_training(run.model, recipe)
+        run.task.backward(0)
+        sums.append(next(run.model.vision_encoder.parameters()).grad)
+    assert sums[0].abs().sum() > 0
+    torch.testing.assert_close(sums[1], 0.25 * sums[0], rtol=1e-4, atol=1e-9)
+
+
+def test_validation_conditions_are_equal_only_for_a_model_that_ignores_the_picture(pictures, tmp_path):
+    run = Run(recipe_for(pictures, tmp_path, train_encoder=True))
+    randomize_zeros(run.model)
+    check = run.validate()
+    assert len({round(check[name], 5) for name in ("aligned", "shuffled", "blind")}) == 3
+    with torch.no_grad():
+        run.model.vision_projector.c_proj.weight.zero_()  # the vision token is the same for every picture
+    check = run.validate()
     assert check["aligned"] == pytest.approx(check["shuffled"]) == pytest.approx(check["blind"])
 
 
-# ---- going on after a kill
+def test_a_single_validation_picture_has_no_shuffled_score(pictures, tmp_path):
+    recipe = recipe_for(pictures, tmp_path, steps=1, data=str(tmp_path))
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "black.png")
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    rows = ["black.png,what color is it?,black", "white.png,what color is it?,white"]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,question,answer", *rows]))
+    last = load_checkpoint(train(recipe))[2]["history"][-1]
+    assert "shuffled" not in last and {"aligned", "blind", "aligned_accuracy"} <= last.keys()
 
 
-def command(recipe, *more):
+def test_every_field_of_a_recipe_has_help():
+    """The text below the field; a field that only changes a default inherits it."""
+    known = {}
+    for item in ast.parse(Path(recipes.__file__).read_text()).body:
+        if isinstance(item, ast.ClassDef):
+            helped = dict(known[item.bases[0].id]) if item.bases else {}
+            for field, after in zip(item.body, [*item.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    below = (
+                        after.value.value
+                        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        else None
+                    )
+                    helped[field.target.id] = below or helped.get(field.target.id)
+            known[item.name] = helped
+    for kind in RECIPES.values():
+        helped = known[kind.__name__]
+        assert set(helped) == {field.name for field in fields(kind)}
+        assert all(helped.values()), [name for name, text in helped.items() if not text]
+
+
+# ---- resuming
+
+
+def command(recipe):
     fields = {**SMALL, "data": recipe.data, "out": recipe.out, "cache": recipe.cache} | {
         "steps": recipe.steps, "train_encoder": recipe.train_encoder, "save_every": recipe.save_every,
-        "word_loss": recipe.word_loss,
+        "word_loss": recipe.word_loss, "batchnorm": recipe.batchnorm,
     }  # fmt: skip
     flags = []
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")
         flags += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
-    return [sys.executable, "-m", "nanochat.cli", "train", "folder", *flags, *more]
+    return [sys.executable, "-m", "nanochat.cli", "train", "folder", *flags]
 
 
 def heed_ctrl_c():
@@ -326,75 +378,92 @@ def heed_ctrl_c():
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(pictures, tmp_path):
-    recipe = recipe_for(pictures, tmp_path, steps=60, train_encoder=True, save_every=3, word_loss=1.0)
-    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    out, deadline = Path(recipe.out), time.monotonic() + 120
-    while not (out / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
+@pytest.fixture(scope="module")
+def unbroken(pictures, tmp_path_factory):
+    """A recipe, and the checkpoint of a run of it that was not stopped."""
+    recipe = recipe_for(pictures, tmp_path_factory.mktemp("unbroken"), **STOPPED)
+    return recipe, train(recipe)
+
+
+# BatchNorm's statistics are trained: half a step, or one step too many, would show in them too
+STOPPED = dict(steps=60, train_encoder=True, batchnorm="train", save_every=3, word_loss=1.0)
+
+
+def start(recipe):
+    """The command as a process, once it has saved for the first time."""
+    process = subprocess.Popen(
+        command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (Path(recipe.out) / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
+    return process
+
+
+def assert_same_run(out, unbroken):
+    """Weights, statistics, and the state of the optimisers and of the auxiliary head, to the bit."""
+    (resumed, _, a), (whole, _, b) = load_checkpoint(out), load_checkpoint(unbroken)
+    assert a["step"] == b["step"] == 60
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    expected, found = load_resume(unbroken), load_resume(out)
+    assert expected.keys() == found.keys() and any(name.startswith("helper.") for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_killed_run_resumes_to_the_same_weights(pictures, tmp_path, unbroken):
+    recipe = recipe_for(pictures, tmp_path, **STOPPED)
+    process = start(recipe)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, _, training = load_checkpoint(out)
-    assert 0 < training["step"] < 60 and training["step"] % 3 == 0
-    done = subprocess.run(command(recipe, "--resume"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    whole = replace(recipe, out=str(tmp_path / "whole"))
-    done = subprocess.run(command(whole), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (resumed, _, a), (unbroken, _, b) = load_checkpoint(recipe.out), load_checkpoint(whole.out)
-    assert a["step"] == b["step"] == 60
-    for name, tensor in unbroken.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-    for name, tensor in load_resume(whole.out).items():
-        assert torch.equal(load_resume(recipe.out)[name], tensor), name
+    step = load_checkpoint(recipe.out)[2]["step"]
+    assert 0 < step < 60 and step % 3 == 0
+    train(replace(recipe, resume=True))
+    assert_same_run(recipe.out, unbroken[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_the_line_it_prints_goes_on(pictures, tmp_path, number):
-    recipe = recipe_for(pictures, tmp_path, steps=100, save_every=5, train_encoder=True, word_loss=1.0)
-    words = command(recipe, "--batchnorm", "train")
-    process = subprocess.Popen(
-        words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-    )
-    deadline = time.monotonic() + 120
-    while not (Path(recipe.out) / "manifest.json").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
+def test_a_signal_saves_and_prints_the_command_that_resumes(pictures, tmp_path, unbroken, number):
+    recipe = recipe_for(pictures, tmp_path, **STOPPED, out=str(tmp_path / "my run"))
+    process = start(recipe)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     stopped = load_checkpoint(recipe.out)[2]["step"]
-    assert 0 < stopped < 100 and f"stopped at step {stopped} of 100 and saved" in error
-    printed = error.split("go on with: nanochat ")[1].split()
-    done = subprocess.run([*words[:3], *printed], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    whole = replace(recipe, out=str(tmp_path / "whole"))
-    done = subprocess.run(command(whole, "--batchnorm", "train"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    resumed, unbroken = (load_checkpoint(folder)[0].state_dict() for folder in (recipe.out, whole.out))
-    for name, tensor in unbroken.items():
-        assert torch.equal(resumed[name], tensor), name  # no half step, in BatchNorm's statistics neither
+    assert 0 < stopped < 60 and f"stopped at step {stopped} of 60 and saved" in error
+    words = shlex.split(error.split("resume with: ")[1])
+    assert words == ["nanochat", "train", "folder", "--out", recipe.out, "--resume"]
+    if number == signal.SIGINT:
+        done = subprocess.run(
+            [*command(recipe)[:3], *words[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert_same_run(recipe.out, unbroken[1])
 
 
-def stop_behind(monkeypatch, step):
-    """Have every run stop behind that step, as after Ctrl-C."""
-    take_step = PictureRun.train_step
+def stop_after(recipe, step):
+    """Train, and send SIGINT, as Ctrl-C does, during that step."""
+    run = Run(recipe)
+    backward = run.task.backward
 
-    def stepping(self):
-        result = take_step(self)
-        self.stopping = self.step == step
-        return result
+    def interrupted(number):
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return backward(number)
 
-    monkeypatch.setattr(PictureRun, "train_step", stepping)
+    run.task.backward = interrupted
+    with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step} of"):
+        run.train()
 
 
 @pytest.mark.parametrize(("stopped", "allowed"), [(5, True), (8, False)])
 def test_a_run_may_become_longer_until_its_rates_fall(pictures, tmp_path, stopped, allowed):
     recipe = recipe_for(pictures, tmp_path, steps=12, cooldown=0.5, warmup_steps=2, train_encoder=True)
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
-        stop_behind(monkeypatch, stopped)
-        train(recipe)
+    stop_after(recipe, stopped)
     if not allowed:
-        with pytest.raises(ValueError, match="steps=12 then, 16 now"):
+        with pytest.raises(ValueError, match="steps was 12, now 16"):
             train(replace(recipe, resume=True, steps=16))
         return
     longer = train(replace(recipe, resume=True, steps=16))
@@ -406,7 +475,7 @@ def test_a_run_may_become_longer_until_its_rates_fall(pictures, tmp_path, stoppe
 def test_another_recipe_is_no_resume(pictures, tmp_path):
     recipe = recipe_for(pictures, tmp_path, steps=2)
     train(recipe)
-    with pytest.raises(ValueError, match="matrix_lr=0.02 then, 0.1 now"):
+    with pytest.raises(ValueError, match="matrix_lr was 0.02, now 0.1"):
         train(replace(recipe, resume=True, matrix_lr=0.1))
     with pytest.raises(FileExistsError, match="--resume"):
         train(recipe)
@@ -434,22 +503,23 @@ def test_bad_recipes_are_refused_before_anything_is_written(pictures, tmp_path):
 
 
 def test_a_broken_loss_is_an_error(pictures, tmp_path):
-    run = new_run(recipe_for(pictures, tmp_path))
+    run = Run(recipe_for(pictures, tmp_path))
     with torch.no_grad():
         run.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="loss became nan"):
-        run.train_step()
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    with pytest.raises(ValueError, match="loss became nan at step 0"):
+        run.train()
+    for name, tensor in run.model.state_dict().items():  # no update with such gradients, and nothing saved
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    assert not run.out.exists()
 
 
-@pytest.mark.parametrize("where", ["train_step", "build_model"])
+@pytest.mark.parametrize("where", ["backward", "new_model"])
 def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, where):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    if where == "train_step":
-        monkeypatch.setattr(PictureRun, "train_step", full)
-    else:
-        monkeypatch.setattr("nanochat.training.pictures.build_model", full)
+    monkeypatch.setattr(PictureTask, where, full)
     with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):
         train(recipe_for(pictures, tmp_path, steps=1))
 
@@ -464,7 +534,7 @@ def test_rows_of_several_pictures_and_of_none():
     )  # fmt: skip
     none = replace(pair, images=(), messages=({"role": "user", "content": "hi"}, pair.messages[1]))
     rows = Rows([two, pair, none], tokenizer, config)
-    batch = collate([row for group in rows.groups for row in group])
+    batch = make_batch([row for group in rows.groups for row in group])
     assert batch.counts == [2, 1, 0] and batch.slots.tolist() == [0, 1, 0]
-    spread = batch.spread(torch.arange(4.0).view(2, 2, 1))
-    assert [v.flatten().tolist() for v in spread] == [[0, 1, 2, 3], [0, 1], []]
+    in_rows = batch.in_rows(torch.arange(4.0).view(2, 2, 1))
+    assert in_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1]

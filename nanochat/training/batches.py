@@ -116,8 +116,8 @@ def padded(rows: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_inputs(model: MultimodalGPT, idx: torch.Tensor, vectors=None, states=None) -> Inputs:
-    """What the model reads of rows idx (R, T), on its device. vectors: (S, N, D) of all their pictures, in reading order; they can
-    also follow later, see `with_images`. states: (R, state_dim), normalised, of a robot."""
+    """What the model reads of rows idx (R, T), on its device. vectors: (S, N, D) of all their pictures, in reading order; without
+    them, add them later by `with_images`. states: (R, state_dim), normalised, of a robot."""
     idx = idx.to(model.device)
     inputs = Inputs(
         idx, idx == model.config.vision_token_id, states=None if states is None else states.to(model.device)

@@ -194,8 +194,10 @@ class PictureTask(Task):
 def validate_rows(
     model: MultimodalGPT, rows: Rows, vectors: CachedVectors | EncodedVectors, batch_size: int
 ) -> dict[str, float]:
-    """{condition: loss in nats per token, condition + "_accuracy": share of rows that are exactly right}. batch_size: pictures, or
-    groups of rows, at a time. Rows without pictures are the same in every condition."""
+    """{condition: loss in nats per token, condition + "_accuracy": share of rows that are exactly right}.
+
+    batch_size: pictures, or groups of rows, at a time. Rows without pictures are the same in every condition.
+    """
     seen = {"aligned": None, "blind": None}  # condition -> (n_images, N, D)
     if rows.images:
         numbers = list(range(len(rows.images)))

@@ -1,4 +1,4 @@
-"""What a training run learns. A task has the data, makes the model, and computes the gradients of a step; `run.Run` does the rest.
+"""What a training run learns. A task has the data, makes the model and computes the gradients of a step; `run` does the rest.
 
 `pictures.PictureTask` learns conversations about pictures, `robots.RobotTask` demonstrations.
 """
