@@ -1,7 +1,10 @@
-"""Frames, batches and training of policies, on a toy robot: a bright square in the picture, and the way to it is the action."""
+"""Demonstrations, batches and training of policies, on a toy robot: its action is the direction to a bright square."""
 
 import io
 import json
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from PIL import Image
 
 from nanochat.agent import Agent
+from nanochat.checkpoint import load_resume
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
@@ -18,7 +22,9 @@ from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, task_name
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch, question_batch, shift_pictures
-from nanochat.training.robots import RobotRun, build_robot, make_tokenizer, read_data, train_robot
+from nanochat.training.robots import RobotTask, read_data
+from nanochat.training.run import Run
+from nanochat.training.task import set_training
 
 SIZE = 32
 TINY = dict(
@@ -34,10 +40,10 @@ def toy_episode(number: int, scene: bool = True, length: int = 12) -> Episode:
     picture[y : y + 8, x : x + 8] = 255
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
-    way = (np.array([x, y]) + 4) / SIZE * 2 - 1
+    direction = (np.array([x, y]) + 4) / SIZE * 2 - 1
     columns = {
         "observation.state": rng.uniform(0, 1, (length, 4)).astype(np.float32),
-        "action": np.tile([*way, 0.5, -0.5], (length, 1)).astype(np.float32),
+        "action": np.tile([*direction, 0.5, -0.5], (length, 1)).astype(np.float32),
     }
     if scene:
         environment = np.tile(rng.uniform(0, 0.6, 39), (length, 1)).astype(np.float32)
@@ -59,16 +65,20 @@ def folder(tmp_path_factory):
     return path
 
 
+def train_robot(recipe):
+    return Run(recipe).train()
+
+
 @pytest.fixture(scope="module")
 def built(folder):
-    data, _ = read_data(Robot(data=str(folder), **TINY))
-    recipe = Robot(data=str(folder), **TINY)
+    """(data, tokenizer, {action head: model})."""
+    task = RobotTask(Robot(data=str(folder), **TINY))
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(recipe, data)
-    return data, tokenizer, {
-        head: build_robot(Robot(data=str(folder), action_head=head, **TINY), tokenizer, data)
-        for head in ("continuous", "bins")
-    }  # fmt: skip
+    models = {}
+    for head in ("continuous", "bins"):
+        task.recipe = Robot(data=str(folder), action_head=head, **TINY)
+        models[head], tokenizer = task.new_model()
+    return task.data, tokenizer, models
 
 
 def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
@@ -98,12 +108,14 @@ def test_chunks_stop_at_the_episodes_end():
     assert (chunks[2] == episodes[1].columns["action"][0]).all()
 
 
-def test_rows_carry_the_words_the_state_and_the_actions(built):
+def test_rows_hold_the_instruction_the_state_and_the_actions(built):
     data, tokenizer, models = built
     model = models["continuous"]
     batch = action_batch(data, [0, 5], model, tokenizer, None)
-    assert tokenizer.decode(batch.idx[0].tolist()).startswith(INSTRUCTIONS[data.task(0)][0])
-    assert (batch.idx == model.config.act_token_id).sum(1).tolist() == [1, 1]
+    assert tokenizer.decode(batch.inputs.idx[0].tolist()).startswith(INSTRUCTIONS[data.task(0)][0])
+    assert (batch.inputs.idx == model.config.act_token_id).sum(1).tolist() == [1, 1]
+    assert batch.inputs.places.sum(1).tolist() == [4, 4]
+    np.testing.assert_allclose(model.state_scale.restore(batch.inputs.states.numpy()), data.state[[0, 5]], atol=1e-5)
     assert (batch.targets == IGNORE_INDEX).all()
     np.testing.assert_allclose(model.action_scale.restore(batch.chunks.numpy())[0, 0], data.action[0], atol=1e-5)
     assert batch.inside[1].tolist() == [True, False, False]
@@ -115,27 +127,27 @@ def test_bins_behind_the_end_are_not_learnt(built):
     batch = action_batch(data, [0, 5], model, tokenizer, None)
     learnt = (batch.targets != IGNORE_INDEX).sum(1)
     assert learnt.tolist() == [3 * 4, 1 * 4]
-    spoken = batch.targets[0][batch.targets[0] != IGNORE_INDEX].numpy() - model.config.bin_token_id
-    np.testing.assert_array_equal(spoken.reshape(3, 4), model.action_scale.to_bins(data.action[:3]))
+    bins = batch.targets[0][batch.targets[0] != IGNORE_INDEX].numpy() - model.config.bin_token_id
+    np.testing.assert_array_equal(bins.reshape(3, 4), model.action_scale.to_bins(data.action[:3]))
 
 
 def test_only_answers_are_learnt_of_questions(built):
     data, tokenizer, models = built
-    batch = question_batch(data, draw_asked(data, 16, np.random.default_rng(0)), models["continuous"], tokenizer,
+    batch = question_batch(data, draw_asked(data, 200, np.random.default_rng(0)), models["continuous"], tokenizer,
                            np.random.default_rng(0))  # fmt: skip
-    assert sum(batch.counts) == len(batch.frames)
-    for idx, targets in zip(batch.idx, batch.targets, strict=True):
+    assert len(batch.frames) > 200 and batch.inputs.places.sum() == 4 * len(batch.frames)  # some compare two frames
+    for idx, targets in zip(batch.inputs.idx, batch.targets, strict=True):
         text = tokenizer.decode([t for t in targets.tolist() if t != IGNORE_INDEX])
         assert text and not text.endswith("?")
         asked = tokenizer.decode(idx.tolist()).split(text)[0]
-        assert len(asked) > 10  # the question stands in the row, and is not learnt
+        assert len(asked) > 10  # the question is in the row, but not learnt
 
 
 def test_every_paraphrase_is_used(built):
     data, tokenizer, models = built
     batch = action_batch(data, [0] * 60, models["continuous"], tokenizer, np.random.default_rng(0))
     texts = {tokenizer.decode(row[: (row == models["continuous"].config.act_token_id).nonzero()[0, 0]].tolist())
-             for row in batch.idx}  # fmt: skip
+             for row in batch.inputs.idx}  # fmt: skip
     assert texts == set(INSTRUCTIONS[data.task(0)])
 
 
@@ -150,8 +162,8 @@ def test_shifted_pictures_are_moved_and_not_changed():
 
 
 @pytest.mark.parametrize("head, worse", [("continuous", 0.15), ("bins", 0.3)])
-def test_it_learns_to_look(folder, tmp_path, head, worse):
-    """The way to the square can be read off the picture alone, so the right picture must beat another one and none."""
+def test_it_learns_to_use_the_picture(folder, tmp_path, head, worse):
+    """Only the picture tells the direction to the square, so the right picture must beat another one and none."""
     out = tmp_path / head
     train_robot(Robot(data=str(folder), out=str(out), action_head=head, steps=200, **TINY))
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "aligned" in line][-1]
@@ -164,28 +176,84 @@ def test_it_learns_to_look(folder, tmp_path, head, worse):
     assert chunk.shape == (1, 3, 4)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path):
-    settings = TINY | {"save_every": 3}
-    whole = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), steps=6, **settings))
-    real, calls = RobotRun.train_step, []
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, dtype):
+    settings = TINY | {"save_every": 3, "steps": 6, "dtype": dtype, "shift": 2}
+    whole = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), **settings))
+    recipe = Robot(data=str(folder), out=str(tmp_path / "b"), **settings)
+    run = Run(recipe)
+    backward = run.task.backward
 
-    def stops(self):
-        calls.append(1)
-        if len(calls) == 4:
-            self.stopping = True
-        return real(self)
+    def interrupted(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return backward(step)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RobotRun, "train_step", stops)
-        with pytest.raises(KeyboardInterrupt, match="--resume"):
-            train_robot(Robot(data=str(folder), out=str(tmp_path / "b"), steps=6, **settings))
-    again = train_robot(Robot(data=str(folder), out=str(tmp_path / "b"), steps=6, resume=True, **settings))
+    run.task.backward = interrupted
+    with pytest.raises(
+        KeyboardInterrupt, match="stopped at step 4 of 6 and saved; resume with: nanochat train robot --out"
+    ):
+        run.train()
+    again = train_robot(replace(recipe, resume=True))
     one, two = Agent.load(str(whole)).model.state_dict(), Agent.load(str(again)).model.state_dict()
     for name, value in one.items():
-        assert torch.allclose(value, two[name], atol=1e-5), name
+        assert torch.equal(value, two[name]), name
+    expected, found = load_resume(whole), load_resume(again)
+    assert expected.keys() == found.keys() and "helper.linear.weight" in found
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
 
 
-def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path):
+@pytest.mark.parametrize("head", ["continuous", "bins"])
+def test_parameters_have_the_optimiser_that_suits_them(folder, tmp_path, head):
+    run = Run(Robot(data=str(folder), out=str(tmp_path / "run"), action_head=head, **TINY))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    names |= {id(p): f"auxiliary.{name}" for name, p in run.task.auxiliary.named_parameters()}
+    muon, adamw = ([[names[id(p)] for p in g["params"]] for g in o.param_groups] for o in run.optimizers)
+    (matrices,), (embeddings, outputs, encoder, auxiliary) = muon, adamw
+    block = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert matrices == [
+        *(f"transformer.h.0.{name}.weight" for name in block),
+        "vision_projector.c_fc.weight", "vision_projector.c_proj.weight", "state_projector.weight",
+    ]  # fmt: skip
+    assert embeddings == ["transformer.wte.weight"]
+    own = ["action_head.weight"] if head == "continuous" else []
+    assert outputs == ["lm_head.weight", "vision_projector.position", *own]
+    of_encoder = [f"vision_encoder.{name}" for name, _ in run.model.vision_encoder.named_parameters()]
+    assert sorted(encoder) == sorted([*of_encoder, "glances.linear.weight", "glances.linear.bias"])
+    assert auxiliary == ["auxiliary.linear.weight", "auxiliary.linear.bias"]
+    assert adamw and {g["peak_lr"] for g in run.optimizers[1].param_groups[2:]} == {run.recipe.encoder_lr}
+
+
+def test_the_positions_of_objects_teach_the_encoder(folder, tmp_path):
+    """With no gradient from the decoder, the encoder learns from the auxiliary loss alone."""
+    gradients = []
+    for scene_loss in (1.0, 0.0):
+        recipe = Robot(data=str(folder), out=str(tmp_path / "run"), scene_loss=scene_loss, decoder_gradient=0.0, **TINY)
+        run = Run(recipe)
+        set_training(run.model, recipe)
+        run.task.backward(0)
+        gradients.append(
+            sum(p.grad.abs().sum().item() for p in run.model.vision_encoder.parameters() if p.grad is not None)
+        )
+        assert run.model.transformer.wte.weight.grad is not None
+    assert gradients[0] > 0 == gradients[1]
+
+
+def test_shuffled_pictures_are_of_another_episode(folder, tmp_path):
+    run = Run(Robot(data=str(folder), out=str(tmp_path / "run"), **TINY))
+    frames = [[0, 1, 2], [3, 12]]  # of episodes 0, 0, 0, 0 and 2
+    run.model.eval()
+    with torch.no_grad():
+        vectors = run.task.condition_vectors(frames)
+        of_frame = {frame: run.task.see(run.task.val.images([frame]))[0] for frame in (0, 12)}
+    assert [part.shape[0] for part in vectors["shuffled"]] == [3, 2]
+    torch.testing.assert_close(vectors["shuffled"][0], of_frame[12].expand(3, -1, -1))
+    torch.testing.assert_close(vectors["shuffled"][1], torch.stack([of_frame[12], of_frame[0]]))
+    assert not torch.cat(vectors["blind"]).any()
+
+
+def test_starting_from_a_checkpoint_takes_the_scales_of_the_new_data(folder, tmp_path):
     first = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), steps=2, **TINY))
     other = tmp_path / "other"
     episodes = [toy_episode(n) for n in range(4)]
@@ -194,18 +262,18 @@ def test_going_on_from_a_checkpoint_takes_the_new_datas_scales(folder, tmp_path)
     write_dataset(other, episodes, 10, "toy", (SIZE, SIZE, 3))
     second = train_robot(Robot(data=str(other), out=str(tmp_path / "b"), start_from=str(first), steps=2, **TINY))
     tables = [Agent.load(str(run)).model.transformer.wte.weight for run in (first, second)]
-    assert (tables[0] - tables[1]).abs().max() < 0.1  # the weights were taken over, two steps ago
+    assert (tables[0] - tables[1]).abs().max() < 0.1  # the same weights, and two steps
     third = train_robot(
         Robot(data=str(other), out=str(tmp_path / "c"), start_from=str(first), action_head="bins", steps=1, **TINY)
     )
-    assert Agent.load(str(third)).metadata["action_head"] == "bins"  # the same eyes and words, another head
+    assert Agent.load(str(third)).metadata["action_head"] == "bins"  # the same weights, another head
     fourth = train_robot(
         Robot(**TINY | dict(data=str(other), out=str(tmp_path / "d"), start_from=str(first), chunk=7, steps=1))
     )
-    said = json.loads((fourth / "training.json").read_text())["recipe"]
+    saved = json.loads((fourth / "training.json").read_text())["recipe"]
     assert (
-        said["chunk"] == Agent.load(str(fourth)).metadata["chunk"] == 3
-    )  # its shape is the old one's, and so it says
+        saved["chunk"] == Agent.load(str(fourth)).metadata["chunk"] == 3
+    )  # the shape of the checkpoint, also on record
     (run,) = json.loads((third / "training.json").read_text())["earlier"]
     assert (run["step"], run["data"]) == (2, str(folder)) and run["seconds"] > 0
     high = [Agent.load(str(run)).model.config.action_scale["high"] for run in (first, second)]
@@ -236,7 +304,7 @@ def test_one_of_several_cameras_is_chosen(tmp_path):
         read_data(Robot(data=str(folder), camera="front", **TINY))
 
 
-def test_data_that_nobody_can_act_on_is_refused(tmp_path):
+def test_data_without_actions_is_refused(tmp_path):
     episodes = [toy_episode(n, scene=False) for n in range(2)]
     for episode in episodes:
         episode.columns["torque"] = episode.columns.pop("action")
@@ -263,3 +331,15 @@ def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):
         after = Agent.load(str(out)).model.vision_encoder.state_dict()
         same = all(torch.equal(value, after[name]) for name, value in before.items())
         assert same is not train_encoder
+
+
+def test_a_policy_starts_only_from_a_policy(folder, tmp_path):
+    with pytest.raises(ValueError, match="is a MultimodalGPT, not a robot policy"):
+        Run(Robot(**TINY | dict(data=str(folder), out=str(tmp_path / "run"), start_from="default")))
+
+
+def test_one_validation_episode_has_no_shuffled_score(tmp_path):
+    write_dataset(tmp_path / "two", (toy_episode(2 * n) for n in range(2)), 10, "toy", (SIZE, SIZE, 3))
+    out = train_robot(Robot(data=str(tmp_path / "two"), out=str(tmp_path / "run"), steps=1, **TINY))
+    last = json.loads((out / "training.json").read_text())["history"][-1]
+    assert {"aligned", "blind", "aligned_accuracy"} <= last.keys() and "shuffled" not in last

@@ -18,8 +18,8 @@ from nanochat.engine import pad_rows
 from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
-from nanochat.vision.encoder import to_pixels
 from nanochat.vision.images import square
+from nanochat.vision.pixels import to_pixels
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nanochat.training.batches import exactly_right, mask_images, reduce_gradien
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import QuestionBatch, action_batch, question_batch, shift_pictures
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, shaped_like
-from nanochat.vision.encoder import to_pixels
+from nanochat.vision.pixels import to_pixels
 
 VAL_FRAMES = 256
 TEXT_FRAMES = 2000  # frames whose questions and answers the tokenizer is trained on
@@ -66,7 +66,9 @@ class RobotTask(Task):
         """The same weights with the scales of this data, and a new action head if the recipe asks for another one."""
         recipe, config, scales = self.recipe, model.config, self.scales()
         if not isinstance(model, RobotGPT):
-            raise ValueError(f"{recipe.start_from} is a {type(model).__name__}, not a robot policy: choose another one")
+            raise ValueError(
+                f"the checkpoint {recipe.start_from} is a {type(model).__name__}, not a robot policy: choose another one"
+            )
         for name, scale in scales.items():
             expected, found = len(getattr(config, name)["low"]), len(scale["low"])
             if found != expected:
