@@ -19,7 +19,7 @@ from nanochat.multimodal_gpt import MultimodalGPTConfig, create_multimodal_gpt
 from nanochat.training.optimizers import make_optimizers
 from nanochat.training.recipes import Recipe
 from nanochat.vision import YOLOv9Plus
-from nanochat.vision.encoder import read_pixels
+from nanochat.vision.pixels import read_pixels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYER = "p5"

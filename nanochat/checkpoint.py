@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanochat import hub
 from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
@@ -28,6 +29,7 @@ from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_enc
 FORMAT_VERSION = 1
 RESUME = "resume.safetensors"
 REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
+PUBLISHED = [*REQUIRED, "manifest.json"]  # what travels: all but the optimiser state
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"default": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}  # models in the package, by name
 # `kind` of a model -> its class, imported when a checkpoint needs it
@@ -339,6 +341,7 @@ def locate(name: str | Path) -> Path:
     folder = readable(Path(SHIPPED.get(str(name), name)).expanduser().resolve())
     if folder.exists() or not is_hub_name(name):
         return folder
-    from nanochat.hub import download
-
-    return download(str(name))
+    try:
+        return hub.download(str(name), PUBLISHED)
+    except OSError as error:
+        raise CheckpointError(f"there is no folder {name}, and {error}") from error

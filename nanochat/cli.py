@@ -219,9 +219,9 @@ def push(
         repo: Name of the repository; it is created if it does not exist.
         public: Create a public repository; by default it is private.
     """
-    from nanochat.hub import push_to_hub
+    from nanochat.packing import push_checkpoint
 
-    print(push_to_hub(checkpoint, repo, private=not public))
+    print(push_checkpoint(checkpoint, repo, private=not public))
 
 
 def tokenizer(

@@ -16,3 +16,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu")
     return device
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError where it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without this kind of device
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the device {name} cannot be used ({reason}): use cpu, or another device") from error

@@ -15,7 +15,8 @@ from nanochat.engine import Engine
 from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
 from nanochat.sampling import Sampling
-from nanochat.vision.encoder import Encoder, evaluating, open_encoder, read_pixels
+from nanochat.vision.encoder import Encoder, open_encoder
+from nanochat.vision.pixels import evaluating, read_pixels
 
 
 @dataclass

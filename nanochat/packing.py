@@ -1,10 +1,11 @@
-"""A checkpoint made ready to publish: small, and without the paths of the machine that trained it."""
+"""Publishing a checkpoint: a copy that is small and without the paths of the machine that trained it, and its upload."""
 
 from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint, save_checkpoint
+from nanochat import hub
+from nanochat.checkpoint import PUBLISHED, load_checkpoint, locate, save_checkpoint, verify
 
 PATHS = ("data", "encoder", "start_from", "tokenizer")  # fields of a recipe that can hold a path
 
@@ -22,3 +23,11 @@ def pack_checkpoint(name: str, out: Path, half: bool = True) -> tuple[int, int]:
         recipe |= {field: Path(recipe[field]).name for field in PATHS if recipe.get(field)}
     save_checkpoint(out, model, tokenizer, training, dtype=torch.float16 if half else None)
     return model.num_parameters(), sum(path.stat().st_size for path in out.iterdir())
+
+
+def push_checkpoint(name: str | Path, repo_id: str, private: bool = True) -> str:
+    """Verify a checkpoint and upload it to the Hugging Face hub; returns its address. Raises CheckpointError if it is damaged,
+    OSError where the hub cannot be reached or refuses it."""
+    folder = locate(name)
+    verify(folder)
+    return hub.upload(folder, repo_id, PUBLISHED, private)

@@ -14,7 +14,7 @@ import torch
 from nanochat import checkpoint
 from nanochat.checkpoint import CheckpointError, encoder_of, load_checkpoint, load_resume, save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hub import push_to_hub
+from nanochat.packing import push_checkpoint
 from nanochat.vision import YOLOv9Plus
 from tests.conftest import make_model
 from tests.test_tokenizer import TOKENIZER
@@ -401,12 +401,12 @@ def test_what_is_pushed_can_be_loaded_by_its_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "m", seed=4, resume={"x": torch.zeros(2)}, extra={"metrics.jsonl": b"{}\n"})
     (tmp_path / "m" / "secret.txt").write_text("stays at home")
-    push_to_hub(tmp_path / "m", "me/model")
+    push_checkpoint(tmp_path / "m", "me/model")
     assert sorted(p.name for p in hub.iterdir()) == sorted([*checkpoint.REQUIRED, "manifest.json"])
     assert seed_of("me/model") == 4
     (tmp_path / "m" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="bytes"):
-        push_to_hub(tmp_path / "m", "me/model")
+        push_checkpoint(tmp_path / "m", "me/model")
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
@@ -419,7 +419,7 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     saved(tmp_path / "m")
     with pytest.raises(OSError, match="^me/model could not be uploaded: no network$"):
-        push_to_hub(tmp_path / "m", "me/model")
+        push_checkpoint(tmp_path / "m", "me/model")
 
 
 # ---- names ----

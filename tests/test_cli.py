@@ -385,7 +385,7 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
 
 def test_push(nanochat, monkeypatch):
     pushed = []
-    monkeypatch.setattr("nanochat.hub.push_to_hub", lambda *words, private: pushed.append((*words, private)) or "URL")
+    monkeypatch.setattr("nanochat.packing.push_checkpoint", lambda *words, private: pushed.append((*words, private)) or "URL")
     assert nanochat("push", "default", "me/model").out == "URL\n"
     nanochat("push", "runs/mine", "me/model", "--public")
     assert pushed == [("default", "me/model", True), ("runs/mine", "me/model", False)]

@@ -13,15 +13,9 @@ from PIL import Image
 
 import nanochat.vision
 from nanochat.vision import YOLOv9Plus
-from nanochat.vision.encoder import (
-    Encoder,
-    encoder_from_architecture,
-    evaluating,
-    open_encoder,
-    read_pixels,
-    to_pixels,
-)
+from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
 from nanochat.vision.images import ImageError, as_list, letterbox, square
+from nanochat.vision.pixels import evaluating, read_pixels, to_pixels
 from nanochat.vision.weights import WeightsError
 from tests.test_yolov9 import NAMES, PICTURES, assert_distinct, calibrate, save_detector
 
@@ -192,7 +186,7 @@ def test_pixels_are_divided_by_255_in_one_place():
     """Two divisions, or a missing one, would give training and serving different pixels."""
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "nanochat").rglob("*.py")}
     dividing = [path.name for path, text in sources.items() if "/ 255" in text and "import torch" in text]
-    assert dividing == ["encoder.py"]
+    assert dividing == ["pixels.py"]
 
 
 def test_read_pixels_is_square_and_to_pixels(encoder):

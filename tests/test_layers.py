@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
     ("__init__",),
-    ("files", "devices", "gpt", "sampling", "actions", "safety"),
+    ("files", "devices", "hub", "gpt", "sampling", "actions", "safety"),
     ("tokenizer",),
     ("conversation",),
     ("vision.*",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("data.*",),
     ("data",),
     ("checkpoint",),
-    ("hub", "upstream", "packing"),
+    ("upstream", "packing"),
     ("metaworld", "metaworld.*"),
     ("agent",),
     ("evaluation", "evaluation.*"),
@@ -39,11 +39,6 @@ LAYERS = (
     ("cli",),
     ("assistant", "robot", "robot.policy"),  # deprecated names
 )
-# (importer, imported) that may point upwards, and why
-ALLOWED = {
-    ("vision.encoder", "vision.yolov9"): "open_encoder is the only resolver of encoder names and builds what it finds",
-    ("checkpoint", "hub"): "locate is the only resolver of checkpoint names and downloads what it does not find",
-}
 # Who may import what, by pattern of the importer
 ONLY = {
     "nanochat.serving": ("serving", "serving.*", "cli", "cli_robot", "demo", "robot.policy"),
@@ -113,7 +108,7 @@ def violations(package: Path) -> list[str]:
             for pattern, allowed in NOTHING_BUT.items():
                 if fnmatchcase(name, pattern) and not matches(imported, allowed):
                     found.append(f"{where} imports {imported}: it may import only {', '.join(allowed) or 'nothing'}")
-            if (name, imported) in ALLOWED or imported == name:
+            if imported == name:
                 continue
             mine, other = layer_of(name), layer_of(imported)
             if mine is None or other is None or other < mine:
@@ -150,7 +145,7 @@ def test_imports_only_go_down():
 
 def test_every_listed_module_exists():
     modules = modules_in(PACKAGE)
-    listed = [pattern for layer in LAYERS for pattern in layer] + [name for pair in ALLOWED for name in pair]
+    listed = [pattern for layer in LAYERS for pattern in layer]
     missing = [pattern for pattern in listed if not any(fnmatchcase(name, pattern) for name in modules)]
     assert not missing, f"not in nanochat/: {', '.join(missing)}"
 

@@ -1,19 +1,15 @@
-"""What an image encoder is, and how the rest of the project opens and runs one.
+"""What an image encoder is, and how the rest of the project opens one.
 
 A new encoder is a class with the methods of `Encoder` in a file of its own, plus one branch in `open_encoder` and one in
 `encoder_from_architecture`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn as nn
-
-from nanochat.vision.images import ImageSource, Letterbox, as_list, square
 
 
 @runtime_checkable
@@ -95,47 +91,3 @@ def encoder_from_architecture(architecture: dict) -> Encoder:
     from nanochat.vision.yolov9 import YOLOv9Plus
 
     return YOLOv9Plus.from_architecture(architecture)
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name. Raises ValueError where it cannot be used."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without this kind of device
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the device {name} cannot be used ({reason}): use cpu, or another device") from error
-
-
-# ---- from images to maps
-
-
-def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255.
-
-    Raises ValueError for another shape or dtype.
-    """
-    if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
-        raise ValueError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
-    return (torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).to(dtype) / 255).contiguous()
-
-
-def read_pixels(encoder: Encoder, images: ImageSource | Sequence[ImageSource]) -> tuple[torch.Tensor, list[Letterbox]]:
-    """One image or a list of B -> (pixels (B, 3, S, S) in the encoder's dtype and on its device, how each was fitted).
-
-    Raises ImageError for an image that cannot be opened, ValueError for an empty list.
-    """
-    squares, fits = zip(*[square(image, encoder.image_size) for image in as_list(images)], strict=True)
-    weight = next(encoder.parameters())
-    return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, so BatchNorm's statistics do not change; afterwards each module's own mode."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -13,9 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.devices import usable_device
 from nanochat.vision.detections import Detection
-from nanochat.vision.encoder import evaluating, read_pixels, usable_device
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
+from nanochat.vision.pixels import evaluating, read_pixels
 from nanochat.vision.weights import WeightsError, class_names, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 

@@ -1,0 +1,44 @@
+"""From images to the pixels of an encoder, the same for training and inference."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from nanochat.vision.images import ImageSource, Letterbox, as_list, square
+
+
+def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255.
+
+    Raises ValueError for another shape or dtype.
+    """
+    if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
+        raise ValueError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
+    return (torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).to(dtype) / 255).contiguous()
+
+
+def read_pixels(
+    encoder: nn.Module, images: ImageSource | Sequence[ImageSource]
+) -> tuple[torch.Tensor, list[Letterbox]]:
+    """One image or a list of B -> (pixels (B, 3, S, S) in the encoder's dtype and on its device, how each was fitted).
+
+    Raises ImageError for an image that cannot be opened, ValueError for an empty list.
+    """
+    squares, fits = zip(*[square(image, encoder.image_size) for image in as_list(images)], strict=True)
+    weight = next(encoder.parameters())
+    return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, so BatchNorm's statistics do not change; afterwards each module's own mode."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
