@@ -4,6 +4,7 @@ Blocks of one file run in order in one namespace, in a folder with picture.png, 
 run has a line `<!-- not run: REASON -->` directly above it.
 """
 
+import ast
 import contextlib
 import functools
 import io
@@ -35,6 +36,7 @@ WITH_PYTHON = [README, *(ROOT / "docs" / name for name in ("EXTENDING.md", "MULT
 NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
 MOST_NOT_RUN = 1
 DEPRECATED_FLAGS = {"--record"}  # of rollout; argparse still accepts it
+SHAPE = re.compile(r"^(\w+) = .*  # (\([\d, ]+\))", re.M)
 PATH = re.compile(r"(?<![\w./-])[\w./-]*\w(?:\.py|\.md|/)(?=[\s,;:)]|$)")
 
 
@@ -74,7 +76,7 @@ def python_blocks(text: str) -> list[Block]:
 
 
 def run_blocks(path: Path, folder: Path) -> dict:
-    """Run the blocks of a page; returns their namespace."""
+    """Run the blocks of a page, and compare shapes in comments with what was computed; returns their namespace."""
     namespace = {"__name__": path.stem}
     shutil.copy(ASSETS / "pictures" / "0.png", folder / "picture.png")
     shutil.copy(ASSETS / "pictures" / "0.png", folder / "scene.jpg")  # formats are recognised by content
@@ -83,6 +85,8 @@ def run_blocks(path: Path, folder: Path) -> dict:
         if block.not_run is None:
             code = "\n" * (block.line - 1) + block.code  # so that a traceback has the line of the page
             exec(compile(code, str(path), "exec"), namespace)
+            for name, shape in SHAPE.findall(block.code):
+                assert tuple(namespace[name].shape) == ast.literal_eval(shape), f"{path.name}: shape of {name}"
     return namespace
 
 
@@ -96,7 +100,8 @@ def folder(tmp_path, monkeypatch):
 
 @names([path for path in WITH_PYTHON if path.name != "EXTENDING.md"])
 def test_python_blocks_run(path, folder):
-    run_blocks(path, folder)
+    namespace = run_blocks(path, folder)
+    assert SHAPE.findall(path.read_text(encoding="utf-8")) and "agent" in namespace
 
 
 def test_sketches_run_and_the_endpoint_answers(folder):
@@ -136,6 +141,9 @@ def test_a_wrong_block_is_found(folder):
     with pytest.raises(AssertionError) as caught:
         run_blocks(page, folder)
     assert caught.traceback[-1].lineno + 1 == 6
+    page.write_text("```python\nimport numpy as np\nx = np.ones((2, 3))  # (2, 4): wrong\n```\n")
+    with pytest.raises(AssertionError, match="shape of x"):
+        run_blocks(page, folder)
     for text in ("<!-- not run: needs luck -->\n\n```python\n```\n", "```py\nx = 1\n```\n"):
         with pytest.raises(ValueError, match="line"):
             python_blocks(text)
