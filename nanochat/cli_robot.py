@@ -57,10 +57,11 @@ def rollout(
     checkpoint: Checkpoint,
     tasks: tuple[str, ...] = ("mt10",),
     episodes: int = 10,
-    seed: int = 0,
+    seed: int | None = None,
+    protocol: Literal["standard", "published"] = "standard",
     drivers: tuple[Literal["policy", "shuffled", "blind", "random", "expert"], ...] = ("policy",),
     execute: int = 5,
-    max_steps: int = 500,
+    max_steps: int | None = None,
     processes: int | None = None,
     gifs: Annotated[Path | None, arg(aliases=["--record"])] = None,
     json_out: JsonOut = None,
@@ -71,11 +72,13 @@ def rollout(
     Args:
         tasks: mt10, mt50, or task names such as door-open.
         episodes: Episodes per task.
-        seed: Seed of the first episode.
+        seed: Number of the first episode; default 0, or 4042 with --protocol published.
+        protocol: standard: every task has its own stream of layouts, 500 steps. published: as published MT50 results: the same
+            seeds for every task, 400 steps, one zero action before the first observation.
         drivers: Who chooses the actions: the policy; the policy with the instruction of another task (shuffled) or without an
             image (blind); random actions; or Meta-World's scripted expert, which sees the full state.
         execute: Actions of a chunk that are executed before the policy gets a new observation.
-        max_steps: An episode fails after this many steps.
+        max_steps: An episode fails after this many steps; default that of the protocol.
         processes: Parallel processes; default one per CPU core.
         gifs: Write a GIF of every episode to this folder.
     """
@@ -88,7 +91,7 @@ def rollout(
         check_out(json_out)
     run_rollouts(
         checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, processes or default_processes(),
-        gifs, json_out, pick_device(device),
+        gifs, json_out, pick_device(device), protocol,
     )  # fmt: skip
 
 

@@ -13,7 +13,17 @@ import pytest
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.evaluation.rollout import Job, Outcome, instruction_for, make_jobs, run_job, run_rollouts, summary
+from nanochat.evaluation.rollout import (
+    PROTOCOLS,
+    Job,
+    Outcome,
+    instruction_for,
+    layout_seed,
+    make_jobs,
+    run_job,
+    run_rollouts,
+    summary,
+)
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
 from nanochat.metaworld.workers import in_processes
 from tests.test_simulator import needs_simulator
@@ -43,7 +53,49 @@ def test_rates_of_tiers_weigh_tiers_alike_and_episodes_alike_within():
     assert row["pooled"] == pytest.approx(6 / 50)
     assert row["warnings"] == 200 and row["ms_per_chunk"] == pytest.approx(5)
     low, high = row["macro_ci95"]
-    assert low <= row["macro"] <= high
+    assert low - 1e-9 <= row["macro"] <= high + 1e-9
+
+
+def test_intervals_are_over_what_is_independent():
+    """Ten layouts that all tasks share are ten draws, and not five hundred."""
+    tasks, rng = list(INSTRUCTIONS), np.random.default_rng(0)
+    lucky = rng.random(10) < 0.5  # a layout is easy for every task, or for none
+    outcomes = [outcome(task, seed, bool(lucky[seed])) for task in tasks for seed in range(10)]
+    own, shared = (summary(outcomes, tasks, own_layouts)["drivers"]["policy"] for own_layouts in (True, False))
+    assert own["macro"] == shared["macro"] == pytest.approx(lucky.mean())
+    for name in ("macro_ci95", "pooled_ci95"):
+        assert shared[name][1] - shared[name][0] > 3 * (own[name][1] - own[name][0])
+    se = (lucky.mean() * (1 - lucky.mean()) / 10) ** 0.5  # of ten independent draws
+    assert shared["macro_ci95"][1] - shared["macro_ci95"][0] == pytest.approx(2 * 1.96 * se, rel=0.15)
+
+
+def test_tasks_have_layouts_of_their_own_far_from_training_seeds():
+    seeds = [layout_seed(task, number) for task in INSTRUCTIONS for number in range(40)]
+    assert len(set(seeds)) == len(seeds) and min(seeds) >= 2**31 and max(seeds) < 2**32
+    assert layout_seed("door-open", 3) == layout_seed("door-open", 3)
+
+
+@needs_simulator
+def test_the_published_protocol_shares_seeds_and_begins_with_a_zero_action():
+    from nanochat.metaworld.simulator import Arm
+
+    first = {}
+
+    def see(name):
+        def act(images, states, instructions):
+            first.setdefault(name, states[0])
+            return np.zeros((len(states), 1, 4), np.float32)
+
+        return act
+
+    for protocol in ("standard", "published"):
+        (found,) = run_job(Job("reach", "reach", "policy", (4042,), 1, 32, 3, protocol=protocol), see(protocol))
+        assert found.steps == found.looks == 3
+    arm = Arm("reach", 32)
+    arm.reset(4042)
+    np.testing.assert_array_equal(first["published"], arm.step(np.zeros(4)).state)
+    np.testing.assert_array_equal(first["standard"], arm.reset(layout_seed("reach", 4042)).state)
+    assert PROTOCOLS["published"].max_steps == 400 and PROTOCOLS["published"].first_seed == 4042
 
 
 def test_some_tasks_have_no_tiers():
@@ -121,7 +173,7 @@ def test_an_episode_ends_within_a_chunk():
     (by_step,) = run_job(Job("door-open", "open the door", "expert", (0,), 1, 32, 120))
     (by_chunk,) = run_job(Job("door-open", "open the door", "expert", (0,), 7, 32, 120))
     assert by_step.success and by_chunk.success and by_step.steps == by_chunk.steps == by_step.looks
-    assert by_chunk.steps % 7 and by_chunk.looks == by_chunk.steps // 7 + 1
+    assert by_chunk.looks == -(-by_chunk.steps // 7)
     (late,) = run_job(Job("door-open", "open the door", "random", (0,), 5, 32, 12))
     assert (late.steps, late.looks, late.success) == (12, 3, False)
 
@@ -145,7 +197,7 @@ def test_only_running_episodes_are_in_the_batch():
 
     for seed in (0, 1):
         arms[seed] = Arm("door-open", 32)
-        arms[seed].reset(seed)
+        arms[seed].reset(layout_seed("door-open", seed))
     found = run_job(Job("door-open", "open the door", "policy", (0, 1), 1, 32, 120), expert)
     steps = [o.steps for o in found]
     assert [o.success for o in found] == [True, True] and steps[0] != steps[1]

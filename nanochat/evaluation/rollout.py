@@ -1,10 +1,13 @@
 """Closed-loop evaluation: a policy drives the simulated arm, and the score is the share of episodes that succeed.
 
-An episode is a task and a seed. Worker processes take jobs of up to ten episodes of one task and run the episodes of a job in
-lockstep, with one batched pass through the network for all of them. The policy can be compared, on the same seeds, with its
-controls (the instruction of another task: shuffled; no picture: blind), with random actions, and with the scripted expert.
+An episode is a task and a number. Its layout of objects comes from a stream of the task's own, so the episodes of all tasks are
+independent; the protocol "published" uses the same seeds for every task, as published evaluations do. Worker processes take
+jobs of up to ten episodes of one task and run the episodes of a job in lockstep, with one batched pass through the network
+for all of them. The policy can be compared, on the same layouts, with its controls (the instruction of another task: shuffled;
+no picture: blind), with random actions, and with the scripted expert.
 """
 
+import hashlib
 import json
 import resource
 import sys
@@ -35,10 +38,30 @@ Act = Callable[[Sequence, np.ndarray, Sequence[str]], np.ndarray]  # images, sta
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """How episodes begin and end. first_seed: default number of the first episode. zero_first: one zero action is executed before
+    the first observation and not counted as a step. own_layouts: each task has its own stream of layouts; otherwise episode n
+    of every task has the simulator's seed n."""
+
+    first_seed: int
+    max_steps: int
+    zero_first: bool
+    own_layouts: bool
+
+
+PROTOCOLS = {
+    "standard": Protocol(first_seed=0, max_steps=MAX_STEPS, zero_first=False, own_layouts=True),
+    # as MT50 is evaluated in publications (SmolVLA, Evo-1)
+    "published": Protocol(first_seed=4042, max_steps=400, zero_first=True, own_layouts=False),
+}
+
+
+@dataclass(frozen=True)
 class Job:
     """Episodes of one task. instruction: given to the policy. driver: policy, shuffled, blind, random or expert.
 
-    execute: actions of a chunk that are executed before the next observation. gifs: folder for a GIF of each episode.
+    seeds: numbers of the episodes. execute: actions of a chunk that are executed before the next observation. gifs: folder
+    for a GIF of each episode.
     """
 
     task: str
@@ -49,6 +72,7 @@ class Job:
     image_size: int
     max_steps: int = MAX_STEPS
     gifs: str | None = None
+    protocol: str = "standard"
 
 
 @dataclass
@@ -72,13 +96,14 @@ class Outcome:
 
 
 def run_rollouts(
-    checkpoint: str, tasks: list[str], episodes: int, seed: int, drivers: list[str], execute: int, max_steps: int,
-    processes: int, gifs: Path | None, json_out: Path | None, device: torch.device | str,
+    checkpoint: str, tasks: list[str], episodes: int, seed: int | None, drivers: list[str], execute: int,
+    max_steps: int | None, processes: int, gifs: Path | None, json_out: Path | None, device: torch.device | str,
+    protocol: str = "standard",
 ) -> dict:  # fmt: skip
     """Run all episodes, print the tables and return the figures (see `summary`).
 
-    episodes: per task, with the seeds seed, seed + 1, ...; gifs: folder for a GIF of every episode; json_out: a file for the
-    figures. Every process loads the checkpoint to `device`.
+    episodes: per task, with the numbers seed, seed + 1, ...; seed, max_steps: None for those of the protocol, see `PROTOCOLS`.
+    gifs: folder for a GIF of every episode; json_out: a file for the figures. Every process loads the checkpoint to `device`.
 
     Raises:
         ValueError: a number is out of its range, or the checkpoint is not a policy.
@@ -87,13 +112,15 @@ def run_rollouts(
     agent = Agent.load(checkpoint)
     agent.check_can_act()
     config = agent.model.config
-    check_numbers(episodes, seed, execute, max_steps, config.chunk)
+    rules = PROTOCOLS[protocol]
+    seed, max_steps = rules.first_seed if seed is None else seed, rules.max_steps if max_steps is None else max_steps
+    check_numbers(episodes, seed, execute, max_steps, config.chunk, MAX_STEPS - rules.zero_first)
     if gifs is not None:
         gifs.mkdir(parents=True, exist_ok=True)
     size = config.vision_image_size
     Arm(tasks[0], size).image()  # if rendering fails, it fails once here and not in every process
     drivers = list(dict.fromkeys(drivers))
-    jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs)
+    jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs, protocol)
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
         bar = progress.add_task("running episodes", total=len(drivers) * len(tasks) * episodes)
@@ -101,9 +128,9 @@ def run_rollouts(
             outcomes += found
             progress.advance(bar, len(found))
     seconds = time.perf_counter() - started
-    result = summary(outcomes, tasks) | {
-        "checkpoint": str(checkpoint), "episodes": episodes, "seed": seed, "execute": execute, "max_steps": max_steps,
-        "image_size": size, "seconds": seconds, "steps_per_s": sum(o.steps for o in outcomes) / seconds,
+    result = summary(outcomes, tasks, rules.own_layouts) | {
+        "checkpoint": str(checkpoint), "protocol": protocol, "episodes": episodes, "seed": seed, "execute": execute,
+        "max_steps": max_steps, "image_size": size, "seconds": seconds, "steps_per_s": sum(o.steps for o in outcomes) / seconds,
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
     report(result, tasks, drivers)
@@ -113,23 +140,24 @@ def run_rollouts(
     return result
 
 
-def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk: int) -> None:
+def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk: int, limit: int) -> None:
     if not 1 <= execute <= chunk:
         raise ValueError(f"execute must be in 1..{chunk}, the policy's chunk, got {execute}")
     if episodes < 1 or seed < 0:
         raise ValueError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
-    if not 1 <= max_steps <= MAX_STEPS:
-        raise ValueError(f"max_steps must be in 1..{MAX_STEPS}, where Meta-World ends an episode, got {max_steps}")
+    if not 1 <= max_steps <= limit:
+        raise ValueError(f"max_steps must be in 1..{limit}, where Meta-World ends an episode, got {max_steps}")
 
 
 def make_jobs(
-    tasks: list[str], seeds: range, drivers: list[str], execute: int, size: int, max_steps: int, gifs: Path | None
-) -> list[Job]:
+    tasks: list[str], seeds: range, drivers: list[str], execute: int, size: int, max_steps: int, gifs: Path | None,
+    protocol: str = "standard",
+) -> list[Job]:  # fmt: skip
     """Jobs of up to EPISODES_PER_JOB episodes, driver by driver and task by task."""
     parts = [tuple(seeds[start : start + EPISODES_PER_JOB]) for start in range(0, len(seeds), EPISODES_PER_JOB)]
     folder = str(gifs) if gifs else None
     return [
-        Job(task, instruction_for(tasks, task, driver), driver, part, execute, size, max_steps, folder)
+        Job(task, instruction_for(tasks, task, driver), driver, part, execute, size, max_steps, folder, protocol)
         for driver in drivers
         for task in tasks
         for part in parts
@@ -161,12 +189,17 @@ class Episode:
     def __init__(self, job: Job, seed: int):
         self.job, self.seed = job, seed
         self.arm, self.limits = Arm(job.task, job.image_size), arm_limits()
-        self.scene = self.arm.reset(seed)
+        rules = PROTOCOLS[job.protocol]
+        self.scene = self.arm.reset(layout_seed(job.task, seed) if rules.own_layouts else seed)
+        self.last_step = job.max_steps
+        if rules.zero_first:
+            self.scene = self.arm.step(np.zeros(ACTION_DIM))
+            self.last_step += 1
         self.looks, self.film = 0, []
 
     @property
     def running(self) -> bool:
-        return not self.scene.success and self.arm.steps < self.job.max_steps
+        return not self.scene.success and self.arm.steps < self.last_step
 
     def picture(self) -> np.ndarray | None:
         """(S, S, 3) uint8; None if neither the driver nor a GIF needs it, because rendering is slow."""
@@ -192,11 +225,17 @@ class Episode:
         if job.gifs:
             name = f"{job.driver}-{job.task}-{self.seed}-{'success' if success else 'failure'}.gif"
             write_gif(Path(job.gifs) / name, [*self.film, self.arm.image()])
-        steps = self.arm.steps
+        steps = self.arm.steps - (self.last_step - job.max_steps)
         self.arm.close()
         return Outcome(
             job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts)
         )
+
+
+def layout_seed(task: str, number: int) -> int:
+    """The simulator's seed of a task's episode, in 2**31 .. 2**32 - 1: far from the seeds of recorded demonstrations."""
+    digest = hashlib.sha256(f"{task} {number}".encode()).digest()
+    return 2**31 + int.from_bytes(digest[:4], "big") % 2**31
 
 
 def run_job(job: Job, act: Act | None = None) -> list[Outcome]:
@@ -236,12 +275,16 @@ def write_gif(path: Path, film: list[np.ndarray]) -> None:
 # ---- figures ----
 
 
-def summary(outcomes: list[Outcome], tasks: list[str]) -> dict:
+def summary(outcomes: list[Outcome], tasks: list[str], own_layouts: bool = True) -> dict:
     """{"drivers": {driver: {"tasks": {task: rate}, "pooled", "pooled_ci95", "ms_per_chunk", "warnings", and for all 50 tasks
-    "tiers", "macro", "macro_ci95"}}}; rates are 0..1."""
+    "tiers", "macro", "macro_ci95"}}}; rates are 0..1.
+
+    Intervals are 95 % bootstrap intervals over what is independent: the episodes of each task or, where episodes with the same
+    number share a layout (own_layouts is False), those numbers. With independent episodes, "pooled_ci95" is Wilson's.
+    """
     result = {}
     for driver in dict.fromkeys(outcome.driver for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.driver == driver]
+        own = sorted((outcome for outcome in outcomes if outcome.driver == driver), key=lambda outcome: outcome.seed)
         by_task = {task: [o.success for o in own if o.task == task] for task in tasks}
         looks = sum(o.looks for o in own)
         row = {
@@ -251,23 +294,34 @@ def summary(outcomes: list[Outcome], tasks: list[str]) -> dict:
             "ms_per_chunk": 1e3 * sum(o.network_s for o in own) / max(1, looks),
             "warnings": sum(sum(o.warnings.values()) for o in own),
         }
+        if not own_layouts:
+            row["pooled_ci95"] = interval(by_task, [list(by_task)], own_layouts)
         if set(tasks) == set(INSTRUCTIONS):
-            row |= tier_rates(by_task)
+            row["tiers"] = {
+                tier: float(np.mean([row["tasks"][task] for task in names])) for tier, names in TIERS.items()
+            }
+            row["macro"] = float(np.mean(list(row["tiers"].values())))
+            row["macro_ci95"] = interval(by_task, list(TIERS.values()), own_layouts)
         result[driver] = row
     return {"drivers": result}
 
 
-def tier_rates(by_task: dict[str, list[bool]], resamples: int = 2000) -> dict:
-    """The success rate of each tier, their mean, and its bootstrap interval: the episodes of each task are resampled, the
-    tasks are not."""
-    tiers = {tier: float(np.mean([s for task in names for s in by_task[task]])) for tier, names in TIERS.items()}
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(resamples):
-        resampled = {task: rng.choice(successes, len(successes)).mean() for task, successes in by_task.items()}
-        means.append(np.mean([np.mean([resampled[task] for task in names]) for names in TIERS.values()]))
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
-    return {"tiers": tiers, "macro": float(np.mean(list(tiers.values()))), "macro_ci95": [low, high]}
+def interval(
+    by_task: dict[str, list[bool]], groups: list[list[str]], own_layouts: bool, resamples: int = 2000
+) -> list[float]:
+    """[low, high]: 95 % bootstrap interval of the mean, over groups of tasks, of their success rates. Tasks are not resampled.
+
+    by_task: successes of each task, as many for all, in the order of their numbers.
+    """
+    successes = np.array([by_task[task] for task in by_task], float)  # (tasks, episodes)
+    weights = np.zeros(len(by_task))
+    for names in groups:
+        weights[[list(by_task).index(task) for task in names]] = 1 / (len(groups) * len(names))
+    rng, n = np.random.default_rng(0), successes.shape[1]
+    shape = (resamples, len(by_task), n) if own_layouts else (resamples, 1, n)
+    drawn = np.broadcast_to(rng.integers(n, size=shape), (resamples, len(by_task), n))
+    rates = np.take_along_axis(np.broadcast_to(successes, drawn.shape), drawn, axis=2).mean(2)  # (resamples, tasks)
+    return np.quantile(rates @ weights, (0.025, 0.975)).tolist()
 
 
 def peak_memory_mb() -> float:
@@ -279,7 +333,9 @@ def peak_memory_mb() -> float:
 def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
     """Print the success rates, a column per driver, and the speed."""
     rows = [result["drivers"][driver] for driver in drivers]
-    table = Table(title=f"success rate, {result['episodes']} episodes per task from seed {result['seed']}")
+    table = Table(
+        title=f"success rate, {result['episodes']} episodes per task from seed {result['seed']}, protocol {result['protocol']}"
+    )
     table.add_column("task")
     for driver in drivers:
         table.add_column(driver, justify="right")
