@@ -50,7 +50,7 @@ class Run:
         """Read the data, and make the model or load it.
 
         Raises ValueError or OSError for data, settings or folders that cannot be used; MemoryError with the options that help
-        where the GPU is full. Nothing is written.
+        where the GPU is full. No checkpoint is written.
         """
         recipe.check()
         self.out = out_folder(recipe)
