@@ -3,6 +3,7 @@
 Heavy imports wait until a command runs, so that --help is fast. The commands of robots are in cli_robot.py.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -282,7 +283,7 @@ def train(words: list[str]) -> None:
 
 
 def parse_recipe(words: list[str], defaults: dict[str, Recipe]) -> Recipe:
-    described = {name: (type(recipe).__doc__, recipe) for name, recipe in defaults.items()}
+    described = {name: (inspect.getdoc(recipe), recipe) for name, recipe in defaults.items()}
     config = (HelptextFromCommentsOff,)  # comments in a recipe are headings of its sections
     return tyro.extras.overridable_config_cli(described, prog="nanochat train", args=words, config=config)
 

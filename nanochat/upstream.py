@@ -104,7 +104,9 @@ def load_weights(model: GPT, path: Path) -> None:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         for name, tensor in state.items()
     ):
-        raise UpstreamError(f"{path} must hold named floating-point tensors and nothing else: is it the file of a model?")
+        raise UpstreamError(
+            f"{path} must hold named floating-point tensors and nothing else: is it the file of a model?"
+        )
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if unknown := sorted(set(state) - set(expected)):
