@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.errors import UserError
+
 N_BINS = 256
 STATE, ACT = "<|state|>", "<|act|>"  # special tokens
 BINS = tuple(f"<|action_{i}|>" for i in range(N_BINS))
@@ -24,16 +26,16 @@ class Scale:
     def __post_init__(self):
         low, high = np.asarray(self.low, float), np.asarray(self.high, float)
         if low.ndim != 1 or low.shape != high.shape or not len(low) or not np.isfinite([low, high]).all():
-            raise ValueError(f"a scale needs two finite lists of one length, got {self.low} and {self.high}")
+            raise UserError(f"a scale needs two finite lists of one length, got {self.low} and {self.high}")
         if (high < low).any():
-            raise ValueError(f"the upper percentiles must not lie below the lower ones, got {self.low} and {self.high}")
+            raise UserError(f"the upper percentiles must not lie below the lower ones, got {self.low} and {self.high}")
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Scale":
         """Of (n, D) values. Raises ValueError where there are none, or NaN among them."""
         values = np.asarray(values, np.float64)
         if values.ndim != 2 or not len(values) or not np.isfinite(values).all():
-            raise ValueError(f"a scale is fitted to finite (n, D) values, got shape {values.shape}")
+            raise UserError(f"a scale is fitted to finite (n, D) values, got shape {values.shape}")
         low, high = np.quantile(values, (0.01, 0.99), axis=0)
         return cls(low.tolist(), high.tolist())
 

@@ -14,6 +14,7 @@ import torch
 from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
 from nanochat.engine import Engine, KVCache
+from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import StreamDecoder
 
@@ -43,7 +44,7 @@ class Agent:
         """One picture or a list of n -> (n, N, D) float32 vision vectors. Raises ValueError for a text model, ImageError for
         what is not a picture."""
         if not self.tokens_per_image:
-            raise ValueError("this checkpoint is a text model: it cannot look at pictures")
+            raise UserError("this checkpoint is a text model: it cannot look at pictures")
         return self.model.look(images)
 
     # ---- answers
@@ -103,7 +104,7 @@ class Agent:
     def check_can_act(self) -> None:
         """Raises ValueError for a model without an action head."""
         if not hasattr(self.model, "action_head"):
-            raise ValueError(
+            raise UserError(
                 f"this checkpoint is a {type(self.model).__name__} without an action head, so it cannot act: "
                 "train a policy with nanochat train robot"
             )

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import hub
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
@@ -37,7 +38,7 @@ MODELS = {"gpt": "nanochat.gpt:GPT", "multimodal_gpt": "nanochat.multimodal_gpt:
           "robot_gpt": "nanochat.robot_gpt:RobotGPT"}  # fmt: skip
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of a newer format."""
 
 

@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import HelptextFromCommentsOff, OmitArgPrefixes, Positional, arg
 
 from nanochat.cli_robot import demo, policy_server, record, rollout
+from nanochat.errors import UserError
 from nanochat.flags import Checkpoint, Device, EncoderFlags, JsonOut, Out, Pictures, SamplingFlags, check_out
 from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 
@@ -33,12 +34,12 @@ def ask(
 ) -> None:
     """Ask a question about a picture. With several pictures, the question is asked about each of them separately."""
     if len(args) < 2:
-        raise ValueError(
+        raise UserError(
             f'ask needs at least one picture, then a question: nanochat ask IMAGE... "QUESTION"; got {len(args)} arguments'
         )
     *images, question = args
     if not question.strip():
-        raise ValueError('the question is empty: nanochat ask IMAGE... "QUESTION"')
+        raise UserError('the question is empty: nanochat ask IMAGE... "QUESTION"')
     answer_each(images, question, sampling)
 
 
@@ -47,7 +48,7 @@ def caption(images: Pictures, sampling: OmitArgPrefixes[SamplingFlags] = Samplin
     from nanochat.data import CAPTION_PROMPT
 
     if not images:
-        raise ValueError("caption needs at least one picture: nanochat caption IMAGE...")
+        raise UserError("caption needs at least one picture: nanochat caption IMAGE...")
     answer_each(images, CAPTION_PROMPT, sampling)
 
 
@@ -86,7 +87,7 @@ def chat(image: str | None = None, sampling: OmitArgPrefixes[SamplingFlags] = Sa
             return
         try:
             print_stream(conversation.say(question, sampling.max_new_tokens, settings))
-        except ValueError as error:
+        except UserError as error:
             if not interactive:
                 raise
             print(f"error: {reason(error)}", file=sys.stderr)  # a question that is too long does not end the chat
@@ -114,7 +115,7 @@ def embed(
     from nanochat.files import atomic_path
 
     if not images:
-        raise ValueError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
+        raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
     check_out(out, ".npz")
     encoder, n = vision.encoder(), EMBED_BATCH
     with Progress(disable=len(images) <= n) as progress:
@@ -185,7 +186,7 @@ def evaluate(
     from nanochat.devices import pick_device
 
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}")
+        raise UserError(f"--limit must be at least 1, got {limit}")
     if json_out is not None:
         check_out(json_out)
     if (Path(dataset).expanduser() / "meta" / "info.json").is_file():
@@ -240,7 +241,7 @@ def tokenizer(
     from nanochat.tokenizer import Tokenizer
 
     if not texts:
-        raise ValueError("tokenizer needs at least one text file: nanochat tokenizer FILE... -o tokenizer.json")
+        raise UserError("tokenizer needs at least one text file: nanochat tokenizer FILE... -o tokenizer.json")
     check_out(out)
     trained = Tokenizer.train(
         (line for path in texts for line in path.read_text(encoding="utf-8").splitlines()), vocab_size
@@ -327,14 +328,17 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt as stop:
         fail(str(stop) or "stopped", 130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
-            raise
-        fail("error: the GPU is out of memory: use fewer pictures, a lower --batch-size, or --device cpu", 2)
-    except (ValueError, OSError, ImportError, MemoryError) as error:  # SimulatorError is an ImportError
+    except Exception as error:  # SimulatorError is an ImportError
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
-        fail(f"error: {reason(error)}", 2)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
+            fail("error: the GPU is out of memory: use fewer pictures, a lower --batch-size, or --device cpu", 2)
+        if isinstance(error, (UserError, OSError, ImportError, MemoryError)):
+            fail(f"error: {reason(error)}", 2)
+        fail(
+            f"bug in nanochat: {type(error).__name__}: {reason(error)}; NANOCHAT_DEBUG=1 shows where, please report it",
+            1,
+        )
 
 
 def with_new_name(words: list[str]) -> list[str]:

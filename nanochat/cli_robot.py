@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nanochat.errors import UserError
 from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out
 
 
@@ -24,7 +25,7 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     check_out(out, ".png")
     if len(names := task_list([task])) != 1:
-        raise ValueError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
+        raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
     run_demo(out, names[0], seed, pick_device(device))
 
 

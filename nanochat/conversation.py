@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.actions import STATE
+from nanochat.errors import UserError
 
 IMAGE = "<|image|>"
 
@@ -56,7 +57,7 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
         for kind, text in parts:
             if kind == "image":
                 if tokens_per_image < 1:
-                    raise ValueError(
+                    raise UserError(
                         f"this is a text model and cannot read pictures: tokens_per_image is {tokens_per_image}"
                     )
                 out.n_images += 1
@@ -74,28 +75,28 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
 def checked_turns(messages: Sequence[dict], for_completion: bool) -> list[tuple[str, list[tuple[str, str]]]]:
     """(role, [("image", ""), ("state", "") or ("text", text), ...]) of each turn, the system message merged into the first."""
     if not messages:
-        raise ValueError("a conversation needs at least one message, got none")
+        raise UserError("a conversation needs at least one message, got none")
     turns = [(message_role(i, message), message_parts(i, message)) for i, message in enumerate(messages)]
     shift = 0
     if turns[0][0] == "system":
         if len(turns) < 2 or turns[1][0] != "user":
-            raise ValueError("message 0 is a system message: a user message must follow it")
+            raise UserError("message 0 is a system message: a user message must follow it")
         turns = [("user", [*turns[0][1], ("text", "\n\n"), *turns[1][1]]), *turns[2:]]
         shift = 1
     for i, (role, _) in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if role != expected:
-            raise ValueError(f"message {i + shift} is from the {role}, expected the {expected}: the two take turns")
+            raise UserError(f"message {i + shift} is from the {role}, expected the {expected}: the two take turns")
     last = turns[-1][0]
     if for_completion and last != "user":
-        raise ValueError(f"to be answered, a conversation must end with the user's message; it ends with the {last}'s")
+        raise UserError(f"to be answered, a conversation must end with the user's message; it ends with the {last}'s")
     return turns
 
 
 def message_role(i: int, message: dict) -> str:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ("system", "user", "assistant"):
-        raise ValueError(f'message {i} needs a "role" of system, user or assistant, got {role!r}')
+        raise UserError(f'message {i} needs a "role" of system, user or assistant, got {role!r}')
     return role
 
 
@@ -104,18 +105,18 @@ def message_parts(i: int, message: dict) -> list[tuple[str, str]]:
     if isinstance(content, str):
         return [("text", content)]
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f'message {i} needs a "content" of text or a list of parts, got {type(content).__name__}')
+        raise UserError(f'message {i} needs a "content" of text or a list of parts, got {type(content).__name__}')
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "state") and message["role"] == "user":
             parts.append((kind, ""))
         elif kind in ("image", "state"):
-            raise ValueError(f"message {i} is from the {message['role']} and has a part of type {kind}: only users can")
+            raise UserError(f"message {i} is from the {message['role']} and has a part of type {kind}: only users can")
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append(("text", part["text"]))
         else:
-            raise ValueError(
+            raise UserError(
                 f'message {i} has a part {part!r}, expected {{"type": "image"}}, {{"type": "state"}} or '
                 f'{{"type": "text", "text": ...}}'
             )

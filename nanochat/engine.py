@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanochat.errors import UserError
 from nanochat.gpt import Inputs
 from nanochat.sampling import Sampling, choose
 
@@ -63,7 +64,7 @@ class KVCache:
         """
         self.end = self.longest + T
         if self.end > self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} tokens and {self.end} are needed: make it larger")
+            raise UserError(f"the cache holds {self.max_len} tokens and {self.end} are needed: make it larger")
         if self.uniform:
             start = self.lengths[0]
             self.positions = slice(start, self.end)
@@ -93,7 +94,7 @@ class KVCache:
         """Forget everything behind the given length of each row."""
         for row, (now, new) in enumerate(zip(self.lengths, lengths, strict=True)):
             if not 0 <= new <= now:
-                raise ValueError(f"row {row} of the cache holds {now} tokens and cannot be rewound to {new}")
+                raise UserError(f"row {row} of the cache holds {now} tokens and cannot be rewound to {new}")
         self.lengths = list(lengths)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -160,7 +161,7 @@ class Engine:
         not match the placeholders.
         """
         if cache is not None and len(cache.lengths) != 1:
-            raise ValueError(f"a cache continues one row, this one has {len(cache.lengths)}")
+            raise UserError(f"a cache continues one row, this one has {len(cache.lengths)}")
         prompt, held = list(prompt), cache.longest if cache is not None else 0
         self.check(prompt, max_new_tokens, held)
         if images is not None:
@@ -248,13 +249,13 @@ class Engine:
     def check(self, prompt: list[int], max_new_tokens: int, held: int) -> None:
         config = self.model.config
         if not prompt:
-            raise ValueError("every prompt needs at least one token, got an empty one")
+            raise UserError("every prompt needs at least one token, got an empty one")
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"token id {bad[0]} is outside the vocabulary 0..{config.vocab_size - 1}")
+            raise UserError(f"token id {bad[0]} is outside the vocabulary 0..{config.vocab_size - 1}")
         if held + len(prompt) + max_new_tokens > config.sequence_len:
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {held + len(prompt)} tokens and {max_new_tokens} new ones do not fit the context of "
                 f"{config.sequence_len} tokens: shorten the prompt or lower max_new_tokens"
             )
@@ -270,9 +271,9 @@ class Engine:
         Raises ValueError, here and not at the first step, where `add` does.
         """
         if not prompts:
-            raise ValueError("every prompt needs at least one token, got an empty list of prompts")
+            raise UserError("every prompt needs at least one token, got an empty list of prompts")
         if options.get("cache") is not None and len(prompts) > 1:
-            raise ValueError(f"a cache continues one row, got {len(prompts)} prompts")
+            raise UserError(f"a cache continues one row, got {len(prompts)} prompts")
         nothing = [None] * len(prompts)
         images, states = (nothing if given is None else given for given in (images, states))
         engine = Engine(self.model)  # of its own, so that steps of others are not consumed

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from nanochat.errors import UserError
+
 Out = Annotated[Path, arg(aliases=["-o"], help="Where to write the result.")]
 JsonOut = Annotated[Path | None, arg(name="json", help="Also write the results to this JSON file.")]
 Pictures = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...", help="Image files.", help_behavior_hint="")]
@@ -77,7 +79,7 @@ class EncoderFlags:
 def check_out(out: Path, *suffixes: str) -> None:
     """Raises ValueError or OSError, before any work is done, if the result could not be written to `out`."""
     if suffixes and out.suffix not in suffixes:
-        raise ValueError(f"{out} should end in {' or '.join(suffixes)}")
+        raise UserError(f"{out} should end in {' or '.join(suffixes)}")
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder, expected the name of a file")
     if not out.parent.is_dir():

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.errors import UserError
 from nanochat.gpt import Linear, norm
 
 GLANCE_GRID = 8  # cells a side that a glance tells apart
@@ -18,7 +19,7 @@ def grid_side(n_tokens: int) -> int:
     """Side of the square grid with that many cells. Raises ValueError for a number that is not square."""
     side = isqrt(max(0, n_tokens))
     if n_tokens < 1 or side * side != n_tokens:
-        raise ValueError(
+        raise UserError(
             f"vision_tokens_per_image must be a square number (1, 4, 9, 16, 25, ...): "
             f"the map is pooled to a square grid; got {n_tokens}"
         )

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.engine import Engine
+from nanochat.errors import UserError
 from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
 from nanochat.sampling import Sampling
@@ -35,17 +36,17 @@ class MultimodalGPTConfig(GPTConfig):
         if self.vision_token_id is None:
             self.vision_token_id = self.vocab_size - 1
         if not 0 <= self.vision_token_id < self.vocab_size:
-            raise ValueError(f"vision_token_id {self.vision_token_id} is outside the vocabulary of {self.vocab_size}")
+            raise UserError(f"vision_token_id {self.vision_token_id} is outside the vocabulary of {self.vocab_size}")
         if not isinstance(self.vision_embedding_dim, int) or self.vision_embedding_dim < 1:
-            raise ValueError(f"vision_embedding_dim must be a positive integer, got {self.vision_embedding_dim!r}")
+            raise UserError(f"vision_embedding_dim must be a positive integer, got {self.vision_embedding_dim!r}")
         if not self.use_vision_projection and self.vision_embedding_dim != self.n_embd:
-            raise ValueError(
+            raise UserError(
                 f"without a projection the vision vectors ({self.vision_embedding_dim}) must be as wide as the model "
                 f"({self.n_embd}): set use_vision_projection=True"
             )
         self.check_vision_tokens()
         if not isinstance(self.vision_image_size, int) or self.vision_image_size < 32 or self.vision_image_size % 32:
-            raise ValueError(f"vision_image_size must be a positive multiple of 32, got {self.vision_image_size!r}")
+            raise UserError(f"vision_image_size must be a positive multiple of 32, got {self.vision_image_size!r}")
 
     def check_vision_tokens(self) -> None:
         grid_side(self.vision_tokens_per_image)
@@ -83,7 +84,7 @@ class MultimodalGPT(GPT):
         layer, expected = self.config.vision_layer, self.map_channels
         found = encoder.channels(layer)
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f'the encoder\'s layer "{layer}" has {found} channels, but vision_embedding_dim is {expected}: '
                 f"set vision_embedding_dim={found}, or choose another layer or encoder"
             )
@@ -149,7 +150,7 @@ class MultimodalGPT(GPT):
         places = self.image_places(idx, vision_mask)
         if vision_embeddings is None:
             if vision_mask is not None and vision_mask.any():
-                raise ValueError(
+                raise UserError(
                     f"vision_mask marks {int(vision_mask.sum())} places, but no vision_embeddings were given"
                 )
             return Inputs(idx)
@@ -157,7 +158,7 @@ class MultimodalGPT(GPT):
             vision_embeddings = vision_embeddings[:, None]  # (B, D) -> (B, 1, D)
         wanted, found = places.sum(1).tolist(), [len(row) for row in vision_embeddings]
         if wanted != found:
-            raise ValueError(
+            raise UserError(
                 f"vision_mask marks {wanted} places in the rows of the batch, but vision_embeddings bring {found} vectors"
             )
         images = torch.cat([self.checked_vectors(row, len(row)) for row in vision_embeddings])
@@ -168,7 +169,7 @@ class MultimodalGPT(GPT):
         if vision_mask is None:
             return idx == self.config.vision_token_id
         if vision_mask.shape != idx.shape or vision_mask.dtype != torch.bool:
-            raise ValueError(
+            raise UserError(
                 f"vision_mask must be a bool tensor of the shape of the tokens {tuple(idx.shape)}, "
                 f"got {vision_mask.dtype} {tuple(vision_mask.shape)}"
             )
@@ -178,18 +179,18 @@ class MultimodalGPT(GPT):
         """Vision vectors (M, D) of one row. Raises ValueError where they do not fit the row's places or this model."""
         width, n_tokens = self.config.vision_embedding_dim, self.config.vision_tokens_per_image
         if vectors.dim() != 2 or vectors.size(-1) != width:
-            raise ValueError(
+            raise UserError(
                 f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
                 f"got a row of shape {tuple(vectors.shape)}, and vision_embedding_dim is {width}"
             )
         if len(vectors) != n_places:
-            raise ValueError(f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given")
+            raise UserError(f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given")
         if len(vectors) % n_tokens:
-            raise ValueError(
+            raise UserError(
                 f"{len(vectors)} vision vectors are not a whole number of images of {n_tokens} vectors each"
             )
         if not torch.isfinite(vectors).all():
-            raise ValueError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
+            raise UserError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
         return vectors
 
     # ---- generation
@@ -215,7 +216,7 @@ class MultimodalGPT(GPT):
         """
         if vision_embeddings is None:
             if image is None:
-                raise ValueError("generate_with_image needs an image, or vision_embeddings from look()")
+                raise UserError("generate_with_image needs an image, or vision_embeddings from look()")
             vision_embeddings = self.look(image)
         prompt = list(prompt_tokens)
         if self.config.vision_token_id not in prompt:

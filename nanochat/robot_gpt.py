@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from nanochat.action_heads import HEADS
 from nanochat.actions import N_BINS, Scale
+from nanochat.errors import UserError
 from nanochat.fusion import Glances
 from nanochat.gpt import Inputs, Linear
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
@@ -37,23 +38,21 @@ class RobotGPTConfig(MultimodalGPTConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.action_head not in HEADS:
-            raise ValueError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
+            raise UserError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
         if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"chunk must be a positive integer, got {self.chunk!r}")
+            raise UserError(f"chunk must be a positive integer, got {self.chunk!r}")
         for scale in (self.state_scale, self.action_scale):
             Scale(**scale)
         last = {"state_token_id": self.state_token_id, "act_token_id": self.act_token_id,
                 "bin_token_id": self.bin_token_id + N_BINS - 1}  # fmt: skip
         for name, token in last.items():
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} is outside the vocabulary of {self.vocab_size}")
+                raise UserError(f"{name} is outside the vocabulary of {self.vocab_size}")
 
     def check_vision_tokens(self) -> None:
         """Glances are no grid: any number will do."""
         if not isinstance(self.vision_tokens_per_image, int) or self.vision_tokens_per_image < 1:
-            raise ValueError(
-                f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}"
-            )
+            raise UserError(f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}")
 
     @property
     def state_dim(self) -> int:
@@ -114,7 +113,7 @@ class RobotGPT(MultimodalGPT):
         """
         states = np.asarray(states, np.float32)
         if not len(prompts) == len(images) == len(states) or states.shape[1:] != (self.config.state_dim,):
-            raise ValueError(
+            raise UserError(
                 f"{len(prompts)} prompts, {len(images)} pictures and states of shape {states.shape}: expected as many of "
                 f"each, and {self.config.state_dim} numbers a state"
             )

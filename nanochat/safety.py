@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nanochat.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,19 +33,19 @@ class SafeActions:
     ):
         self.low, self.high = np.array(low, np.float64), np.array(high, np.float64)
         if self.low.ndim != 1 or self.low.shape != self.high.shape or not np.all(self.low <= self.high):
-            raise ValueError(f"limits must be two lists of equal length with low <= high, got {low} and {high}")
+            raise UserError(f"limits must be two lists of equal length with low <= high, got {low} and {high}")
         if not np.isfinite([self.low, self.high]).all():
-            raise ValueError(f"limits must be finite, got {low} and {high}")
+            raise UserError(f"limits must be finite, got {low} and {high}")
         self.hold = (self.low + self.high) / 2 if hold is None else np.array(hold, np.float64)
         if self.hold.shape != self.low.shape or np.isinf(self.hold).any():
-            raise ValueError(f"hold must have {len(self.low)} numbers or NaN, got {hold}")
+            raise UserError(f"hold must have {len(self.low)} numbers or NaN, got {hold}")
         self.max_change = None if max_change is None else np.array(max_change, np.float64)
         if max_change is not None and self.max_change.shape not in ((), self.low.shape):
-            raise ValueError(f"max_change must be a number or {len(self.low)} of them, got {max_change}")
+            raise UserError(f"max_change must be a number or {len(self.low)} of them, got {max_change}")
         if max_change is not None and not np.all(self.max_change > 0):
-            raise ValueError(f"max_change must be more than 0, got {max_change}")
+            raise UserError(f"max_change must be more than 0, got {max_change}")
         if max_age_s is not None and not max_age_s > 0:
-            raise ValueError(f"max_age_s must be more than 0, got {max_age_s}")
+            raise UserError(f"max_age_s must be more than 0, got {max_age_s}")
         self.max_age_s = max_age_s
         self.last: np.ndarray | None = None
         self.counts: Counter[str] = Counter()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,17 +29,17 @@ class Sampling:
 
     def __post_init__(self):
         if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
+            raise UserError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
         if not (np.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}")
+            raise UserError(f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {value}")
+                raise UserError(f"{name} must lie in (0, 1], got {value}")
         if self.allowed_ids is not None and not self.allowed_ids:
-            raise ValueError("allowed_ids is empty: there is no token left to choose")
+            raise UserError("allowed_ids is empty: there is no token left to choose")
 
     def generator(self, row: int) -> np.random.Generator:
         """A stream of its own for each row, so that a row's tokens do not depend on its neighbours."""
@@ -47,7 +49,7 @@ class Sampling:
 def choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, history: Sequence[int] = ()) -> int:
     """logits (vocab_size,) float32 of one row -> a token id."""
     if not np.isfinite(logits).all():
-        raise ValueError("the model returned NaN or infinite logits: its weights or its input are broken")
+        raise UserError("the model returned NaN or infinite logits: its weights or its input are broken")
     if sampling.allowed_ids is not None:
         masked = np.full_like(logits, -np.inf)
         allowed = list(sampling.allowed_ids)

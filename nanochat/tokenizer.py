@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from nanochat.errors import UserError
 from nanochat.files import atomic_path
 
 SPECIAL_TOKENS = (
@@ -55,7 +56,7 @@ class Tokenizer:
     def __init__(self, bpe: tokenizers.Tokenizer):
         missing = [name for name in SPECIAL_TOKENS if bpe.token_to_id(name) is None]
         if missing:
-            raise ValueError(f"this tokenizer lacks the special tokens {', '.join(missing)}")
+            raise UserError(f"this tokenizer lacks the special tokens {', '.join(missing)}")
         bpe.encode_special_tokens = True  # text like "<|image|>" is ordinary text; the JSON does not store this
         self.bpe = bpe
         self.special_ids = frozenset(i for i, token in bpe.get_added_tokens_decoder().items() if token.special)
@@ -66,11 +67,9 @@ class Tokenizer:
                 if i not in self.special_ids:
                     self.token_bytes[i] = bytes(alphabet[c] for c in token)
         except (KeyError, IndexError) as error:
-            raise ValueError(f"not a byte-level tokenizer with ids from 0: {token!r} is token {i}") from error
+            raise UserError(f"not a byte-level tokenizer with ids from 0: {token!r} is token {i}") from error
         if self.decode(self.encode(PROBE)) != PROBE:
-            raise ValueError(
-                "this tokenizer changes text: expected byte-level BPE with all 256 bytes and no normaliser"
-            )
+            raise UserError("this tokenizer changes text: expected byte-level BPE with all 256 bytes and no normaliser")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -78,7 +77,7 @@ class Tokenizer:
         gives fewer. Raises ValueError if it is too small for the 256 bytes and the special tokens."""
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise ValueError(f"vocab_size must be at least {least} (256 bytes, special tokens), got {vocab_size}")
+            raise UserError(f"vocab_size must be at least {least} (256 bytes, special tokens), got {vocab_size}")
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -102,7 +101,7 @@ class Tokenizer:
         try:
             bpe = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for bad JSON
-            raise ValueError(f"not the JSON of a tokenizer: {error}") from error
+            raise UserError(f"not the JSON of a tokenizer: {error}") from error
         return cls(bpe)
 
     def to_json(self) -> str:
@@ -114,7 +113,7 @@ class Tokenizer:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the JSON atomically. Raises OSError."""
@@ -129,17 +128,17 @@ class Tokenizer:
         """The id of a special token. Raises ValueError for an unknown name."""
         i = self.bpe.token_to_id(name)
         if i is None or i not in self.special_ids:
-            raise ValueError(f"there is no special token {name!r}")
+            raise UserError(f"there is no special token {name!r}")
         return i
 
     def add_special_tokens(self, names: Sequence[str]) -> list[int]:
         """Add special tokens, such as action tokens, at the end of the vocabulary, in the order of `names`; existing ones keep
         their ids. Returns the ids. Raises ValueError for a name that is an ordinary token, since its text would be lost."""
         if isinstance(names, str):
-            raise ValueError(f"add_special_tokens takes a list of names, got the string {names!r}")
+            raise UserError(f"add_special_tokens takes a list of names, got the string {names!r}")
         for name in names:
             if not name or self.bpe.token_to_id(name) not in {None, *self.special_ids}:
-                raise ValueError(f"{name!r} cannot be a special token: it is empty or a token of ordinary text")
+                raise UserError(f"{name!r} cannot be a special token: it is empty or a token of ordinary text")
         self.bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         self.__init__(self.bpe)
         return [self.special(name) for name in names]
@@ -149,12 +148,12 @@ class Tokenizer:
         try:
             return self.bpe.encode(text).ids
         except TypeError as error:
-            raise ValueError(f"expected text that can be encoded as UTF-8, found {ascii(text)[:80]}") from error
+            raise UserError(f"expected text that can be encoded as UTF-8, found {ascii(text)[:80]}") from error
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token; b"" for a special one. Raises ValueError for an id outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
-            raise ValueError(f"token id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
+            raise UserError(f"token id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
         return self.token_bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

@@ -18,6 +18,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanochat.checkpoint import save_checkpoint
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 
@@ -28,7 +29,7 @@ BROKEN_FILE = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, Type
 PREFIX = "_orig_mod."  # what torch.compile puts before parameter names
 
 
-class UpstreamError(ValueError):
+class UpstreamError(UserError):
     """An upstream folder that cannot be imported."""
 
 

@@ -385,7 +385,9 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
 
 def test_push(nanochat, monkeypatch):
     pushed = []
-    monkeypatch.setattr("nanochat.packing.push_checkpoint", lambda *words, private: pushed.append((*words, private)) or "URL")
+    monkeypatch.setattr(
+        "nanochat.packing.push_checkpoint", lambda *words, private: pushed.append((*words, private)) or "URL"
+    )
     assert nanochat("push", "default", "me/model").out == "URL\n"
     nanochat("push", "runs/mine", "me/model", "--public")
     assert pushed == [("default", "me/model", True), ("runs/mine", "me/model", False)]
@@ -471,3 +473,21 @@ def test_unknown_commands_exit_with_2():
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_bug_is_not_reported_as_a_users_mistake(monkeypatch, capsys):
+    """A plain ValueError from below is no message for users: exit 1, one line, and the traceback on request."""
+
+    def broken(*args, **kwargs):
+        raise ValueError("shapes (2,3) and (4,) are not aligned")
+
+    monkeypatch.setattr("nanochat.packing.pack_checkpoint", broken)
+    monkeypatch.setattr("sys.argv", ["nanochat", "pack", "default", "-o", "x"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1
+    assert lines[0].startswith("bug in nanochat: ValueError: shapes (2,3)") and "NANOCHAT_DEBUG=1" in lines[0]
+    monkeypatch.setenv("NANOCHAT_DEBUG", "1")
+    with pytest.raises(ValueError, match="not aligned"):
+        cli.main()

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # From low to high, names within `nanochat`. A module imports modules of lower layers only. "folder.*" is a folder whose modules
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
-    ("__init__",),
+    ("__init__", "errors"),
     ("files", "devices", "hub", "gpt", "sampling", "actions", "safety"),
     ("tokenizer",),
     ("conversation",),
@@ -49,8 +49,8 @@ ONLY = {
 # What these may import of the project
 NOTHING_BUT = {
     "gpt": (),
-    "vision": ("vision", "vision.*", "files", "devices"),
-    "vision.*": ("vision", "vision.*", "files", "devices"),
+    "vision": ("vision", "vision.*", "errors", "files", "devices"),
+    "vision.*": ("vision", "vision.*", "errors", "files", "devices"),
 }
 
 

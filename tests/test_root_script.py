@@ -15,9 +15,9 @@ SCRIPT = str(ROOT / "test_multimodal_gpu.py")
 # the script, with an encoder that sees every picture as black
 BLIND = f"""
 import runpy
-from nanochat.vision import encoder
-to_pixels = encoder.to_pixels
-encoder.to_pixels = lambda *args: to_pixels(*args) * 0
+from nanochat.vision import pixels
+to_pixels = pixels.to_pixels
+pixels.to_pixels = lambda *args: to_pixels(*args) * 0
 runpy.run_path({SCRIPT!r}, run_name="__main__")
 """
 

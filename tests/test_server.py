@@ -21,6 +21,7 @@ pytest.importorskip("websockets")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from nanochat.errors import UserError
 from nanochat.serving import openpi as module
 from nanochat.serving.openpi import start_server, unpack
 
@@ -47,9 +48,9 @@ class Echo:
             if observation["prompt"] == "raise":
                 raise KeyError("a secret path")
             if observation["prompt"] == "refuse":
-                raise ValueError('"observation/state" must be\n2 finite numbers')
+                raise UserError('"observation/state" must be\n2 finite numbers')
             if observation["prompt"] == "empty":
-                raise ValueError
+                raise UserError
             if observation["prompt"] == "slow":
                 assert self.go.wait(20)
             if observation["prompt"] == "nothing":
@@ -119,7 +120,7 @@ def test_a_wrong_observation_gets_one_line_and_the_connection_stays_open(serving
 
 
 def test_an_error_without_a_text_is_named_by_its_type(serving):
-    with pytest.raises(RuntimeError, match=r"invalid observation \(ValueError\)$"):
+    with pytest.raises(RuntimeError, match=r"invalid observation \(UserError\)$"):
         openpi(serving()).infer(OBSERVATION | {"prompt": "empty"})
 
 

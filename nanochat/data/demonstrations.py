@@ -13,6 +13,7 @@ from PIL import Image
 from nanochat.data.bridge import bridge_episodes
 from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset
 from nanochat.data.pictures import encoded_square
+from nanochat.errors import UserError
 
 VAL_SHARE = 0.04  # of each task's episodes, but at least one
 TWO_DIMENSIONAL = ("action", "observation.state")  # LeRobot stores one number per frame as (T,); these become (T, 1)
@@ -51,7 +52,7 @@ class Demonstrations:
         for episode in episodes:
             if "action" not in episode.columns or not episode.images:
                 found = ", ".join([*episode.columns, *episode.images])
-                raise ValueError(f'imitation learning needs a camera and a column "action"; the data has {found}')
+                raise UserError(f'imitation learning needs a camera and a column "action"; the data has {found}')
             self.pictures += [encoded_square(picture, size) for picture in next(iter(episode.images.values()))]
             self.tasks.append(task_name(episode))
             lengths.append(len(episode.columns["action"]))
@@ -59,7 +60,7 @@ class Demonstrations:
                 is_vector = values.ndim == 1 and key in TWO_DIMENSIONAL
                 parts.setdefault(key, []).append(values[:, None] if is_vector else values)
         if not lengths:
-            raise ValueError("there are no episodes to learn from")
+            raise UserError("there are no episodes to learn from")
         self.columns = {key: np.concatenate(arrays) for key, arrays in parts.items() if len(arrays) == len(lengths)}
         self.action = self.columns["action"].astype(np.float32)
         self.state = self.columns.get("observation.state", np.zeros((len(self.action), 1))).astype(np.float32)
@@ -149,7 +150,7 @@ def open_demonstrations(
 def chosen_camera(cameras: Sequence[str], name: str, folder: Path) -> str:
     """The camera of that name; without a name the first, or "" if there is none. Raises ValueError for an unknown name."""
     if name and name not in cameras:
-        raise ValueError(f"{folder} has no camera {name}: its cameras are {', '.join(cameras) or 'none'}")
+        raise UserError(f"{folder} has no camera {name}: its cameras are {', '.join(cameras) or 'none'}")
     return name or next(iter(cameras), "")
 
 
@@ -157,7 +158,7 @@ def held_out(tasks: Sequence[str]) -> set[int]:
     """The episodes to validate with: the last 4 % of each task that has several episodes, or of all if no task has.
     tasks: the task of each episode. Raises ValueError for fewer than 2 episodes."""
     if len(tasks) < 2:
-        raise ValueError(f"training takes at least 2 episodes, one of them to validate with, found {len(tasks)}")
+        raise UserError(f"training takes at least 2 episodes, one of them to validate with, found {len(tasks)}")
     by_task: dict[str, list[int]] = {}
     for number, task in enumerate(tasks):
         by_task.setdefault(task, []).append(number)

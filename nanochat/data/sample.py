@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nanochat.errors import UserError
 from nanochat.files import DataError, path_inside, short_repr
 from nanochat.vision.images import ImageSource
 
@@ -94,7 +95,7 @@ def limit(samples: Sequence[Sample], n: int, seed: int = 0) -> list[Sample]:
     """A random subset of `n` samples in their order, the same for the same seed; all samples if there are fewer.
     Raises ValueError for n below 1."""
     if n < 1:
-        raise ValueError(f"the number of samples must be at least 1, got {n}")
+        raise UserError(f"the number of samples must be at least 1, got {n}")
     chosen = random.Random(seed).sample(range(len(samples)), min(n, len(samples)))
     return [samples[i] for i in sorted(chosen)]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanochat.errors import UserError
 from nanochat.evaluation.metrics import normalize_answer
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def conditions(vectors: torch.Tensor, groups: Sequence[Hashable], seed: int = 0)
         ValueError: the number of groups is not n.
     """
     if len(vectors) != len(groups):
-        raise ValueError(f"found {len(vectors)} pictures but {len(groups)} groups; each picture needs one group")
+        raise UserError(f"found {len(vectors)} pictures but {len(groups)} groups; each picture needs one group")
     result = {"aligned": vectors}
     partner = another_group(groups, seed)
     if partner is not None:
@@ -70,5 +71,5 @@ def commonest_answer(answers: Sequence[str]) -> str:
     """
     counts = Counter(map(normalize_answer, answers))
     if not counts:
-        raise ValueError("the most common answer needs at least one answer, found none")
+        raise UserError("the most common answer needs at least one answer, found none")
     return min(counts, key=lambda answer: (-counts[answer], answer))  # independent of the order of the rows

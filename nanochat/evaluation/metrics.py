@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.errors import UserError
+
 RESAMPLES = 2000
 MAX_N = 4  # BLEU-4
 TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0/0
@@ -71,9 +73,9 @@ def bootstrap(
         ValueError: there are no rows, or the number of images is not the number of rows.
     """
     if len(statistics) == 0:
-        raise ValueError("there is nothing to score: no predictions")
+        raise UserError("there is nothing to score: no predictions")
     if len(statistics) != len(images):
-        raise ValueError(f"found {len(statistics)} scored rows but {len(images)} image keys; each row needs one key")
+        raise UserError(f"found {len(statistics)} scored rows but {len(images)} image keys; each row needs one key")
     numbers: dict[Hashable, int] = {}
     cluster = np.array([numbers.setdefault(image, len(numbers)) for image in images])
     n = len(numbers)
@@ -140,7 +142,7 @@ def bleu_statistics(prediction: str, references: Sequence[str]) -> list[int]:
     length of the closest reference. Raises ValueError if there are no references."""
     words, reference_words = caption_tokens(prediction), [caption_tokens(reference) for reference in references]
     if not reference_words:
-        raise ValueError(f"the caption {prediction!r} has no references to compare with")
+        raise UserError(f"the caption {prediction!r} has no references to compare with")
     matches, counts = [], []
     for n in range(1, MAX_N + 1):
         allowed: Counter = Counter()
@@ -179,19 +181,19 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np
         raise _eval_missing() from error
     truths, results = _coco_form(predictions, references)
     if not any(any(captions) for captions in truths.values()):
-        raise ValueError("there is not one word in the references")
+        raise UserError("there is not one word in the references")
     return Cider().compute_score(truths, results)[1]
 
 
 def _coco_form(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
     """(references, predictions) as pycocoevalcap expects them: number -> list of texts, which it splits at spaces."""
     if not predictions:
-        raise ValueError("there is nothing to score: no predictions")
+        raise UserError("there is nothing to score: no predictions")
     if len(predictions) != len(references):
-        raise ValueError(f"found {len(predictions)} predictions but {len(references)} lists of references")
+        raise UserError(f"found {len(predictions)} predictions but {len(references)} lists of references")
     for prediction, captions in zip(predictions, references, strict=True):
         if not captions or isinstance(captions, str):
-            raise ValueError(f"the caption {prediction!r} needs a list of references, found {captions!r}")
+            raise UserError(f"the caption {prediction!r} needs a list of references, found {captions!r}")
     truths = {i: [" ".join(caption_tokens(text)) for text in captions] for i, captions in enumerate(references)}
     return truths, {i: [" ".join(caption_tokens(text))] for i, text in enumerate(predictions)}
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nanochat.agent import Agent
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset
+from nanochat.errors import UserError
 from nanochat.evaluation import metrics
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
 from nanochat.files import atomic_path
@@ -51,7 +52,7 @@ def evaluate_dataset(
         DataError, CheckpointError: the dataset or the checkpoint cannot be read.
     """
     if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
     data = load_dataset(dataset, split, strict)
     if n_samples is not None:
         data.samples = limit(data.samples, n_samples)
@@ -88,7 +89,7 @@ def answer_dataset(
     samples = dataset.samples
     for sample in samples:
         if len(sample.images) != 1:
-            raise ValueError(
+            raise UserError(
                 f"evaluation needs exactly one picture per sample, found {len(sample.images)} at {sample.question!r}"
             )
     keys = [image_key(sample.images[0]) for sample in samples]

@@ -19,6 +19,7 @@ from rich.table import Table
 from nanochat.agent import Agent
 from nanochat.conversation import user_message
 from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.errors import UserError
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
 from nanochat.evaluation.metrics import accuracy, exact_match
 from nanochat.files import atomic_path
@@ -45,16 +46,16 @@ def evaluate_questions(
         DataError, CheckpointError: the dataset or the checkpoint cannot be read.
     """
     if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
     agent = Agent.load(checkpoint, device)
     if not agent.tokens_per_image:
-        raise ValueError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
+        raise UserError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
     source = open_source(folder, split, agent.training.get("recipe", {}))
     data = source.read(
         split, agent.model.config.vision_image_size, partial(track, description="reading episodes", console=console)
     )
     if not has_scene(data):
-        raise ValueError(
+        raise UserError(
             f"{folder} has no simulator state, which answers are computed from: record a dataset with nanochat record"
         )
     rng = np.random.default_rng(seed)

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanochat.agent import Agent
+from nanochat.errors import UserError
 from nanochat.evaluation import metrics
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
@@ -142,11 +143,11 @@ def run_rollouts(
 
 def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk: int, limit: int) -> None:
     if not 1 <= execute <= chunk:
-        raise ValueError(f"execute must be in 1..{chunk}, the policy's chunk, got {execute}")
+        raise UserError(f"execute must be in 1..{chunk}, the policy's chunk, got {execute}")
     if episodes < 1 or seed < 0:
-        raise ValueError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
+        raise UserError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
     if not 1 <= max_steps <= limit:
-        raise ValueError(f"max_steps must be in 1..{limit}, where Meta-World ends an episode, got {max_steps}")
+        raise UserError(f"max_steps must be in 1..{limit}, where Meta-World ends an episode, got {max_steps}")
 
 
 def make_jobs(

@@ -6,6 +6,8 @@ Names are Meta-World's without the version: "push" is its "push-v3". Colours are
 import difflib
 from collections.abc import Sequence
 
+from nanochat.errors import UserError
+
 # fmt: off
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "assembly": (
@@ -213,13 +215,13 @@ def task_list(names: Sequence[str]) -> list[str]:
         ValueError: there are no names, or an unknown one; the message suggests similar names.
     """
     if not names:
-        raise ValueError(f"no tasks: {ACCEPTED}")
+        raise UserError(f"no tasks: {ACCEPTED}")
     found: dict[str, None] = {}
     for name in names:
         key = name.strip().lower().removesuffix("-v3")
         if key not in SETS and key not in INSTRUCTIONS:
             near = difflib.get_close_matches(key, [*SETS, *INSTRUCTIONS], n=3)
             hint = f", did you mean {' or '.join(near)}?" if near else ";"
-            raise ValueError(f"there is no task {name!r}{hint} {ACCEPTED}")
+            raise UserError(f"there is no task {name!r}{hint} {ACCEPTED}")
         found |= dict.fromkeys(SETS.get(key, (key,)))
     return list(found)

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
+from nanochat.errors import UserError
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.simulator import ACTION_DIM, FPS, MAX_STEPS, Arm
@@ -72,12 +73,12 @@ def record_demonstrations(
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another --out")
     if episodes < 1 or processes < 1 or seed < 0 or not 0 <= noise <= 1:
-        raise ValueError(
+        raise UserError(
             "episodes and processes must be at least 1, seed at least 0 and noise in 0..1, found "
             f"{episodes}, {processes}, {seed} and {noise}"
         )
     if image_size < 32 or image_size % 32:
-        raise ValueError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
+        raise UserError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
         Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size)
@@ -99,7 +100,7 @@ def open_work(work: Path, settings: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     path = work / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(
+        raise UserError(
             f"{work} has blocks of a stopped run with other settings, {path.read_text()}: use these settings to resume it, "
             "or delete that folder"
         )
@@ -147,7 +148,7 @@ def record_episode(arm: Arm, block: Block, number: int) -> dict:
         episode = run_expert(arm, seed, block.noise)
         if episode is not None:
             return episode | {"seed": seed}
-    raise ValueError(
+    raise UserError(
         f"the expert of {arm.task} failed on {MAX_ATTEMPTS} seeds in a row with noise {block.noise}: lower the noise"
     )
 

@@ -11,6 +11,7 @@ from math import radians, tan
 import numpy as np
 
 from nanochat.data.sample import CAPTION_PROMPT
+from nanochat.errors import UserError
 from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
 
 # In metres, world axes. Nearer than Meta-World's own position, as in published evaluations.
@@ -128,13 +129,13 @@ def scene_questions(
 
 def check_episode(task: str, state: np.ndarray, success: np.ndarray, held: np.ndarray, frames: Sequence[int]) -> None:
     if task not in INSTRUCTIONS:
-        raise ValueError(f"there are no questions about {task!r}: it is not a task of Meta-World")
+        raise UserError(f"there are no questions about {task!r}: it is not a task of Meta-World")
     if state.ndim != 2 or state.shape[1] != 39 or not state.shape[:1] == success.shape == held.shape:
-        raise ValueError(
+        raise UserError(
             f"expected (T, 39) states with (T,) success and held, found {state.shape}, {success.shape} and {held.shape}"
         )
     if not all(0 <= frame < len(state) for frame in frames):
-        raise ValueError(f"expected frames in 0..{len(state) - 1}, found {', '.join(map(str, frames))}")
+        raise UserError(f"expected frames in 0..{len(state) - 1}, found {', '.join(map(str, frames))}")
 
 
 def ask(kind: str, thing: str, instruction: str, rng: np.random.Generator) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.errors import UserError
 from nanochat.metaworld.scene import CAMERA_POSITION
 from nanochat.safety import SafeActions, hold_still
 
@@ -57,7 +58,7 @@ class Arm:
     def __init__(self, task: str, image_size: int = 128):
         environments, policies, self.mujoco = import_metaworld()
         if f"{task}-v3" not in policies:
-            raise ValueError(f"Meta-World has no task {task!r}: nanochat record --help lists the names")
+            raise UserError(f"Meta-World has no task {task!r}: nanochat record --help lists the names")
         self.task, self.image_size = task, image_size
         self.make_policy = policies[f"{task}-v3"]
         self.env = environments[f"{task}-v3-goal-observable"]()
@@ -84,7 +85,7 @@ class Arm:
         """Execute one action, (4,) in -1..1. Raises ValueError for another action, or after MAX_STEPS."""
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,) or not np.all(np.abs(action) <= 1):
-            raise ValueError(f"an action must be {ACTION_DIM} numbers in -1..1, found {action}")
+            raise UserError(f"an action must be {ACTION_DIM} numbers in -1..1, found {action}")
         self.observation, _, _, _, info = self.env.step(action)
         self.steps += 1
         return self.scene(success=bool(info["success"]))

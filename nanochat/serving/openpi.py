@@ -22,6 +22,8 @@ import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+from nanochat.errors import UserError
+
 logger = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "::1", "localhost")
 MAX_MESSAGE = 16 * 2**20  # bytes: a few camera frames
@@ -44,7 +46,7 @@ class RobotPolicy(Protocol):
     """What the server needs, such as serving.policy.SafePolicy.
 
     metadata: sent to every client when it connects.
-    session: returns a new function for one connection, observation -> answer; its ValueErrors are sent to the client.
+    session: returns a new function for one connection, observation -> answer; its UserErrors are sent to the client.
     """
 
     metadata: dict
@@ -125,7 +127,7 @@ def answer_to(message: bytes | str, act: Callable[[dict], dict], previous_ms: fl
         if previous_ms is not None:
             timing["prev_total_ms"] = previous_ms
         return msgpack.packb(actions | {"server_timing": timing}, default=pack_array)
-    except ValueError as error:
+    except UserError as error:
         line = " ".join(str(error).split())[:500] or f"invalid observation ({type(error).__name__})"
         logger.info("refused an observation: %s", line)
         return line
@@ -154,14 +156,14 @@ async def serve_policy(policy: RobotPolicy, host: str, port: int, token: str | N
 def unpack(message: bytes | str) -> dict:
     """The observation in a message. Raises ValueError for anything but a map of plain values and numeric arrays."""
     if isinstance(message, str):
-        raise ValueError("an observation must be a binary msgpack message, got text")
+        raise UserError("an observation must be a binary msgpack message, got text")
     values = 0
 
     def counted(item: dict | list):
         nonlocal values
         values += len(item)
         if values > MAX_VALUES:
-            raise ValueError(f"the message has more than {MAX_VALUES} values outside of arrays")
+            raise UserError(f"the message has more than {MAX_VALUES} values outside of arrays")
         return unpack_array(item) if isinstance(item, dict) else item
 
     try:
@@ -174,11 +176,11 @@ def unpack(message: bytes | str) -> dict:
             max_ext_len=0,
         )
     except ValueError as error:
-        raise ValueError(f"the message is not valid msgpack: {str(error) or type(error).__name__}") from error
+        raise UserError(f"the message is not valid msgpack: {str(error) or type(error).__name__}") from error
     except (TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise ValueError(f"the message is not valid msgpack: {type(error).__name__}") from error
+        raise UserError(f"the message is not valid msgpack: {type(error).__name__}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"an observation must be a map, got {type(found).__name__}")
+        raise UserError(f"an observation must be a map, got {type(found).__name__}")
     return found
 
 
@@ -187,16 +189,16 @@ def unpack_array(item: dict):
     if b"__ndarray__" in item:
         dtype, data, shape = checked_dtype(item.get(b"dtype")), item.get(b"data"), item.get(b"shape")
         if not isinstance(data, bytes) or not isinstance(shape, (list, tuple)) or len(shape) > 8:
-            raise ValueError("an array needs bytes and a shape of at most 8 axes")
+            raise UserError("an array needs bytes and a shape of at most 8 axes")
         if not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError("the shape of an array must be non-negative integers")
+            raise UserError("the shape of an array must be non-negative integers")
         if math.prod(shape) * dtype.itemsize != len(data):
-            raise ValueError(f"an array of shape {shape} and type {dtype} does not match its {len(data)} bytes of data")
+            raise UserError(f"an array of shape {shape} and type {dtype} does not match its {len(data)} bytes of data")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in item:
         value = item.get(b"data")
         if not isinstance(value, (bool, int, float)):
-            raise ValueError("a numpy scalar needs a number as its data")
+            raise UserError("a numpy scalar needs a number as its data")
         return checked_dtype(item.get(b"dtype")).type(value)
     return item
 
@@ -205,7 +207,7 @@ def checked_dtype(name) -> np.dtype:
     """The dtype of a boolean, integer or float type name. Others are refused: unpacking an object array can run code."""
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ValueError(f"arrays must hold booleans, integers or floats, got the type {str(name)[:40]!r}")
+        raise UserError(f"arrays must hold booleans, integers or floats, got the type {str(name)[:40]!r}")
     return dtype
 
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nanochat.errors import UserError
 from nanochat.safety import SafeActions, hold_still
 
 HOLDS = ("still", "last")
@@ -36,15 +37,15 @@ def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.
     )
     prompt = observation.get("prompt")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f'"observation/image" must be a (H, W, 3) uint8 array, got {described(image)}')
+        raise UserError(f'"observation/image" must be a (H, W, 3) uint8 array, got {described(image)}')
     try:
         state_array = np.asarray(state if state is not None else [], np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}') from error
+        raise UserError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}') from error
     if state_array.shape != (state_dim,) or not np.isfinite(state_array).all():
-        raise ValueError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}')
+        raise UserError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}')
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
-        raise ValueError(f'"prompt" must be an instruction of 1 to {MAX_PROMPT} characters')
+        raise UserError(f'"prompt" must be an instruction of 1 to {MAX_PROMPT} characters')
     return image, state_array, prompt
 
 
@@ -72,9 +73,9 @@ class SafePolicy:
     ):
         chunk = agent.metadata["chunk"]
         if execute is not None and not 1 <= execute <= chunk:
-            raise ValueError(f"execute must lie in 1..{chunk}, the policy's chunk, got {execute}")
+            raise UserError(f"execute must lie in 1..{chunk}, the policy's chunk, got {execute}")
         if hold not in HOLDS:
-            raise ValueError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
+            raise UserError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
         self.agent, self.execute, self.max_change, self.hold = agent, execute or chunk, max_change, hold
         self.metadata = agent.metadata | {"chunk": self.execute}
         self.limits()  # checks max_change before the first client connects
@@ -92,7 +93,7 @@ class SafePolicy:
         def act(observation: dict) -> dict:
             chunk = act_on(self.agent, observation)[: self.execute]
             if self.hold == "last" and limits.last is None and not np.isfinite(chunk[0]).all():
-                raise ValueError("the model's first action is not finite, and there is no previous action to repeat")
+                raise UserError("the model's first action is not finite, and there is no previous action to repeat")
             return {"actions": np.stack([limits(action) for action in chunk])}
 
         return act

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanochat.errors import UserError
 from nanochat.files import DataError, atomic_path, json_object
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.vision.images import ImageSource, file_bytes, image_digest
@@ -70,7 +71,7 @@ def cached_features(
         ImageError: an image cannot be read. OSError: the disk is full. Vectors computed before are kept.
     """
     if not images:
-        raise ValueError("there are no images to compute features of")
+        raise UserError("there are no images to compute features of")
     digests = [source_digest(image) for image in images]
     place = Path(folder).expanduser() / cache_key(model)
     place.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def look(model: MultimodalGPT, images: list[ImageSource]) -> list[np.ndarray]:
     vectors = model.look(images).float().cpu().numpy()
     if not np.isfinite(vectors).all():
         layer = model.config.vision_layer
-        raise ValueError(f"the encoder's layer {layer!r} gives NaN or infinite features: check its weights")
+        raise UserError(f"the encoder's layer {layer!r} gives NaN or infinite features: check its weights")
     return list(vectors)
 
 

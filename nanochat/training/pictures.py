@@ -18,6 +18,7 @@ from rich.progress import Progress
 from nanochat.data import Dataset, Sample, load_dataset, one_per_reference
 from nanochat.data.sample import limit
 from nanochat.devices import pick_device
+from nanochat.errors import UserError
 from nanochat.evaluation.controls import conditions
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
@@ -240,9 +241,9 @@ def compute_features(model: MultimodalGPT, parts: Sequence[Rows], folder: Path) 
 
 def check_reward(recipe: PictureRecipe, data: Dataset) -> None:
     if data.task != "caption":
-        raise ValueError(f"reward_steps need captions, but {recipe.data} holds questions: use reward_steps=0")
+        raise UserError(f"reward_steps need captions, but {recipe.data} holds questions: use reward_steps=0")
     if recipe.questions_per_image < 2:
-        raise ValueError("reward_steps compare samples for the same picture: questions_per_image must be 2 or more")
+        raise UserError("reward_steps compare samples for the same picture: questions_per_image must be 2 or more")
 
 
 def texts_of(samples: Sequence[Sample]):

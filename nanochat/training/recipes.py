@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nanochat.errors import UserError
+
 # What the numbers of a recipe may be; None where a field has it as its default.
 AT_LEAST = {
     1: (
@@ -110,10 +112,10 @@ class Recipe:
             for name in names:
                 value = getattr(self, name, None)
                 if value is not None and not (math.isfinite(value) and value >= least):
-                    raise ValueError(f"{name} must be at least {least}, got {value}")
+                    raise UserError(f"{name} must be at least {least}, got {value}")
         for name in SHARES:
             if not 0 <= getattr(self, name, 0) <= 1:
-                raise ValueError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+                raise UserError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
 
 
 @dataclass
@@ -162,7 +164,7 @@ class PictureRecipe(Recipe):
     def check(self) -> None:
         super().check()
         if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ValueError(f"epochs must be more than 0, got {self.epochs}")
+            raise UserError(f"epochs must be more than 0, got {self.epochs}")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from rich.progress import track
 from nanochat.action_heads import ActionBatch
 from nanochat.actions import ACT, BINS, STATE, Scale
 from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.errors import UserError
 from nanochat.evaluation.controls import conditions
 from nanochat.metaworld.questions import draw_asked, has_scene, object_positions, task_name, tokenizer_texts
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
@@ -66,13 +67,13 @@ class RobotTask(Task):
         """The same weights with the scales of this data, and a new action head if the recipe asks for another one."""
         recipe, config, scales = self.recipe, model.config, self.scales()
         if not isinstance(model, RobotGPT):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint {recipe.start_from} is a {type(model).__name__}, not a robot policy: choose another one"
             )
         for name, scale in scales.items():
             expected, found = len(getattr(config, name)["low"]), len(scale["low"])
             if found != expected:
-                raise ValueError(
+                raise UserError(
                     f"{recipe.start_from} has a {name} of {expected} numbers, but the data has {found}: "
                     "train a new model without --start-from"
                 )

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from nanochat.checkpoint import load_checkpoint, load_resume, read_json, read_manifest, readable, save_checkpoint
 from nanochat.devices import pick_device
+from nanochat.errors import UserError, user_errors
 from nanochat.evaluation.controls import CONDITIONS
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ class Run:
         if (self.out.exists() or self.out.is_symlink()) and not recipe.resume:
             raise FileExistsError(f"{self.out} exists: resume the run in it with --resume, or choose another --out")
         if not recipe.data:
-            raise ValueError(f"{recipe_name(recipe)} needs the path of your data: --data PATH")
+            raise UserError(f"{recipe_name(recipe)} needs the path of your data: --data PATH")
         device = pick_device(recipe.device)
         started = started_recipe(recipe) if recipe.resume else None
         torch.manual_seed(recipe.seed)
@@ -90,10 +91,11 @@ class Run:
         """(model, tokenizer, state of the run). Checkpoints are loaded on the CPU, where they are float32: exact for resuming."""
         if recipe.resume:
             return load_checkpoint(self.out.absolute())
-        if recipe.start_from:
-            model, tokenizer, training = load_checkpoint(recipe.start_from)
-            return self.task.adopt(model), tokenizer, first_state(training)
-        return *self.task.new_model(), first_state()
+        with user_errors():  # of a config that follows from flags
+            if recipe.start_from:
+                model, tokenizer, training = load_checkpoint(recipe.start_from)
+                return self.task.adopt(model), tokenizer, first_state(training)
+            return *self.task.new_model(), first_state()
 
     def load_resume_state(self) -> None:
         tensors = load_resume(self.out)
@@ -138,7 +140,7 @@ class Run:
         set_training(self.model, self.recipe)
         result = self.task.backward(self.step)
         if not math.isfinite(result.value):
-            raise ValueError(
+            raise UserError(
                 f"the loss became {result.value} at step {self.step}: lower the learning rates (matrix_lr first)"
             )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -303,7 +305,7 @@ def started_recipe(recipe: Recipe) -> Recipe:
     read_manifest(folder)  # raises where there is no checkpoint
     training = read_json(folder / "training.json")
     if training["recipe_name"] != recipe_name(recipe):
-        raise ValueError(
+        raise UserError(
             f"the run in {out} was started with the recipe {training['recipe_name']}, not {recipe_name(recipe)}; resume with: "
             f"nanochat train {training['recipe_name']} --out {shlex.quote(str(out))} --resume"
         )
@@ -323,7 +325,7 @@ def check_same(task: Task, started: Recipe, state: dict) -> None:
     old, new = asdict(started), asdict(recipe)
     changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"these settings differ from those of the run in {out_folder(recipe)}: {'; '.join(changed)}. Omit them to resume "
             "it, or choose another --out"
         )

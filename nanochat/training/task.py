@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from nanochat.checkpoint import encoder_of
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import AuxiliaryHead
@@ -114,7 +115,7 @@ def shaped_like(recipe: Recipe, model) -> Recipe:
     """The recipe with the shape of an existing model. Raises ValueError for a text model."""
     config = model.config
     if getattr(model, "vision_encoder", None) is None:
-        raise ValueError(f"the checkpoint {recipe.start_from} is a text model without an encoder: choose another one")
+        raise UserError(f"the checkpoint {recipe.start_from} is a text model without an encoder: choose another one")
     return replace(
         recipe, layer=config.vision_layer, image_size=config.vision_image_size, vision_tokens=config.vision_tokens_per_image,
         vocab_size=config.vocab_size, sequence_len=config.sequence_len, n_layer=config.n_layer, n_head=config.n_head,

@@ -11,6 +11,8 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 import torch.nn as nn
 
+from nanochat.errors import UserError
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -84,10 +86,10 @@ def encoder_from_architecture(architecture: dict) -> Encoder:
     Raises ValueError for an unknown kind and for an incomplete or unsafe architecture.
     """
     if not isinstance(architecture, dict):
-        raise ValueError(f"the encoder architecture must be a mapping, got {type(architecture).__name__}")
+        raise UserError(f"the encoder architecture must be a mapping, got {type(architecture).__name__}")
     kind = architecture.get("kind", "yolov9")  # checkpoints of release 0.1 have no kind
     if kind != "yolov9":
-        raise ValueError(f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9: is this nanochat too old for it?")
+        raise UserError(f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9: is this nanochat too old for it?")
     from nanochat.vision.yolov9 import YOLOv9Plus
 
     return YOLOv9Plus.from_architecture(architecture)

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from nanochat.errors import UserError
+
 MAX_PIXELS = 100_000_000  # larger than any camera image; a small file can declare more (a decompression bomb)
 MAX_BYTES = 1_000_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGB; also stops endless files such as /dev/zero
 MIN_SIDE = 2  # pixels
@@ -38,7 +40,7 @@ class TensorLike(Protocol):
 ImageSource = Image.Image | np.ndarray | TensorLike | str | Path | bytes | bytearray | memoryview | BinaryIO | dict
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used. The message says what was found and what was expected."""
 
 
@@ -83,7 +85,7 @@ def as_list(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     if not is_batch(images):
         return [images]
     if len(images) == 0:
-        raise ValueError("there are no images: the list is empty, expected at least one")
+        raise UserError("there are no images: the list is empty, expected at least one")
     return list(images)
 
 

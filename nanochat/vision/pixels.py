@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from nanochat.errors import UserError
 from nanochat.vision.images import ImageSource, Letterbox, as_list, square
 
 
@@ -16,7 +17,7 @@ def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtyp
     Raises ValueError for another shape or dtype.
     """
     if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
-        raise ValueError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
+        raise UserError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
     return (torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).to(dtype) / 255).contiguous()
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from nanochat.errors import UserError
+
 # Globals that a detector's .pt file may name. Each of them is loaded as Placeholder
 DETECTOR_GLOBALS = re.compile(
     r"(ultralytics|torch\.nn|pathlib)\..+|builtins\.getattr|numpy\.(dtype|_?core\.multiarray\.scalar)"
@@ -24,7 +26,7 @@ MODULE_NAME = re.compile(r"(nn\.)?[A-Z][A-Za-z0-9]*")
 PLAIN_STRINGS = {"nc", "None", "True", "False", "nearest", "bilinear"}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file or a model description that is not a detector, or is not safe to load. The message says which."""
 
 

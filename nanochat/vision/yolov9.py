@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.devices import usable_device
+from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
 from nanochat.vision.pixels import evaluating, read_pixels
@@ -134,7 +135,7 @@ class YOLOv9Plus(nn.Module):
         n = len(self.net.model)
         if part == "head":
             if not self.has_head:
-                raise ValueError(
+                raise UserError(
                     f"this encoder was truncated after layer {n - 1} and has no detection head: it gives maps of the "
                     f"layers 0..{n - 1}, and no detections"
                 )
@@ -144,11 +145,11 @@ class YOLOv9Plus(nn.Module):
         elif re.fullmatch(r"-?\d+", part):
             index = int(part) + (n if part.startswith("-") else 0)
         else:
-            raise ValueError(
+            raise UserError(
                 f'unknown layer {part!r}: choose "head", "p3", "p4", "p5", 0..{n - 1}, or several joined by "+"'
             )
         if not 0 <= index < n:
-            raise ValueError(f"there is no layer {part} (module {index}): this encoder has modules 0..{n - 1}")
+            raise UserError(f"there is no layer {part} (module {index}): this encoder has modules 0..{n - 1}")
         return index
 
     def channels(self, layer: str | int = "head") -> int:
@@ -183,7 +184,7 @@ class YOLOv9Plus(nn.Module):
         "head" gives the predictions (B, 4 + n_classes, cells of all levels) instead of a map.
         """
         if pixels.dim() != 4 or pixels.size(1) != 3 or any(side % STRIDE for side in pixels.shape[2:]):
-            raise ValueError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
+            raise UserError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
         indices = {part: self.index_of(part) for part in parts}
         outputs: dict[int, torch.Tensor] = {}
         hooks = [
@@ -220,9 +221,9 @@ class YOLOv9Plus(nn.Module):
         layers = [layers] if isinstance(layers, (str, int)) else list(layers)
         for name, value in (("conf", conf), ("iou", iou)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in 0..1, got {value}")
+                raise UserError(f"{name} must lie in 0..1, got {value}")
         if not layers and not detect:
-            raise ValueError("nothing to do: name at least one layer, or set detect=True")
+            raise UserError("nothing to do: name at least one layer, or set detect=True")
         parts = {part for layer in layers for part in parts_of(layer)} | ({"head"} if detect else set())
         pixels, fits = read_pixels(self, images)
         with evaluating(self):
@@ -239,7 +240,7 @@ class YOLOv9Plus(nn.Module):
     ) -> torch.Tensor:
         """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". Raises as `encode` does."""
         if pool not in ("avg", "max", "flatten"):
-            raise ValueError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
+            raise UserError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
         features = self.extract_features(images, layer)
         if pool == "flatten":
             return features.flatten(1)
@@ -280,7 +281,7 @@ class YOLOv9Plus(nn.Module):
 def checked_size(size: int) -> int:
     """`size` if it is a usable side of the input in pixels. Raises ValueError otherwise."""
     if not isinstance(size, int) or size < STRIDE or size % STRIDE:
-        raise ValueError(f"image_size must be a positive multiple of {STRIDE}, got {size!r}")
+        raise UserError(f"image_size must be a positive multiple of {STRIDE}, got {size!r}")
     return size
 
 
@@ -303,13 +304,13 @@ def store_output(outputs: dict[int, torch.Tensor], index: int):
 def predictions_of(output) -> torch.Tensor:
     """The detection head's output -> predictions (B, 4 + n_classes, cells): x, y, w, h in input pixels, then scores."""
     if isinstance(output, dict):
-        raise ValueError("the detection head decodes in evaluation mode only: call eval(), or train on another layer")
+        raise UserError("the detection head decodes in evaluation mode only: call eval(), or train on another layer")
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def checked_map(output, layer: str) -> torch.Tensor:
     if not isinstance(output, torch.Tensor) or output.dim() != 4:
-        raise ValueError(f"the output of layer {layer} is not a map (B, C, H, W): choose another layer")
+        raise UserError(f"the output of layer {layer} is not a map (B, C, H, W): choose another layer")
     return output
 
 
