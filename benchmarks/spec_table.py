@@ -1,4 +1,4 @@
-"""The description's benchmark table, measured on this machine beside the description's own figures (an RTX 2080 SUPER).
+"""The description's benchmark table, measured on this machine next to the description's own figures (an RTX 2080 SUPER).
 
     python benchmarks/spec_table.py [--weights yolov9t.yaml] [--device cpu|cuda] [--repeats 30]
 

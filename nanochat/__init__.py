@@ -1,3 +1,3 @@
-"""nanochat that sees and says: YOLOv9 eyes, a small GPT, one training command, one question command."""
+"""A small vision-language-action model: YOLOv9 encoder, projector, nanochat-style GPT. Start at `nanochat.agent.Agent`."""
 
 __version__ = "0.1.0"
