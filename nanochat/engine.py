@@ -164,6 +164,8 @@ class Engine:
             raise UserError(f"a cache continues one row, this one has {len(cache.lengths)}")
         prompt, held = list(prompt), cache.longest if cache is not None else 0
         self.check(prompt, max_new_tokens, held)
+        if images is not None and not hasattr(self.model, "checked_vectors"):
+            raise UserError("this is a text model: it cannot read vision vectors")
         if images is not None:
             placeholders = prompt.count(self.model.config.vision_token_id)
             images = self.model.checked_vectors(images.flatten(0, -2), placeholders)

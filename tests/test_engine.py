@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine, KVCache, pad_rows
-from nanochat.gpt import Inputs
+from nanochat.gpt import GPT, Inputs
 from nanochat.sampling import Sampling, choose
 from tests.conftest import make_model
 
@@ -192,6 +192,11 @@ def test_a_joined_cache_holds_the_rows_of_both():
 def test_vision_vectors_that_do_not_fit_are_refused(model, prompt, vectors, message):
     with pytest.raises(ValueError, match=message):
         Engine(model).add(prompt, 4, images=vectors)
+
+
+def test_a_text_model_takes_no_vision_vectors(model):
+    with pytest.raises(ValueError, match="text model"):
+        Engine(GPT(model.config)).add([1, IMAGE], 4, images=torch.zeros(1, 12))
 
 
 def test_a_stream_complains_when_it_is_made(model):
