@@ -285,6 +285,8 @@ def test_data_without_a_simulators_state_trains_actions_alone(tmp_path):
     write_dataset(folder, (toy_episode(n, scene=False) for n in range(6)), 10, "toy", (SIZE, SIZE, 3))
     out = train_robot(Robot(data=str(folder), out=str(tmp_path / "run"), steps=2, **TINY))
     assert Agent.load(str(out)).metadata["action_dim"] == 4
+    learnt = json.loads((out / "training.json").read_text())["learnt"]
+    assert learnt == {"questions": False, "captions": False, "actions": True}
 
 
 def test_one_of_several_cameras_is_chosen(tmp_path):

@@ -155,6 +155,16 @@ def test_reward_steps_raise_the_reward_and_leave_the_encoder_alone(described, tm
     assert load_checkpoint(resumed)[2]["step"] == 130
 
 
+def test_a_checkpoint_records_what_it_learnt(pictures, described, tmp_path):
+    first = train(recipe_for(pictures, tmp_path, steps=1))
+    learnt = load_checkpoint(first)[2]["learnt"]
+    assert learnt == {"questions": True, "captions": False, "actions": False}
+    second = train(recipe_for(described, tmp_path, steps=1, out=str(tmp_path / "captions")))
+    assert load_checkpoint(second)[2]["learnt"] == {"questions": False, "captions": True, "actions": False}
+    both = train(recipe_for(described, tmp_path, steps=1, start_from=str(first), out=str(tmp_path / "both")))
+    assert load_checkpoint(both)[2]["learnt"] == {"questions": True, "captions": True, "actions": False}
+
+
 def test_rewards_are_for_captions(pictures, described, tmp_path):
     with pytest.raises(ValueError, match="need captions"):
         train(recipe_for(pictures, tmp_path, steps=1, reward_steps=1))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from nanochat.data import Dataset, Sample, load_dataset, one_per_reference
+from nanochat.data import CAPTION_PROMPT, Dataset, Sample, load_dataset, one_per_reference
 from nanochat.data.sample import limit
 from nanochat.devices import pick_device
 from nanochat.errors import UserError
@@ -116,6 +116,10 @@ class PictureTask(Task):
             f"{len(self.samples)} conversations about {len(self.rows.images)} pictures, {len(self.val_rows.images)} to validate"
             + (f" ({skipped} rows skipped: their picture is missing)" if skipped else "")
         )
+
+    def learnt(self) -> dict[str, bool]:
+        asked = {sample.question == CAPTION_PROMPT for sample in self.samples}
+        return {"questions": False in asked, "captions": True in asked, "actions": False}
 
     # ---- steps
 

@@ -104,6 +104,10 @@ class RobotTask(Task):
     def describe_data(self) -> str:
         return f"{len(self.data):,} frames of {len(self.data.by_task)} tasks, {len(self.val):,} to validate"
 
+    def learnt(self) -> dict[str, bool]:
+        asked = bool(has_scene(self.data) and self.recipe.questions_per_step and self.recipe.question_loss)
+        return {"questions": asked, "captions": asked, "actions": True}  # one of the questions asks for a description
+
     # ---- steps
 
     def backward(self, step: int) -> StepResult:

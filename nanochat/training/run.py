@@ -78,6 +78,7 @@ class Run:
             self.optimizers = make_optimizers(self.model, self.recipe, task.auxiliary)
         self.steps, self.step, self.seconds = task.steps, state["step"], state["seconds"]
         self.history, self.earlier = state["history"], state.get("earlier", [])
+        self.learnt = all_learnt(state.get("learnt"), task.learnt())
         self.stopping, self.started = False, time.monotonic()
         if recipe.resume:
             self.load_resume_state()
@@ -185,6 +186,7 @@ class Run:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "multi_turn": self.task.multi_turn,
+            "learnt": self.learnt,
         }
         resume, extra = optimizer_tensors(self.optimizers), history_files(self.history, self.task.unit)
         if self.task.auxiliary is not None:
@@ -294,7 +296,14 @@ def first_state(training: dict | None = None) -> dict:
     recipe = training.get("recipe", {})
     run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
     run |= {key: recipe.get(key) for key in ("data", "seed")}
-    return first_state() | {"earlier": [*training.get("earlier", []), run]}
+    # a checkpoint older than the record may have learnt anything
+    learnt = training.get("learnt", dict.fromkeys(("questions", "captions", "actions"), True))
+    return first_state() | {"earlier": [*training.get("earlier", []), run], "learnt": learnt}
+
+
+def all_learnt(before: dict[str, bool] | None, now: dict[str, bool]) -> dict[str, bool]:
+    """What the model was trained for, the checkpoint that it started from included: "questions", "captions", "actions"."""
+    return {name: taught or bool((before or {}).get(name)) for name, taught in now.items()}
 
 
 def started_recipe(recipe: Recipe) -> Recipe:

@@ -70,6 +70,10 @@ class Task:
         """What is trained on, for the screen."""
         raise NotImplementedError
 
+    def learnt(self) -> dict[str, bool]:
+        """What the data teaches: "questions" about pictures, "captions" (answers to `CAPTION_PROMPT`), "actions" of a robot."""
+        raise NotImplementedError
+
     def measure(self, step: int) -> str:
         """The name of what `backward` returns as its value at this step."""
         return "loss"
