@@ -30,11 +30,13 @@ class Sample:
     messages: {"role", "content"} dicts that end with the assistant's answer. Content is a string, or, if it has images, a
         list of {"type": "image"} and {"type": "text", "text": ...} parts, never two texts in a row.
     references: all acceptable last answers, the one in `messages` first. By default only that one.
+    where: "file:line" or "file: row n" of each reference, or of the whole conversation, for messages; empty if not known.
     """
 
     images: tuple[ImageSource, ...]
     messages: tuple[dict, ...]
     references: tuple[str, ...] = ()
+    where: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         if not self.references:
@@ -67,14 +69,15 @@ class Dataset:
             raise DataError(f"{self.name}: no usable rows ({self.skipped} skipped because their image is missing)")
 
 
-def vqa_sample(image: ImageSource, question: str, answer: str) -> Sample:
+def vqa_sample(image: ImageSource, question: str, answer: str, where: str = "") -> Sample:
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    return Sample((image,), ({"role": "user", "content": content}, {"role": "assistant", "content": answer}))
+    messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
+    return Sample((image,), messages, where=(where,) if where else ())
 
 
-def caption_sample(image: ImageSource, captions: Sequence[str]) -> Sample:
-    """The first caption is the answer, all of them are references."""
-    return replace(vqa_sample(image, CAPTION_PROMPT, captions[0]), references=tuple(captions))
+def caption_sample(image: ImageSource, captions: Sequence[str], where: Sequence[str] = ()) -> Sample:
+    """The first caption is the answer, all of them are references. where: of each caption."""
+    return replace(vqa_sample(image, CAPTION_PROMPT, captions[0]), references=tuple(captions), where=tuple(where))
 
 
 def dataset_task(samples: Iterable[Sample]) -> str:
@@ -85,9 +88,14 @@ def dataset_task(samples: Iterable[Sample]) -> str:
 def one_per_reference(samples: Iterable[Sample]) -> list[Sample]:
     """A sample for each reference, with that one as its answer: to train on all captions of an image."""
     return [
-        Sample(sample.images, (*sample.messages[:-1], {"role": "assistant", "content": reference}), sample.references)
+        Sample(
+            sample.images,
+            (*sample.messages[:-1], {"role": "assistant", "content": reference}),
+            sample.references,
+            sample.where[number : number + 1] if len(sample.where) == len(sample.references) else sample.where[:1],
+        )
         for sample in samples
-        for reference in sample.references
+        for number, reference in enumerate(sample.references)
     ]
 
 
@@ -170,13 +178,14 @@ def row_sample(row: dict, image: ImageSource | None, where: str) -> tuple[str, S
         DataError: the row has neither, or a text is missing or empty.
     """
     if "question" in row or "answer" in row:
-        return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where))
+        return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where), where)
     name = "captions" if "captions" in row else "caption"
     if name in row:
         captions = [row[name]] if isinstance(row[name], str) else row[name]
         if not isinstance(captions, list) or not captions:
             raise DataError(f"{where}: {name!r} must be a text or a list of texts, found {short_repr(captions)}")
-        return "caption", caption_sample(image, [check_text(caption, name, where) for caption in captions])
+        texts = [check_text(caption, name, where) for caption in captions]
+        return "caption", caption_sample(image, texts, [where] * len(texts))
     raise DataError(f"{where}: expected an image with a question and an answer, or with captions, found {_fields(row)}")
 
 
