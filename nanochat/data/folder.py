@@ -24,18 +24,18 @@ def load(path: str | Path, split: str | None = None, strict: bool = False) -> Da
     if not file.is_file():
         raise DataError(f"{folder}: expected a file captions.csv in this folder")
     samples, skipped = [], 0
-    captions: dict[Path, list[str]] = {}
+    captions: dict[Path, list[tuple[str, str]]] = {}  # image -> (text, its row)
     for where, row in _rows(file):
         image = find_image(folder, row["file"], where, strict)
         texts = {name: text_of(row, name, where) for name in row if name != "file"}
         if image is None:
             skipped += 1
         elif "caption" in texts:
-            captions.setdefault(image, []).append(texts["caption"])
+            captions.setdefault(image, []).append((texts["caption"], where))
         else:
-            samples.append(vqa_sample(image, texts["question"], texts["answer"]))
+            samples.append(vqa_sample(image, texts["question"], texts["answer"], where))
     task = "caption" if captions else "vqa"
-    samples += [caption_sample(image, texts) for image, texts in captions.items()]
+    samples += [caption_sample(image, *zip(*rows, strict=True)) for image, rows in captions.items()]
     name = f"{folder.resolve().name}/{split}" if split in ("fit", "val") else folder.resolve().name
     return Dataset(name, task, cut(samples, split, folder), skipped)
 

@@ -126,9 +126,8 @@ def _as_list(row: dict, *names: str) -> list:
 def _sample(row: dict, images: list[ImageSource | None], where: str) -> tuple[str, Sample]:
     if row.get("messages") is not None:
         references = [check_text(text, "references", where) for text in _as_list(row, "references")]
-        return "messages", Sample(
-            tuple(images), normal_messages(row["messages"], len(images), where), tuple(references)
-        )
+        messages = normal_messages(row["messages"], len(images), where)
+        return "messages", Sample(tuple(images), messages, tuple(references), (where,))
     if len(images) != 1:
         raise DataError(f"{where}: expected 'messages' and 'images', or one 'image', found {', '.join(map(repr, row))}")
     texts = {name: value for name, value in row.items() if value is not None}  # Arrow fills absent fields with None

@@ -58,7 +58,7 @@ def load(
         if None in images:
             skipped += 1
         else:
-            samples.append(Sample(images, messages, references))
+            samples.append(Sample(images, messages, references, (where,)))
     name = f"{file.stem}/{split}" if split in ("fit", "val") else file.stem
     return Dataset(name, dataset_task(samples), cut(samples, split, folder), skipped)
 
