@@ -1,164 +1,28 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
-Heavy imports wait until a command runs, so that --help is fast. The commands of robots are in cli_robot.py.
+Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_pictures.py, cli_chat.py and
+cli_robot.py.
 """
 
 import inspect
-import json
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
-from tyro.conf import HelptextFromCommentsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import HelptextFromCommentsOff, Positional, arg
 
+from nanochat import __version__
+from nanochat.cli_chat import chat
+from nanochat.cli_pictures import ask, caption, detect, embed, written_rows
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
-from nanochat.flags import Checkpoint, Device, EncoderFlags, JsonOut, Out, Pictures, SamplingFlags, check_out
+from nanochat.flags import Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step
 from nanochat.training.recipes import RECIPES, Recipe, recipe_name
-
-EMBED_BATCH = 16  # images per forward pass of `embed`: limits the memory
-
-
-# ---- asking ----
-
-
-def ask(
-    args: Annotated[
-        Positional[tuple[str, ...]],
-        arg(metavar='IMAGE... "QUESTION"', help="Image files, then the question.", help_behavior_hint=""),
-    ],
-    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
-) -> None:
-    """Ask a question about a picture. With several pictures, the question is asked about each of them separately."""
-    if len(args) < 2:
-        raise UserError(
-            f'ask needs at least one picture, then a question: nanochat ask IMAGE... "QUESTION"; got {len(args)} arguments'
-        )
-    *images, question = args
-    if not question.strip():
-        raise UserError('the question is empty: nanochat ask IMAGE... "QUESTION"')
-    answer_each(images, question, sampling)
-
-
-def caption(images: Pictures, sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags()) -> None:
-    """Describe each picture in one line. Needs a checkpoint that was trained on captions."""
-    from nanochat.data import CAPTION_PROMPT
-
-    if not images:
-        raise UserError("caption needs at least one picture: nanochat caption IMAGE...")
-    answer_each(images, CAPTION_PROMPT, sampling)
-
-
-def answer_each(images: Sequence[str], question: str, flags: SamplingFlags) -> None:
-    sampling, agent = flags.sampling(), flags.agent()
-    seen = [agent.look(image) for image in images]  # an unreadable file is reported before the first answer
-    for name, vectors in zip(images, seen, strict=True):
-        if len(images) > 1:
-            print(f"{name}: ", end="")
-        print_stream(agent.ask(question, vectors, flags.max_new_tokens, sampling))
-
-
-def print_stream(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
-def chat(image: str | None = None, sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags()) -> None:
-    """Chat about a picture. An empty line or Ctrl-D ends the chat.
-
-    Args:
-        image: An image file; by default the model answers without one.
-    """
-    from nanochat.agent import Chat
-
-    settings, agent = sampling.sampling(), sampling.agent()
-    conversation = Chat(agent, agent.look(image) if image else None)
-    interactive = sys.stdin.isatty()
-    while True:
-        try:
-            question = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        try:
-            print_stream(conversation.say(question, sampling.max_new_tokens, settings))
-        except UserError as error:
-            if not interactive:
-                raise
-            print(f"error: {reason(error)}", file=sys.stderr)  # a question that is too long does not end the chat
-
-
-# ---- vision ----
-
-
-def embed(
-    images: Pictures,
-    out: Out,
-    layer: str = "head",
-    pool: Literal["avg", "max", "flatten"] = "avg",
-    vision: OmitArgPrefixes[EncoderFlags] = EncoderFlags(),
-) -> None:
-    """Write the embeddings of pictures to a .npz file with `embeddings` (n, C) float32 and `files` (n,).
-
-    Args:
-        layer: Feature map of the encoder: head (the predictions), p3, p4, p5, a module index, or several joined by +.
-        pool: How a map becomes one vector: its mean, its maximum, or all values.
-    """
-    import numpy as np
-    from rich.progress import Progress
-
-    from nanochat.files import atomic_path
-
-    if not images:
-        raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
-    check_out(out, ".npz")
-    encoder, n = vision.encoder(), EMBED_BATCH
-    with Progress(disable=len(images) <= n) as progress:
-        starts = progress.track(range(0, len(images), n), description="encoding")
-        parts = [encoder.get_image_embeddings(images[i : i + n], pool, layer).cpu().numpy() for i in starts]
-    vectors = np.concatenate(parts)
-    with atomic_path(out) as new, open(new, "wb") as file:
-        np.savez(file, embeddings=vectors, files=np.array(images))
-    print(f"{vectors.shape[0]} x {vectors.shape[1]} embeddings in {out}")
-
-
-def detect(
-    image: Annotated[Positional[str], arg(metavar="IMAGE", help="An image file.")],
-    out: Out,
-    conf: float = 0.25,
-    iou: float = 0.7,
-    vision: OmitArgPrefixes[EncoderFlags] = EncoderFlags(),
-) -> None:
-    """Detect objects; write a picture with boxes (.png, .jpg) or a list of boxes (.json).
-
-    Args:
-        conf: Minimum score of a detection, 0..1.
-        iou: Two boxes of one class that overlap more than this (intersection over union) count as one object.
-    """
-    from dataclasses import asdict
-
-    from nanochat.files import atomic_path
-    from nanochat.vision.detections import draw_detections
-    from nanochat.vision.images import open_image
-
-    check_out(out, ".png", ".jpg", ".jpeg", ".json")
-    picture, encoder = open_image(image), vision.encoder()
-    found = encoder.detect(picture, conf=conf, iou=iou)
-    with atomic_path(out) as new:
-        if out.suffix == ".json":
-            new.write_text(json.dumps([asdict(detection) for detection in found], indent=1))
-        else:
-            draw_detections(picture, found).save(new, format="PNG" if out.suffix == ".png" else "JPEG")
-    for detection in found:
-        box = " ".join(f"{value:7.1f}" for value in detection.box)
-        print(f"{detection.class_name:20s} {detection.score:5.1%}  {box}")
-    print(f"{len(found)} objects, written to {out}")
-
 
 # ---- checkpoints ----
 
@@ -200,6 +64,24 @@ def evaluate(
         evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
 
 
+def models(json_rows: JsonRows = None) -> None:
+    """List the models that ship with the package: size, what they were trained for, and their measured figures."""
+    from nanochat.shipped import shipped_models
+
+    with written_rows(json_rows) as add:
+        for model in shipped_models():
+            add(model)
+            if json_rows is not None:
+                continue
+            print(f"{model['name']:8s} {model['parameters'] / 1e6:.2f} M parameters, {model['bytes'] / 1e6:.1f} MB")
+            print(f"         {model['purpose']}")
+            for figure, score, controls in model["figures"]:
+                print(f"         {figure}: {score} ({controls})")
+            print(f"         example: {model['example']}")
+    if json_rows is None:
+        print("Other models: a folder that `nanochat train` wrote, or owner/name on the Hugging Face hub.")
+
+
 def pack(checkpoint: Checkpoint, out: Out, half: bool = True) -> None:
     """Copy a checkpoint for publication: half precision, no optimiser state, no paths of this machine.
 
@@ -210,6 +92,7 @@ def pack(checkpoint: Checkpoint, out: Out, half: bool = True) -> None:
 
     n_parameters, size = pack_checkpoint(checkpoint, out, half)
     print(f"{n_parameters:,} parameters, {size / 1e6:.1f} MB in {out}")
+    next_step(f"nanochat push {shlex.quote(str(out))} OWNER/NAME, or --checkpoint {shlex.quote(str(out))} to use it")
 
 
 def push(
@@ -224,6 +107,7 @@ def push(
     from nanochat.packing import push_checkpoint
 
     print(push_checkpoint(checkpoint, repo, private=not public))
+    next_step(f"--checkpoint {shlex.quote(repo)} uses it on any machine" + (" that is logged in" if not public else ""))
 
 
 def tokenizer(
@@ -248,6 +132,7 @@ def tokenizer(
     )
     trained.save(out)
     print(f"{trained.vocab_size} tokens in {out}")
+    next_step(f"nanochat train folder --data DATA --tokenizer {shlex.quote(str(out))}")
 
 
 def import_upstream(
@@ -268,6 +153,7 @@ def import_upstream(
     from nanochat.upstream import import_upstream as convert
 
     print(convert(source, out, step=step, tokenizer_path=tokenizer_path, trust_pickle=trust_pickle))
+    next_step(f"nanochat chat --checkpoint {shlex.quote(str(out))}")
 
 
 # ---- training ----
@@ -300,6 +186,7 @@ COMMANDS = {
     "embed": embed,
     "detect": detect,
     "eval": evaluate,
+    "models": models,
     "pack": pack,
     "push": push,
     "record": record,
@@ -310,15 +197,23 @@ COMMANDS = {
 }
 DESCRIPTION = (
     "A small vision-language model: ask about pictures, train on your own, control a robot.\n\n"
-    f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags."
+    f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags. "
+    "nanochat models lists the models that ship. nanochat --version prints the version. "
+    "nanochat --tyro-print-completion {bash,zsh,tcsh} prints a completion script for a shell."
 )
+WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
 OLD_NAMES = {"demos": "record", "export": "pack"}  # work for one more release
 
 
 def main() -> None:
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # text in another encoding is no reason to stop
+        with suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
-        words = with_new_name(sys.argv[1:])
-        if words[:1] == ["train"]:
+        words = plain_words(with_new_name(sys.argv[1:] or ["--help"]))
+        if words == ["--version"]:
+            print(f"nanochat-vision {__version__}")
+        elif words[0] == "train":
             train(words[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=DESCRIPTION, args=words)
@@ -348,6 +243,20 @@ def with_new_name(words: list[str]) -> list[str]:
     new = OLD_NAMES[words[0]]
     print(f"note: `nanochat {words[0]}` is deprecated, use `nanochat {new}`", file=sys.stderr)
     return [new, *words[1:]]
+
+
+def plain_words(words: list[str]) -> list[str]:
+    """The arguments with ~ replaced by the home folder, also in --out=~/runs, where a shell leaves it; and - as the file of a
+    --json that names none."""
+    expanded = []
+    for word in words:
+        flag, value = re.fullmatch(r"(--?[\w-]+=)?(.*)", word, re.S).groups("")
+        expanded.append(flag + os.path.expanduser(value))
+    if words[0] in WITH_JSON_ROWS:
+        for i in reversed([i for i, word in enumerate(expanded) if word == "--json"]):
+            if not re.fullmatch(r"-|.*\.jsonl?", "".join(expanded[i + 1 : i + 2]), re.S | re.I):
+                expanded.insert(i + 1, "-")
+    return expanded
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Flags that several commands share, and the objects they describe. Heavy imports wait until a command runs."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,27 @@ from tyro.conf import Positional, arg
 from nanochat.errors import UserError
 
 Out = Annotated[Path, arg(aliases=["-o"], help="Where to write the result.")]
+MaybeOut = Annotated[Path | None, arg(aliases=["-o"], help="Where to write the result.")]
 JsonOut = Annotated[Path | None, arg(name="json", help="Also write the results to this JSON file.")]
-Pictures = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...", help="Image files.", help_behavior_hint="")]
+JsonRows = Annotated[
+    Path | None,
+    arg(
+        name="json",
+        metavar="[FILE]",
+        help="Write the results as JSON, one object per picture: to FILE, which is a .json (a list) or .jsonl (one per line) "
+        "file, or without FILE to the standard output, one per line.",
+    ),
+]
+Camera = Annotated[int | None, arg(help="Take the picture with this camera, 0 for the first. Needs OpenCV.")]
+Pictures = Annotated[
+    Positional[tuple[str, ...]],
+    arg(
+        metavar="IMAGE...",
+        help="Image files, folders, quoted globs such as 'photos/**/*.jpg', or - for the standard input. A broken picture that "
+        "you name is an error; broken ones of a folder or a glob are left out and counted.",
+        help_behavior_hint="",
+    ),
+]
 CHECKPOINT = "A checkpoint folder, a hub name (owner/name), or a shipped model: `default` or `robot`."
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
@@ -47,6 +67,8 @@ class SamplingFlags:
         )  # fmt: skip
 
     def agent(self):
+        if not self.checkpoint.strip():
+            raise UserError("the name in --checkpoint is empty: leave the flag out for the default")
         from nanochat.agent import Agent
         from nanochat.devices import pick_device
 
@@ -67,6 +89,8 @@ class EncoderFlags:
     "Also load .pt files that contain other objects than a plain detector. They can run any code: only for files you trust."
 
     def encoder(self):
+        if self.weights is not None and not self.weights.strip():
+            raise UserError("the name in --weights is empty: leave the flag out for the default")
         from nanochat.checkpoint import encoder_of
         from nanochat.devices import pick_device
 
@@ -78,7 +102,7 @@ class EncoderFlags:
 
 def check_out(out: Path, *suffixes: str) -> None:
     """Raises ValueError or OSError, before any work is done, if the result could not be written to `out`."""
-    if suffixes and out.suffix not in suffixes:
+    if suffixes and out.suffix.lower() not in suffixes:
         raise UserError(f"{out} should end in {' or '.join(suffixes)}")
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder, expected the name of a file")
@@ -86,3 +110,8 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise FileNotFoundError(f"cannot write {out}: there is no folder {out.parent}, create it first")
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"cannot write {out}: no permission to write to the folder {out.parent}")
+
+
+def next_step(hint: str) -> None:
+    """Say what to do with a result. On the standard error, so that the standard output has results only."""
+    print(f"next: {hint}", file=sys.stderr)

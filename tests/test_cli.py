@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat import cli
+from nanochat import cli, cli_pictures
 from nanochat.agent import Agent
 from nanochat.checkpoint import SHIPPED
 from nanochat.metaworld.simulator import SimulatorError
@@ -109,7 +109,7 @@ def weights(tmp_path_factory):
 
 
 def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(cli, "EMBED_BATCH", 2)
+    monkeypatch.setattr(cli_pictures, "EMBED_BATCH", 2)
     names = [str(ROOT / f"nanochat/assets/pictures/{i}.png") for i in (0, 1, 2, 0, 1)]
     out, options = tmp_path / "e.npz", ("--layer", "p4", "--weights", weights, "--image-size", "64")
     assert "5 x 96 embeddings" in nanochat("embed", *names, "-o", out, *options).out
@@ -197,7 +197,7 @@ def test_a_packed_checkpoint_is_half_the_size_and_answers_the_same(nanochat, tmp
 def test_old_names_of_commands_work_and_say_so(nanochat, tmp_path):
     printed = nanochat("export", "default", "-o", tmp_path / "packed")
     assert (tmp_path / "packed/manifest.json").exists()
-    assert printed.err == "note: `nanochat export` is deprecated, use `nanochat pack`\n"
+    assert printed.err.splitlines()[0] == "note: `nanochat export` is deprecated, use `nanochat pack`"
     lines = nanochat("demos", "--episodes", "0", "-o", tmp_path / "x", code=2).err.splitlines()
     assert len(lines) == 2 and lines[0].endswith("use `nanochat record`") and "episodes" in lines[1]
 

@@ -243,7 +243,7 @@ def test_an_unknown_name_is_found(command, problem):
         ("nanochat rollout", "CHECKPOINT"),
         ("nanochat train folder --steps many", "many"),
         ("nanochat train folder --steps 0", "steps must be at least 1"),
-        ("nanochat detect photo.jpg", "--out"),
+        ("nanochat pack default", "--out"),
     ],
 )
 def test_a_command_that_does_not_parse_is_found(command, problem):

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # From low to high, names within `nanochat`. A module imports modules of lower layers only. "folder.*" is a folder whose modules
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
-    ("__init__", "errors"),
+    ("__init__", "errors", "shipped"),
     ("files", "devices", "hub", "gpt", "sampling", "actions", "safety"),
     ("tokenizer",),
     ("conversation",),
@@ -33,10 +33,11 @@ LAYERS = (
     ("evaluation", "evaluation.*"),
     ("training", "training.*"),
     ("serving", "serving.*"),
-    ("flags",),
-    ("demo",),
-    ("cli_robot",),
+    ("flags", "inputs"),
+    ("demo", "cli_chat"),
+    ("cli_pictures", "cli_robot"),
     ("cli",),
+    ("__main__",),
     ("assistant", "robot", "robot.policy"),  # deprecated names
 )
 # Who may import what, by pattern of the importer

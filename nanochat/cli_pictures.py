@@ -1,0 +1,292 @@
+"""The commands that read pictures: ask, caption, embed and detect. See cli.py."""
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from nanochat.cli_chat import print_stream
+from nanochat.errors import UserError
+from nanochat.flags import Camera, EncoderFlags, JsonRows, MaybeOut, Pictures, SamplingFlags, check_out, next_step
+
+EMBED_BATCH = 16  # images per forward pass of `embed`: limits the memory
+BOX_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+# ---- asking ----
+
+
+def ask(
+    args: Annotated[
+        Positional[tuple[str, ...]],
+        arg(
+            metavar='IMAGE... "QUESTION"',
+            help="Pictures (image files, folders, quoted globs, or - for the standard input), then the question.",
+            help_behavior_hint="",
+        ),
+    ],
+    camera: Camera = None,
+    json_rows: JsonRows = None,
+    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
+) -> None:
+    """Ask a question about a picture. With several pictures, the question is asked about each of them separately."""
+    images, question = split_question(args, camera)
+    answer_each(images, camera, question, sampling, json_rows, lambda text: {"question": question, "answer": text})
+
+
+def caption(
+    images: Pictures,
+    camera: Camera = None,
+    json_rows: JsonRows = None,
+    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
+) -> None:
+    """Describe each picture in one line. Needs a checkpoint that was trained on captions."""
+    from nanochat.data import CAPTION_PROMPT
+
+    if not images and camera is None:
+        raise UserError("caption needs at least one picture: nanochat caption IMAGE...")
+    answer_each(images, camera, CAPTION_PROMPT, sampling, json_rows, lambda text: {"caption": text})
+
+
+def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[str], str]:
+    """(pictures, question). Raises UserError where they are in another order, or the question lacks quotes."""
+    usage = 'nanochat ask IMAGE... "QUESTION"'
+    if len(args) < (2 if camera is None else 1):
+        raise UserError(f"ask needs at least one picture, then a question: {usage}; got {len(args)} arguments")
+    *images, question = args
+    if not question.strip():
+        raise UserError(f"the question is empty: {usage}")
+    from nanochat.inputs import is_picture_name
+
+    def is_there(word: str) -> bool:
+        return word == "-" or glob.has_magic(word) or os.path.exists(os.path.expanduser(word))
+
+    missing = [word for word in images if not is_there(word) and not is_picture_name(word)]
+    picture_last = is_picture_name(question) and not question.endswith("?")
+    if question == "-" or picture_last or (missing and os.path.exists(os.path.expanduser(question))):
+        raise UserError(f"the question comes last: {usage}; the last argument is {question!r}, a picture")
+    if any(" " in word for word in missing):
+        raise UserError(
+            f"there is no file {missing[0]!r}; a question is the last argument, and there is only one: {usage}"
+        )
+    if missing:
+        whole = " ".join([*missing, question])
+        raise UserError(f'there is no file {missing[0]}; a question of several words needs quotes: "{whole}"')
+    return images, question
+
+
+def answer_each(
+    words: Sequence[str],
+    camera: int | None,
+    question: str,
+    flags: SamplingFlags,
+    out: Path | None,
+    to_row: Callable[[str], dict],
+) -> None:
+    from nanochat.inputs import find_pictures, opened
+
+    with written_rows(out) as add:
+        pictures = find_pictures(words, camera)
+        sampling, agent = flags.sampling(), flags.agent()
+        for picture, image in opened(pictures, "answering", prints=str(out) in ("None", "-")):
+            if isinstance(image, Exception):
+                add({"file": picture.name, "error": str(image)})
+                continue
+            answer = agent.ask(question, agent.look(image), flags.max_new_tokens, sampling)
+            if out is not None:
+                add({"file": picture.name} | to_row("".join(answer).strip()))
+            else:
+                if len(pictures) > 1:
+                    print(f"{picture.name}: ", end="")
+                print_stream(answer)
+
+
+@contextmanager
+def written_rows(out: Path | None) -> Iterator[Callable[[dict], None]]:
+    """A function that takes the rows of --json. out: None drops them, - prints each at once, a .jsonl file has one per line and
+    a .json file a list. Raises OSError before any work if the file could not be written."""
+    from nanochat.files import atomic_path
+
+    rows: list[dict] = []
+    if out is None:
+        yield lambda row: None
+    elif str(out) == "-":
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        check_out(out, ".json", ".jsonl")
+        yield rows.append
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        whole = "[\n" + ",\n".join(lines) + "\n]\n" if out.suffix.lower() == ".json" else "\n".join([*lines, ""])
+        with atomic_path(out) as new:
+            new.write_text(whole, encoding="utf-8", errors="replace")
+        print(f"{len(rows)} results in {out}")
+
+
+# ---- vision ----
+
+
+def embed(
+    images: Pictures,
+    out: MaybeOut = None,
+    layer: str = "head",
+    pool: Literal["avg", "max", "flatten"] = "avg",
+    camera: Camera = None,
+    json_rows: JsonRows = None,
+    vision: OmitArgPrefixes[EncoderFlags] = EncoderFlags(),
+) -> None:
+    """Write the embeddings of pictures to a .npz file with `embeddings` (n, C) float32 and `files` (n,), or as JSON.
+
+    Args:
+        layer: Feature map of the encoder: head (the predictions), p3, p4, p5, a module index, or several joined by +.
+        pool: How a map becomes one vector: its mean, its maximum, or all values.
+    """
+    import numpy as np
+
+    from nanochat.files import atomic_path
+    from nanochat.inputs import find_pictures, opened
+
+    if not images and camera is None:
+        raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
+    if out is None and json_rows is None:
+        raise UserError("embed needs the name of a file: -o FILE.npz, or --json")
+    if out is not None:
+        check_out(out, ".npz")
+    names, parts, batch = [], [], []
+    with written_rows(json_rows) as add:
+        pictures = find_pictures(images, camera)
+        encoder = vision.encoder()
+
+        def flush() -> None:
+            if not batch:
+                return
+            vectors = encoder.get_image_embeddings([image for _, image in batch], pool, layer).cpu().numpy()
+            for (name, _), vector in zip(batch, vectors, strict=True):
+                add({"file": name, "embedding": vector.tolist()} if json_rows is not None else {})
+            names.extend(name for name, _ in batch)
+            parts.extend([vectors] if out is not None else [])
+            batch.clear()
+
+        for picture, image in opened(pictures, "encoding", prints=str(json_rows) == "-"):
+            if isinstance(image, Exception):
+                add({"file": picture.name, "error": str(image)})
+                continue
+            batch.append((picture.name, image))
+            if len(batch) == EMBED_BATCH:
+                flush()
+        flush()
+    if out is None:
+        return
+    vectors = np.concatenate(parts)
+    with atomic_path(out) as new, open(new, "wb") as file:
+        np.savez(file, embeddings=vectors, files=np.array(names))
+    print(f"{vectors.shape[0]} x {vectors.shape[1]} embeddings in {out}")
+    next_step(f'in Python: numpy.load({str(out)!r})["embeddings"]')
+
+
+def detect(
+    images: Pictures,
+    out: Annotated[
+        Path | None,
+        arg(
+            aliases=["-o"],
+            help="Where to write the result: a picture with boxes (.png, .jpg), a list of boxes (.json), or a folder, which "
+            "gets a picture with boxes for each picture. By default the boxes are only printed.",
+        ),
+    ] = None,
+    conf: float = 0.25,
+    iou: float = 0.7,
+    camera: Camera = None,
+    json_rows: JsonRows = None,
+    vision: OmitArgPrefixes[EncoderFlags] = EncoderFlags(),
+) -> None:
+    """Detect objects; print them, and write pictures with boxes or a list of boxes.
+
+    Args:
+        conf: Minimum score of a detection, 0..1.
+        iou: Two boxes of one class that overlap more than this (intersection over union) count as one object.
+    """
+    from nanochat.inputs import find_pictures, opened
+
+    if not images and camera is None:
+        raise UserError("detect needs at least one picture: nanochat detect IMAGE... -o boxes.png")
+    with written_rows(json_rows) as add:
+        pictures = find_pictures(images, camera)
+        write = BoxWriter(out, single=len(pictures) == 1 and pictures[0].named)
+        encoder, n_objects = vision.encoder(), 0
+        for picture, image in opened(pictures, "detecting", prints=str(json_rows) in ("None", "-")):
+            if isinstance(image, Exception):
+                add({"file": picture.name, "error": str(image)})
+                continue
+            found = encoder.detect(image, conf=conf, iou=iou)
+            n_objects += len(found)
+            add({"file": picture.name, "detections": [asdict(detection) for detection in found]})
+            write.add(picture.name, image, found)
+            if json_rows is None:
+                print_boxes(f"{picture.name}: " if len(pictures) > 1 else "", found)
+        write.finish()
+    if str(json_rows) != "-":
+        of = f" in {len(pictures)} pictures" if len(pictures) > 1 else ""
+        print(f"{n_objects} objects{of}" + (f", written to {out}" if out else ""))
+
+
+def print_boxes(prefix: str, found) -> None:
+    for detection in found:
+        box = " ".join(f"{value:7.1f}" for value in detection.box)
+        print(f"{prefix}{detection.class_name:20s} {detection.score:5.1%}  {box}")
+
+
+class BoxWriter:
+    """Writes detections to `out`. Raises UserError or OSError before any work if that is not possible.
+
+    single: one picture that the user named; a .json file is then the list of its boxes, else a list of pictures with boxes.
+    """
+
+    def __init__(self, out: Path | None, single: bool):
+        self.out, self.single, self.rows, self.names = out, single, [], set()
+        self.suffix = "" if out is None or out.is_dir() else out.suffix.lower()
+        if out is None:
+            return
+        if self.suffix in BOX_FORMATS and not single:
+            raise UserError(f"{out} is one picture, but there may be several: use a folder (-o boxes) or a .json file")
+        if self.suffix:
+            check_out(out, *BOX_FORMATS, ".json")
+        elif out.is_dir():
+            check_out(out / "x.png")
+        else:
+            check_out(out)
+
+    def add(self, name: str, image, found) -> None:
+        from nanochat.files import atomic_path
+        from nanochat.vision.detections import draw_detections
+
+        if self.out is None:
+            return
+        if self.suffix == ".json":
+            self.rows.append({"file": name, "detections": [asdict(detection) for detection in found]})
+            return
+        path = self.out if self.suffix else self.free_path(name)
+        with atomic_path(path) as new:
+            draw_detections(image, found).save(new, format=BOX_FORMATS[path.suffix.lower()])
+
+    def free_path(self, name: str) -> Path:
+        """A path in the folder `out` that no other picture of this run has: a.png, a-2.png, ..."""
+        self.out.mkdir(exist_ok=True)
+        stem, number = "stdin" if name == "-" else Path(name).stem, 1
+        while (path := self.out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")).name in self.names:
+            number += 1
+        self.names.add(path.name)
+        return path
+
+    def finish(self) -> None:
+        from nanochat.files import atomic_path
+
+        if self.suffix == ".json":
+            rows = self.rows[0]["detections"] if self.single else self.rows
+            with atomic_path(self.out) as new:
+                new.write_text(json.dumps(rows, indent=1))

@@ -1,0 +1,195 @@
+"""Pictures that a command is given: files, folders, quoted globs, - for the standard input, and a camera."""
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nanochat.errors import UserError
+from nanochat.vision.images import MAX_BYTES, ImageError, file_bytes, open_image
+
+# Endings by which pictures are found in a folder; a file that is named itself may have any name
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .jpx .tga .ico "
+    ".qoi".split()
+)
+MAX_CAMERA = 99
+WARM_UP = 5  # frames of a camera that are dropped: the first ones are often dark
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is not open yet.
+
+    name: what messages and results call it. source: a path, encoded bytes, or an RGB array.
+    named: the user named this very file, so a broken one is an error; broken pictures of a folder or a glob are left out.
+    """
+
+    name: str
+    source: str | bytes | np.ndarray
+    named: bool = True
+
+
+def find_pictures(words: Sequence[str], camera: int | None = None) -> list[Picture]:
+    """The pictures behind the words of a command line, in order; those of a folder are sorted by path.
+
+    Raises ImageError for a file that does not exist, a folder without pictures, a glob that matches nothing, and a camera that
+    cannot be read.
+    """
+    if words.count("-") > 1:
+        raise UserError("- is the picture on the standard input and can be given once")
+    found = [picture for word in words for picture in pictures_of(word)]
+    return found if camera is None else [*found, Picture(f"camera {camera}", camera_frame(camera))]
+
+
+def pictures_of(word: str) -> list[Picture]:
+    if word == "-":
+        return [Picture("-", standard_input())]
+    path = os.path.expanduser(word)
+    if os.path.isdir(path):
+        return pictures_below(path)
+    if os.path.isfile(path):
+        return [Picture(printable(word), path)]
+    if os.path.exists(path):  # a pipe can be read only once
+        return [Picture(printable(word), file_bytes(path))]
+    if glob.has_magic(path):
+        return pictures_matching(path, word)
+    open_image(path)  # raises the error for a file that is not there
+    raise ImageError(f"{printable(word)} cannot be read")  # it was created just now
+
+
+def pictures_below(folder: str) -> list[Picture]:
+    """All pictures in a folder and its subfolders, without hidden ones. Prints what is left out."""
+    found, others = [], []
+
+    def unreadable(error: OSError) -> None:
+        note(f"{printable(str(error.filename))} cannot be read: {error.strerror}; its pictures are left out")
+
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            (found if is_picture_name(name) else others).append(os.path.join(place, name))
+    if not found:
+        raise ImageError(f"{printable(folder)} is a folder without pictures (.jpg, .png, .webp, ...)")
+    if others:
+        shown = ", ".join(printable(os.path.basename(name)) for name in others[:3]) + ", ..." * (len(others) > 3)
+        note(f"{printable(folder)}: {len(found)} pictures; other files, left out: {len(others)} ({shown})")
+    return [Picture(printable(name), name, named=False) for name in found]
+
+
+def pictures_matching(pattern: str, word: str) -> list[Picture]:
+    """The pictures that match a glob; ** is any number of folders. A folder that exists under its literal name is not a
+    pattern, so brackets in the name of a folder are safe."""
+    parts = Path(pattern).parts
+    literal = next((n for n in range(len(parts) - 1, 0, -1) if os.path.isdir(Path(*parts[:n]))), 0)
+    place = glob.escape(str(Path(*parts[:literal]))) if literal else ""
+    matches = sorted(glob.glob(os.path.join(place, *parts[literal:]), recursive=True))
+    found = [path for path in matches if not os.path.isdir(path)]
+    if not found:
+        folders = f", only {len(matches)} folders: name one, or match the files in it" if matches else ""
+        raise ImageError(f"no file matches {printable(word)}{folders}")
+    return [Picture(printable(path), path, named=False) for path in found]
+
+
+def standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ImageError("- is the picture on the standard input, which is the keyboard: cat photo.jpg | nanochat ...")
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if not data:
+        raise ImageError("the standard input (-) is empty, expected a picture: cat photo.jpg | nanochat ...")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"the standard input (-) has more than {MAX_BYTES:,} bytes: scale the image down first")
+    return data
+
+
+def camera_frame(number: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, one frame of a camera. Raises ImageError where there is none, UserError without OpenCV."""
+    if not 0 <= number <= MAX_CAMERA:
+        raise UserError(f"--camera must be the number of a camera, 0..{MAX_CAMERA} (0 is the first), got {number}")
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(f"--camera needs OpenCV ({error}): pip install opencv-python-headless") from error
+    with suppress(AttributeError):
+        cv2.setLogLevel(0)  # it prints a warning for every driver that it tries
+    camera = cv2.VideoCapture(number)
+    try:
+        if not camera.isOpened():
+            raise ImageError(
+                f"camera {number} cannot be opened: none is connected, another program uses it, or you lack the permission "
+                "(on Linux, cameras are /dev/video0, ..., and belong to the group video)"
+            )
+        frames = [frame for good, frame in (camera.read() for _ in range(WARM_UP + 1)) if good]
+    finally:
+        camera.release()
+    if not frames:
+        raise ImageError(f"camera {number} is open but gives no picture: does another program use it?")
+    return np.ascontiguousarray(frames[-1][..., ::-1])  # OpenCV has BGR
+
+
+def opened(pictures: Sequence[Picture], label: str, prints: bool) -> Iterator[tuple[Picture, Image.Image | ImageError]]:
+    """Each picture with its image. For a broken picture of a folder or a glob, its error, which is printed; at the end they are
+    counted. Shows a progress bar on a terminal. prints: the caller prints as it goes, which is progress enough.
+
+    Raises ImageError for a broken picture that the user named, before the first one is yielded, and where all are broken.
+    """
+    if len(pictures) > 1:
+        for picture in pictures:
+            if picture.named:
+                open_source(picture)
+    n_broken = 0
+    for picture in with_progress(pictures, label, quiet=prints and sys.stdout.isatty()):
+        try:
+            image = open_source(picture)
+        except ImageError as error:
+            if picture.named:
+                raise
+            n_broken += 1
+            note(f"left out: {error}")
+            yield picture, error
+        else:
+            yield picture, image
+    if n_broken == len(pictures):
+        raise ImageError(f"none of the {n_broken} pictures can be opened")
+    if n_broken:
+        note(f"{n_broken} of {len(pictures)} pictures cannot be opened and are left out")
+
+
+def open_source(picture: Picture) -> Image.Image:
+    try:
+        return open_image(picture.source)
+    except ImageError as error:
+        if isinstance(picture.source, str):
+            raise
+        raise ImageError(f"{picture.name}: {error}") from error
+
+
+def with_progress(items: Sequence, label: str, quiet: bool = False) -> Iterator:
+    """The items, with a progress bar on the standard error if that is a terminal and there are several items."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    hidden = quiet or len(items) < 2 or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden, redirect_stdout=False) as progress:
+        yield from progress.track(items, description=label)
+
+
+def is_picture_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def note(message: str) -> None:
+    print(f"note: {' '.join(message.split())}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A file's name on one line, for messages and JSON: bytes that are no text and control characters are replaced."""
+    text = os.fsencode(text).decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -1,0 +1,26 @@
+"""What `nanochat models` says about the models that ship. Imports no torch."""
+
+import json
+import math
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def shipped_models() -> list[dict]:
+    """One row per model: name, parameters, bytes, purpose, figures [(what, score, controls)], example.
+
+    The texts are in assets/models.json; a test compares their figures with those of the README."""
+    rows = []
+    for name, about in json.loads((ASSETS / "models.json").read_text(encoding="utf-8")).items():
+        folder = ASSETS / about.pop("folder")
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        rows.append({"name": name, "parameters": n_parameters(folder / "model.safetensors"), "bytes": size} | about)
+    return rows
+
+
+def n_parameters(weights: Path) -> int:
+    """The numbers in a .safetensors file, from its header: 8 bytes with the length of a JSON object that has all shapes."""
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
