@@ -41,7 +41,7 @@ def chat(
                 return
         return
     edit_lines()
-    print("/help lists the commands, /quit ends the chat", file=sys.stderr)
+    print("/help lists the commands, /quit ends the chat")
     while converse(session):
         pass
 

@@ -1,13 +1,14 @@
 """The commands of robots: demo, record, rollout and policy-server. See cli.py."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from nanochat.errors import UserError
-from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out
+from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out, next_step
 
 
 def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0, device: Device = "auto") -> None:
@@ -49,9 +50,20 @@ def record(
         processes: Parallel processes; default one per CPU core.
     """
     from nanochat.metaworld.instructions import task_list
-    from nanochat.metaworld.record import default_processes, record_demonstrations
+    from nanochat.metaworld.record import record_demonstrations
 
-    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, processes or default_processes())
+    n_processes = checked_processes(processes)
+    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes)
+    next_step(f"nanochat train robot --data {shlex.quote(str(out))}")
+
+
+def checked_processes(processes: int | None) -> int:
+    """What --processes says, else one per CPU core. Raises UserError for less than one."""
+    from nanochat.metaworld.record import default_processes
+
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes must be at least 1, got {processes}; leave it out for one per CPU core")
+    return default_processes() if processes is None else processes
 
 
 def rollout(
@@ -86,12 +98,12 @@ def rollout(
     from nanochat.devices import pick_device
     from nanochat.evaluation.rollout import run_rollouts
     from nanochat.metaworld.instructions import task_list
-    from nanochat.metaworld.record import default_processes
 
+    n_processes = checked_processes(processes)
     if json_out is not None:
         check_out(json_out)
     run_rollouts(
-        checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, processes or default_processes(),
+        checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, n_processes,
         gifs, json_out, pick_device(device), protocol,
     )  # fmt: skip
 
@@ -101,6 +113,7 @@ def policy_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    max_clients: int = 16,
     execute: int | None = None,
     max_change: float | None = None,
     hold: Literal["still", "last"] = "still",
@@ -111,7 +124,9 @@ def policy_server(
     Args:
         host: Address to listen on: 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from everywhere.
         port: Port to listen on; 0 picks a free one.
-        token: The api_key that clients must send; default $NANOCHAT_TOKEN, otherwise none is required.
+        token: The api_key that clients must send; default $NANOCHAT_TOKEN. Without either, none is required.
+        max_clients: Clients that are served at a time. A further one takes the place of the client that has been idle the
+            longest, and waits while all are in use.
         execute: Actions of a chunk that are sent; default all. The robot should execute all of them before it asks again.
         max_change: Largest allowed change of each number between consecutive actions; default no limit.
         hold: What is sent instead of an action that is not finite: still (no motion) for relative actions, last (the previous
@@ -121,8 +136,23 @@ def policy_server(
 
     from nanochat.agent import Agent
     from nanochat.devices import pick_device
-    from nanochat.serving.openpi import serve_policy
+    from nanochat.serving.log import log_to_stderr
+    from nanochat.serving.openpi import check_settings, serve_policy
     from nanochat.serving.policy import SafePolicy
 
+    token = server_token(token)
+    check_settings(host, port, token, max_clients)
+    log_to_stderr()
     policy = SafePolicy(Agent.load(checkpoint, pick_device(device)), execute, max_change, hold)
-    asyncio.run(serve_policy(policy, host, port, token or os.environ.get("NANOCHAT_TOKEN")))
+    asyncio.run(serve_policy(policy, host, port, token, max_clients))
+
+
+def server_token(flag: str | None) -> str | None:
+    """What --token says, else $NANOCHAT_TOKEN. Raises UserError for an empty one: a forgotten variable must not open a server."""
+    source, token = ("--token", flag) if flag is not None else ("$NANOCHAT_TOKEN", os.environ.get("NANOCHAT_TOKEN"))
+    if token is not None and not token.strip():
+        raise UserError(
+            f"{source} is empty, so the server would not ask for a token: give one, such as --token $(openssl rand -hex 16), "
+            "or serve without one by leaving out --token and unsetting NANOCHAT_TOKEN"
+        )
+    return token

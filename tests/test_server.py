@@ -186,6 +186,9 @@ ARRAY = {b"__ndarray__": True, b"data": b"12345678", b"dtype": "<f4", b"shape": 
         packed({"a": ARRAY | {b"dtype": [["f", "<f4"]]}}),
         packed({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
         packed({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+        packed({"a": {b"__npgeneric__": True, b"data": 1.5, b"dtype": "|u1"}}),
+        packed({"a": {b"__npgeneric__": True, b"data": 1e18, b"dtype": "<f2"}}),
+        packed({"a": {b"__npgeneric__": True, b"data": float("nan"), b"dtype": "<i4"}}),
         packed({"a": [[[]] * 1000] * 20}),
         packed({"a": [[{}] * 1000] * 20}),
         b"\x91" * 5000,
@@ -213,6 +216,7 @@ def test_an_invalid_message_is_refused_and_the_connection_stays_open(serving, me
         (ARRAY | {b"data": "12345678"}, "needs bytes"),
         (ARRAY | {b"dtype": ["<f4"]}, "booleans, integers or floats"),
         ({b"__npgeneric__": True, b"data": "7", b"dtype": "<f4"}, "needs a number as its data"),
+        ({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}, "of type uint8 cannot be 300"),
     ],
 )
 def test_the_error_says_what_is_wrong_with_an_array(array, message):
@@ -297,21 +301,87 @@ def test_health_check(serving):
         assert answer.status == 200
 
 
-def test_the_number_of_connections_is_limited(serving, monkeypatch):
-    monkeypatch.setattr(module, "MAX_CONNECTIONS", 1)
-    port = serving()
+def test_one_client_per_episode(serving, monkeypatch, caplog):
+    """openpi's client has no close(): abandoned ones stay connected, and the oldest makes room for the next."""
+    monkeypatch.setattr(module, "IN_USE_S", 0.2)
+    port, clients = serving(max_clients=2), []
+    for _ in range(6):
+        clients.append(openpi(port))
+        assert clients[-1].infer(OBSERVATION)["calls"] == 1
+    assert clients[-2].infer(OBSERVATION)["calls"] == 2  # the two newest are still served
+    with pytest.raises(ConnectionClosed, match="another client needed the place"):
+        clients[0].infer(OBSERVATION)
+    lines = [record.getMessage() for record in caplog.records if "to make room for" in record.getMessage()]
+    assert len(lines) == 4 and all("--max-clients" in line and "127.0.0.1:" in line for line in lines)
+
+
+def test_the_longest_idle_client_makes_room(serving, monkeypatch):
+    monkeypatch.setattr(module, "IN_USE_S", 0.2)
+    port = serving(max_clients=2)
+    first, second = openpi(port), openpi(port)
+    first.infer(OBSERVATION)  # so the second has been idle for longer
+    assert openpi(port).infer(OBSERVATION)["calls"] == 1
+    assert first.infer(OBSERVATION)["calls"] == 2
+    with pytest.raises(ConnectionClosed):
+        second.infer(OBSERVATION)
+
+
+def test_a_client_in_use_is_not_interrupted(serving, monkeypatch, caplog):
+    monkeypatch.setattr(module, "WAIT_S", 0.3)
+    monkeypatch.setattr(module, "IN_USE_S", 0.1)
+    policy = Echo()
+    port = serving(policy, max_clients=1)
     first = raw(port)
+    first.send(packed(OBSERVATION | {"prompt": "slow"}))  # the model is slower than IN_USE_S
+    late = connect(f"ws://127.0.0.1:{port}")
+    with pytest.raises(ConnectionClosed, match="all 1 clients are in use"):
+        late.recv(timeout=10)
+    assert "all 1 clients are in use" in caplog.text
+    policy.go.set()
+    assert b"actions" in first.recv(timeout=10)
+    assert openpi(port).infer(OBSERVATION)["calls"] == 1  # when the first is idle
+
+
+def test_waiting_connections_are_limited_and_a_refusal_is_logged(serving, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MAX_WAITING", 1)
+    port = serving(max_clients=1)
+    first = raw(port)
+    waits = connect(f"ws://127.0.0.1:{port}")
     with pytest.raises(InvalidStatus) as error:
-        connect(f"ws://127.0.0.1:{port}")
-    assert error.value.response.status_code == 503
-    first.close()
-    for _ in range(50):  # the server needs a moment to notice
-        try:
-            raw(port)
-            return
-        except InvalidStatus:
+        for _ in range(20):  # the server needs a moment to see that one waits
+            connect(f"ws://127.0.0.1:{port}").close()
             time.sleep(0.05)
-    pytest.fail("a closed connection still counts")
+    assert error.value.response.status_code == 503 and "clients wait already" in caplog.text
+    first.close()
+    assert msgpack.unpackb(waits.recv(timeout=10)) == Echo.metadata
+
+
+def test_a_client_that_gives_up_waiting_takes_no_place(serving, monkeypatch, caplog):
+    monkeypatch.setattr(module, "IN_USE_S", 0.5)
+    port = serving(max_clients=1)
+    first = raw(port)
+    connect(f"ws://127.0.0.1:{port}").close()
+    time.sleep(0.7)
+    first.send(packed(OBSERVATION))
+    assert b"actions" in first.recv(timeout=10) and "to make room for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"token": ""}, "the token is empty"),
+        ({"token": " x"}, "printable ASCII"),
+        ({"token": "x\n"}, "printable ASCII"),
+        ({"token": "gehe\u00efm"}, "printable ASCII"),
+        ({"host": ""}, "the host is empty"),
+        ({"max_clients": 0}, "at least 1"),
+        ({"port": 99999}, "0..65535"),
+        ({"port": -1}, "0..65535"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        asyncio.run(start_server(Echo(), **{"port": 0} | settings))
 
 
 def test_an_open_server_without_a_token_logs_a_warning(serving, caplog):

@@ -7,6 +7,7 @@ one line of text, which the client raises. Internal errors are not exposed: thei
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import math
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
 
@@ -21,13 +23,16 @@ import msgpack
 import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
 
 from nanochat.errors import UserError
 
 logger = logging.getLogger(__name__)
-LOCAL = ("127.0.0.1", "::1", "localhost")
 MAX_MESSAGE = 16 * 2**20  # bytes: a few camera frames
-MAX_CONNECTIONS = 8
+MAX_CLIENTS = 16  # served at a time
+MAX_WAITING = 64  # connections that wait for their turn
+IN_USE_S = 3  # a client that sent something in the last seconds is in use: no other client takes its place
+WAIT_S = 30  # a new client waits so long for a place
 MAX_QUEUE = 1  # messages read ahead; the client waits for each answer before the next observation
 MAX_ITEMS = 1024  # items in one list or map of a message
 MAX_VALUES = (
@@ -55,16 +60,23 @@ class RobotPolicy(Protocol):
 
 
 async def start_server(
-    policy: RobotPolicy, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
+    policy: RobotPolicy,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    max_clients: int = MAX_CLIENTS,
 ) -> Server:
     """Serve until the returned server is closed. port: 0 for any free port. token: what clients must send (their `api_key`).
+    max_clients: how many are served at a time. openpi's client has no close(), so an abandoned one stays connected: a further
+    client takes the place of the one that has been idle the longest, or waits while all are in use.
 
-    Raises OSError if the address is not available.
+    Raises UserError for a setting out of range, OSError if the address is not available.
     """
-    if host not in LOCAL and token is None:
+    check_settings(host, port, token, max_clients)
+    if token is None and not is_local(host):
         logger.warning("everyone who can reach %s port %d can move this robot: set a token", host, port)
     worker = ThreadPoolExecutor(1)  # the model runs outside the event loop, one observation at a time
-    connections: set[ServerConnection] = set()
+    places = Places(max_clients)
 
     def admit(connection: ServerConnection, request):
         """Before the handshake: health checks, the token, and the number of connections."""
@@ -72,19 +84,23 @@ async def start_server(
             return connection.respond(HTTPStatus.OK, "OK\n")
         given = ", ".join(request.headers.get_all("Authorization"))
         if token is not None and not hmac.compare_digest(given.encode(), f"Api-Key {token}".encode()):
+            logger.warning("refused %s: wrong or missing token", peer(connection))
             return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing token\n")
-        if len(connections) >= MAX_CONNECTIONS:
+        if places.waiting >= MAX_WAITING:
+            logger.warning("refused %s: %d clients wait already", peer(connection), places.waiting)
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
     async def handle(connection: ServerConnection) -> None:
-        connections.add(connection)
+        client = Client(connection)
         try:
-            await answer_observations(connection, policy, worker)
+            if await places.enter(client):
+                logger.info("%s connected (%d of %d clients)", client.name, len(places.clients), max_clients)
+                await answer_observations(client, policy, worker)
         except ConnectionClosed:
-            logger.info("%s disconnected", connection.remote_address)
+            logger.info("%s disconnected", client.name)
         finally:
-            connections.discard(connection)
+            places.leave(client)
 
     return await serve(
         handle,
@@ -98,19 +114,114 @@ async def start_server(
     )
 
 
-async def answer_observations(connection: ServerConnection, policy: RobotPolicy, worker: ThreadPoolExecutor) -> None:
+def check_settings(host: str, port: int, token: str | None, max_clients: int) -> None:
+    """Raises UserError for a setting that cannot be meant."""
+    if not host.strip():
+        raise UserError("the host is empty, which would listen on every address: say 0.0.0.0 if you mean that")
+    if not 0 <= port <= 65535:
+        raise UserError(f"the port must lie in 0..65535 (0 is any free one), got {port}")
+    if max_clients < 1:
+        raise UserError(f"max_clients must be at least 1, got {max_clients}")
+    if token is not None and not token:
+        raise UserError("the token is empty, so it would protect nothing: give one, or none at all to serve without")
+    if token is not None and not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise UserError(
+            "the token must be printable ASCII characters without spaces around them: clients send it in an HTTP header"
+        )
+
+
+def is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def peer(connection: ServerConnection) -> str:
+    """Address and port of the other side, for the log."""
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if address else "a client"
+
+
+# ---- clients
+
+
+@dataclass(eq=False)
+class Client:
+    """A connection after its handshake. since: when it last sent something. busy: an observation of it is being answered."""
+
+    connection: ServerConnection
+    since: float = field(default_factory=time.monotonic)
+    busy: bool = False
+
+    def __post_init__(self):
+        self.name = peer(self.connection)
+
+    def idle_s(self) -> float:
+        return 0.0 if self.busy else time.monotonic() - self.since
+
+
+class Places:
+    """The clients that are served, at most `most` of them."""
+
+    def __init__(self, most: int):
+        self.most, self.clients, self.waiting = most, set(), 0
+        self.closing: set[asyncio.Task] = set()
+
+    async def enter(self, client: Client) -> bool:
+        """Wait for a place, which the client that has been idle the longest gives up if need be. Returns whether there is one;
+        else the connection is closed."""
+        self.waiting += 1
+        try:
+            end = time.monotonic() + WAIT_S
+            while len(self.clients) >= self.most and client.connection.state is State.OPEN:
+                oldest = max(self.clients, key=Client.idle_s)
+                if oldest.idle_s() >= IN_USE_S:
+                    self.dismiss(oldest, client)
+                elif time.monotonic() < end:
+                    await asyncio.sleep(0.05)
+                else:
+                    logger.warning("refused %s: all %d clients are in use; see --max-clients", client.name, self.most)
+                    await client.connection.close(1013, f"all {self.most} clients are in use: try again later")
+                    return False
+        finally:
+            self.waiting -= 1
+        self.clients.add(client)
+        client.since = time.monotonic()
+        return True
+
+    def dismiss(self, client: Client, newcomer: Client) -> None:
+        logger.warning(
+            "%d clients are connected: closed %s, idle for %.0f s, to make room for %s; see --max-clients",
+            len(self.clients), client.name, client.idle_s(), newcomer.name,
+        )  # fmt: skip
+        self.leave(client)
+        task = asyncio.create_task(client.connection.close(1013, "idle, and another client needed the place"))
+        self.closing.add(task)
+        task.add_done_callback(self.closing.discard)
+
+    def leave(self, client: Client) -> None:
+        self.clients.discard(client)
+
+
+async def answer_observations(client: Client, policy: RobotPolicy, worker: ThreadPoolExecutor) -> None:
     """Answer the observations of one connection, in order, until it closes."""
     act, loop, previous_ms = policy.session(), asyncio.get_running_loop(), None
+    connection = client.connection
     await connection.send(msgpack.packb(policy.metadata, default=pack_array))
     while True:
         try:
             async with asyncio.timeout(IDLE_S):
                 message = await connection.recv()
         except TimeoutError:
+            logger.info("closed %s: no observation for %g s", client.name, IDLE_S)
             return await connection.close(reason=f"no observation for {IDLE_S} s")
-        since = time.perf_counter()
-        answer = await loop.run_in_executor(worker, answer_to, message, act, previous_ms)
-        await connection.send(answer)
+        since, client.busy = time.perf_counter(), True
+        try:
+            answer = await loop.run_in_executor(worker, answer_to, message, act, previous_ms)
+            await connection.send(answer)
+        finally:
+            client.since, client.busy = time.monotonic(), False
         if isinstance(answer, bytes):
             previous_ms = 1e3 * (time.perf_counter() - since)
 
@@ -136,11 +247,17 @@ def answer_to(message: bytes | str, act: Callable[[dict], dict], previous_ms: fl
         return "internal error"
 
 
-async def serve_policy(policy: RobotPolicy, host: str, port: int, token: str | None) -> None:
+async def serve_policy(
+    policy: RobotPolicy, host: str, port: int, token: str | None, max_clients: int = MAX_CLIENTS
+) -> None:
     """Serve until SIGTERM or until the task is cancelled (Ctrl-C). Open connections are closed with code 1001, going away."""
-    server = await start_server(policy, host, port, token)
+    server = await start_server(policy, host, port, token, max_clients)
     address = ", ".join(f"ws://{name[0]}:{name[1]}" for name in (s.getsockname() for s in server.sockets))
     print(f"serving {address}; press Ctrl-C to stop", flush=True)
+    logger.info(
+        "limits: %d clients at a time, %d MiB per message, %d s without an observation; %s",
+        max_clients, MAX_MESSAGE // 2**20, IDLE_S, "no token is required" if token is None else "a token is required",
+    )  # fmt: skip
     with suppress(NotImplementedError):  # Windows
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     try:
@@ -175,10 +292,13 @@ def unpack(message: bytes | str) -> dict:
             max_array_len=MAX_ITEMS,
             max_ext_len=0,
         )
-    except ValueError as error:
-        raise UserError(f"the message is not valid msgpack: {str(error) or type(error).__name__}") from error
-    except (TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise UserError(f"the message is not valid msgpack: {type(error).__name__}") from error
+    except UserError:
+        raise
+    except msgpack.StackError as error:
+        raise UserError("the message is not valid msgpack: it is nested too deeply") from error
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        reason = {"FormatError": "a byte has no meaning", "OutOfData": "it ends too early"}.get(type(error).__name__)
+        raise UserError(f"the message is not valid msgpack: {reason or str(error) or type(error).__name__}") from error
     if not isinstance(found, dict):
         raise UserError(f"an observation must be a map, got {type(found).__name__}")
     return found
@@ -196,10 +316,17 @@ def unpack_array(item: dict):
             raise UserError(f"an array of shape {shape} and type {dtype} does not match its {len(data)} bytes of data")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in item:
-        value = item.get(b"data")
+        value, dtype = item.get(b"data"), checked_dtype(item.get(b"dtype"))
         if not isinstance(value, (bool, int, float)):
             raise UserError("a numpy scalar needs a number as its data")
-        return checked_dtype(item.get(b"dtype")).type(value)
+        try:
+            with np.errstate(over="raise"):
+                scalar = dtype.type(value)
+        except (OverflowError, FloatingPointError, ValueError) as error:  # ValueError: NaN as an integer
+            raise UserError(f"a numpy scalar of type {dtype} cannot be {str(value)[:40]}") from error
+        if dtype.kind != "f" and scalar != value:
+            raise UserError(f"a numpy scalar of type {dtype} cannot be {str(value)[:40]}")
+        return scalar
     return item
 
 
