@@ -21,7 +21,9 @@ from nanochat.data import (
     one_per_reference,
 )
 from nanochat.data import easy_vqa as easy_vqa_source
-from nanochat.data.sample import caption_sample, check_text, cut, find_image, vqa_sample
+from nanochat.data.image_files import find_image
+from nanochat.data.sample import caption_sample, check_text, vqa_sample
+from nanochat.data.splits import cut
 from tests.conftest import REAL_DATA, needs_data
 from tests.data_files import png, write_lines, write_pictures
 
@@ -96,7 +98,7 @@ def test_cut_is_by_image_complete_and_independent_of_order_and_place(tmp_path):
     assert not names[0] & names[1]
     moved = cut(samples(tmp_path / "b")[::-1], "val", tmp_path / "b")
     assert {sample.images[0].name for sample in moved} == names[1]
-    assert cut(here, "train", tmp_path) == here
+    assert cut(here, None, tmp_path) == here
 
 
 # ---- names of pictures ----
@@ -162,7 +164,7 @@ def test_jsonl_splits_of_a_folder(pictures):
     train, fit, val = (load_dataset(pictures, split).samples for split in ("train", "fit", "val"))
     assert len(val) == 4 and len(fit) == 36  # a tenth of 20 images, two questions each
     assert sorted(map(repr, fit + val)) == sorted(map(repr, train))
-    with pytest.raises(DataError, match="no test.jsonl; the splits in this folder are: train"):
+    with pytest.raises(DataError, match="no split 'test'; it has: train, and fit and val from train"):
         load_dataset(pictures, "test")
     write_lines(pictures / "val.jsonl", *vqa_rows(3))
     assert len(load_dataset(pictures, "val").samples) == 6
@@ -171,8 +173,8 @@ def test_jsonl_splits_of_a_folder(pictures):
 
 def test_jsonl_file_is_read_whole_unless_cut(pictures):
     file = write_lines(pictures / "held_back.jsonl", *vqa_rows())
-    sizes = {split: len(jsonl.load(file, split).samples) for split in (None, "test", "held_back", "fit", "val")}
-    assert sizes == {None: 40, "test": 40, "held_back": 40, "fit": 36, "val": 4}
+    sizes = {split: len(jsonl.load(file, split).samples) for split in (None, "all", "held_back", "fit", "val")}
+    assert sizes == {None: 40, "all": 40, "held_back": 40, "fit": 36, "val": 4}
     assert len(jsonl.load(file.rename(pictures / "val.jsonl"), "val").samples) == 40
 
 
@@ -184,7 +186,9 @@ def test_jsonl_missing_pictures_are_counted_or_refused(pictures):
     assert (len(data.samples), data.skipped) == (2, 1)
     with pytest.raises(DataError, match=r"train.jsonl:2: the image .*gone.png does not exist"):
         load_dataset(file, strict=True)
-    with pytest.raises(DataError, match="no usable rows .1 skipped"):
+    with pytest.raises(
+        DataError, match="no usable rows: 1 row left out: their picture is missing .first: .*gone.jsonl:1"
+    ):
         load_dataset(write_lines(pictures / "gone.jsonl", rows[1]))
 
 
@@ -311,11 +315,23 @@ def test_folder_in_another_encoding(pictures):
 
 def test_unknown_datasets_say_what_can_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("hi")
-    for name in ("easyvqa", tmp_path / "a.txt", tmp_path, tmp_path / "gone.jsonl"):
-        with pytest.raises(DataError, match="cannot read the dataset .* readable are: easy_vqa"):
+    (tmp_path / "a.zip").write_text("hi")
+    for name, reason in (
+        ("easyvqa", "there is no such file or folder"),
+        (tmp_path / "a.txt", "unknown kind of file"),
+        (tmp_path / "a.zip", "an archive: unpack it"),
+        (tmp_path / "gone.jsonl", "there is no such file or folder"),
+        ("https://example.org/data.json", "URLs are not fetched: download"),
+    ):
+        with pytest.raises(DataError, match=f"cannot read the dataset .*{reason}.*; readable are: easy_vqa"):
             load_dataset(name)
+    with pytest.raises(DataError, match="cannot read the dataset .*: unknown kind of folder"):
+        load_dataset(tmp_path)
+    (tmp_path / "b.PNG").write_bytes(png())
+    with pytest.raises(DataError, match="1 pictures but no text about them: write captions.csv"):
+        load_dataset(tmp_path)
     write_lines(tmp_path / "frames.jsonl", *vqa_rows(1))
-    with pytest.raises(DataError, match="there is no train.jsonl; the splits in this folder are: frames"):
+    with pytest.raises(DataError, match="there is no split 'train'; it has: frames"):
         load_dataset(tmp_path)
 
 

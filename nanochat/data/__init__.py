@@ -1,16 +1,12 @@
 """Images and conversations from files: one small module per source; all of them return the same sample type."""
 
+import os
 from pathlib import Path
 
-from nanochat.data import easy_vqa, folder, hf, jsonl, llava
-from nanochat.data.sample import (
-    CAPTION_PROMPT,
-    Dataset,
-    Sample,
-    image_key,
-    limit,
-    one_per_reference,
-)
+from nanochat.data import easy_vqa, folder, hf, jsonl, llava, table
+from nanochat.data.image_files import is_picture, short
+from nanochat.data.sample import CAPTION_PROMPT, Dataset, Sample, image_key, limit, one_per_reference
+from nanochat.data.splits import picture_groups
 from nanochat.files import DataError
 
 __all__ = [
@@ -22,48 +18,74 @@ __all__ = [
     "limit",
     "load_dataset",
     "one_per_reference",
+    "own_splits",
+    "picture_groups",
 ]
 
 READABLE = (
-    "readable are: easy_vqa; a .jsonl file (image, and question and answer or captions), a .json file (LLaVA), "
-    "a .parquet file (Hugging Face messages and images); a folder with {split}.jsonl, captions.csv, parquet files or a "
-    "saved Hugging Face dataset; hf:owner/name from the hub"
+    "readable are: easy_vqa; .csv and .tsv with a header (file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO "
+    "captions) and .parquet files; folders with such files, with {split}.jsonl, with metadata.csv, or with a .txt beside each "
+    "picture; hf:owner/name from the hub. docs/DATA.md has the fields"
 )
+READERS = {".jsonl": jsonl, ".json": llava, ".parquet": hf, ".csv": table, ".tsv": table}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".zst")
 
 
 def load_dataset(name_or_path: str | Path, split: str | None = "train", strict: bool = False) -> Dataset:
     """Read a dataset by name or path.
 
-    split: "val" is the source's own validation split or, if it has none, a fixed tenth of the images of "train"; "fit" is
-        the rest of "train". A single file is read as a whole for any other split name.
-    strict: a missing image raises DataError; otherwise its row is skipped and counted in `Dataset.skipped`.
+    split: one of the source's own; "val" is its validation split or, if it has none, a fixed tenth of the images of
+        "train", and "fit" is the rest of "train". A source without splits of its own has "fit", "val" and "all" ("train"
+        is another name of "all").
+    strict: a missing image raises DataError; otherwise its row is left out and counted in `Dataset.skipped`.
 
     Raises:
         DataError: there is nothing readable, no such split, or a malformed row; the message names file and line.
         ImportError: the source needs a package that is not installed; the message names it.
     """
+    kind, place = _find(name_or_path)
+    return kind.load(place, split, strict)
+
+
+def own_splits(name_or_path: str | Path) -> list[str]:
+    """The splits that a source has itself; none if it is one file or folder from which "fit" and "val" are cut.
+    Raises as `load_dataset`."""
+    kind, place = _find(name_or_path)
+    if kind is easy_vqa:
+        return ["train", "test"]
+    if kind is folder:
+        return folder.own_splits(Path(place))
+    return hf.hub_splits(str(place)) if kind is hf and not os.path.isfile(place) else []
+
+
+def _find(name_or_path: str | Path):
+    """(the module that reads it, what it reads)"""
     name = str(name_or_path)
     if name == "easy_vqa":
-        return easy_vqa.load(split or "train", strict)
-    if name.startswith("hf:"):
-        return hf.load(name.removeprefix("hf:"), split, strict)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _reader(path, split).load(path, split, strict)
-    if path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
-        return {".jsonl": jsonl, ".json": llava, ".parquet": hf}[path.suffix].load(path, split, strict)
-    found = "unknown kind of file" if path.exists() else "there is no such file or folder"
-    raise DataError(f"cannot read the dataset {name!r}: {found}; {READABLE}")
+        return easy_vqa, name
+    on_hub = name.startswith("hf:")
+    path = _expanded(name.removeprefix("hf:"))
+    if os.path.isdir(path):
+        return folder, path
+    if os.path.isfile(path) and path.suffix.lower() in READERS:
+        return READERS[path.suffix.lower()], path
+    if on_hub and not path.exists():
+        return hf, name.removeprefix("hf:")
+    raise DataError(f"cannot read the dataset {short(name)!r}: {_reason(name, path)}; {READABLE}")
 
 
-def _reader(path: Path, split: str | None):
-    """The module that reads a folder, chosen by the files in it."""
-    if any((path / f"{name}.jsonl").is_file() for name in (split, "train")):
-        return jsonl
-    if (path / "captions.csv").is_file():
-        return folder
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")) or any(path.rglob("*.parquet")):
-        return hf
-    if any(path.glob("*.jsonl")):
-        return jsonl  # its error lists the splits that exist
-    raise DataError(f"cannot read the dataset {str(path)!r}: unknown kind of folder; {READABLE}")
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise DataError(f"cannot read the dataset {name!r}: {error}") from error
+
+
+def _reason(name: str, path: Path) -> str:
+    if "://" in name:
+        return "it is a URL, and URLs are not fetched: download the data and name the folder"
+    if not os.path.exists(path):
+        return "there is no such file or folder"
+    if path.suffix.lower() in ARCHIVES:
+        return "it is an archive: unpack it and name the folder"
+    return "it is a picture: name its folder" if is_picture(path.name) else "unknown kind of file"

@@ -2,19 +2,23 @@
 
 from pathlib import Path
 
-from nanochat.data.sample import Dataset, cut, find_image, vqa_sample
+from nanochat.data.rows import read_rows
+from nanochat.data.sample import Dataset
 from nanochat.files import DataError
 
 SPLITS = ("train", "fit", "val", "test")
 
 
-def load(split: str = "train", strict: bool = False) -> Dataset:
-    """Splits: "train", all training images; "val", 400 fixed ones of them; "fit", the other 3,600; "test", the test images.
+def load(name: str = "easy_vqa", split: str | None = "train", strict: bool = False) -> Dataset:
+    """name: not used, there is only one easy-VQA.
+
+    Splits: "train", all training images; "val", 400 fixed ones of them; "fit", the other 3,600; "test", the test images.
 
     Raises:
         ImportError: the package is not installed.
         DataError: there is no such split; with `strict`, an image is missing.
     """
+    split = split or "train"
     if split not in SPLITS:
         raise DataError(f"easy_vqa has the splits {', '.join(SPLITS)}; there is no {split!r}")
     try:
@@ -24,11 +28,13 @@ def load(split: str = "train", strict: bool = False) -> Dataset:
 
     read_questions = easy_vqa.get_test_questions if split == "test" else easy_vqa.get_train_questions
     folder = Path(easy_vqa.__file__).parent / "data" / ("test" if split == "test" else "train")
-    samples, skipped = [], 0
-    for row, (question, answer, image_id) in enumerate(zip(*read_questions(), strict=True)):
-        path = find_image(folder / "images", f"{image_id}.png", f"{folder / 'questions.json'}: row {row}", strict)
-        if path is None:
-            skipped += 1
-        else:
-            samples.append(vqa_sample(path, question, answer))
-    return Dataset(f"easy_vqa/{split}", "vqa", cut(samples, split, folder), skipped)
+    rows = (
+        (
+            f"{folder / 'questions.json'}: row {number}",
+            {"image": f"images/{name}.png", "question": question, "answer": answer},
+        )
+        for number, (question, answer, name) in enumerate(zip(*read_questions(), strict=True))
+    )
+    data = read_rows(rows, folder, strict, "easy_vqa", split if split in ("fit", "val") else None)
+    data.name = f"easy_vqa/{split}"
+    return data

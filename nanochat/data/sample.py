@@ -1,11 +1,9 @@
-"""The sample type that all data sources share, and the checks that they make.
+"""The sample type that all data sources share.
 
-A sample keeps its images as they came, a path or encoded bytes; nothing is decoded here. A row of a source becomes a valid
-sample, or is skipped and counted (its image does not exist), or raises a DataError that names file and row.
+A sample keeps its images as they came, a path or encoded bytes; nothing is decoded here.
 """
 
 import hashlib
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +13,10 @@ import numpy as np
 from PIL import Image
 
 from nanochat.errors import UserError
-from nanochat.files import DataError, path_inside, short_repr
+from nanochat.files import DataError, short_repr
 from nanochat.vision.images import ImageSource
 
 CAPTION_PROMPT = "Describe the image."
-VAL_SHARE = 0.1  # of the images, where a source has no validation split of its own
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,15 @@ class Sample:
     messages: {"role", "content"} dicts that end with the assistant's answer. Content is a string, or, if it has images, a
         list of {"type": "image"} and {"type": "text", "text": ...} parts, never two texts in a row.
     references: all acceptable last answers, the one in `messages` first. By default only that one.
-    where: "file:line" or "file: row n" of each reference, or of the whole conversation, for messages; empty if not known.
+    where: the "file:row" that it comes from, for messages. reference_rows: the same for each reference, if they come from
+        different rows.
     """
 
     images: tuple[ImageSource, ...]
     messages: tuple[dict, ...]
     references: tuple[str, ...] = ()
-    where: tuple[str, ...] = field(default=(), compare=False)
+    where: str = field(default="", compare=False, repr=False)
+    reference_rows: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):
         if not self.references:
@@ -57,27 +56,29 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """Samples of one source. skipped: how many of its rows were left out because an image does not exist."""
+    """Samples of one source. skipped: how many of its rows were left out. notes: lines for the user that say what is read of
+    the source, and what is left out and why."""
 
     name: str
     task: str  # "vqa" (one right answer, exact match) or "caption" (BLEU and CIDEr against the references)
     samples: list[Sample] = field(repr=False)
     skipped: int = 0
+    notes: list[str] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
         if not self.samples:
-            raise DataError(f"{self.name}: no usable rows ({self.skipped} skipped because their image is missing)")
+            reasons = [note for note in self.notes if "left out" in note] or [f"{self.skipped} left out"]
+            raise DataError(f"{self.name}: no usable rows: {'; '.join(reasons) if self.skipped else 'there are none'}")
 
 
-def vqa_sample(image: ImageSource, question: str, answer: str, where: str = "") -> Sample:
+def vqa_sample(image: ImageSource, question: str, answer: str) -> Sample:
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
-    return Sample((image,), messages, where=(where,) if where else ())
+    return Sample((image,), ({"role": "user", "content": content}, {"role": "assistant", "content": answer}))
 
 
-def caption_sample(image: ImageSource, captions: Sequence[str], where: Sequence[str] = ()) -> Sample:
-    """The first caption is the answer, all of them are references. where: of each caption."""
-    return replace(vqa_sample(image, CAPTION_PROMPT, captions[0]), references=tuple(captions), where=tuple(where))
+def caption_sample(image: ImageSource, captions: Sequence[str]) -> Sample:
+    """The first caption is the answer, all of them are references."""
+    return replace(vqa_sample(image, CAPTION_PROMPT, captions[0]), references=tuple(captions))
 
 
 def dataset_task(samples: Iterable[Sample]) -> str:
@@ -88,14 +89,14 @@ def dataset_task(samples: Iterable[Sample]) -> str:
 def one_per_reference(samples: Iterable[Sample]) -> list[Sample]:
     """A sample for each reference, with that one as its answer: to train on all captions of an image."""
     return [
-        Sample(
-            sample.images,
-            (*sample.messages[:-1], {"role": "assistant", "content": reference}),
-            sample.references,
-            sample.where[number : number + 1] if len(sample.where) == len(sample.references) else sample.where[:1],
+        replace(
+            sample,
+            messages=(*sample.messages[:-1], {"role": "assistant", "content": reference}),
+            where=sample.reference_rows[i] if sample.reference_rows else sample.where,
+            reference_rows=(),
         )
         for sample in samples
-        for number, reference in enumerate(sample.references)
+        for i, reference in enumerate(sample.references)
     ]
 
 
@@ -122,29 +123,6 @@ def image_key(source: ImageSource) -> str:
     return hashlib.sha1(f"{array.shape} {array.dtype}".encode() + array.tobytes()).hexdigest()
 
 
-def cut(samples: list[Sample], split: str | None, root: Path | None = None) -> list[Sample]:
-    """The samples of a split: "val", a fixed tenth of the images; "fit", the others; any other name, all samples.
-
-    All samples of an image are in the same split. Images are chosen by the hash of their key, which is their path below
-    `root`: a folder that has moved gives the same splits.
-    """
-    if split not in ("fit", "val"):
-        return samples
-
-    def key(sample: Sample) -> str:
-        if not sample.images:
-            return repr(sample.messages)
-        name = image_key(sample.images[0])
-        if root is not None and isinstance(sample.images[0], Path):
-            name = os.path.relpath(name, root)
-        return name
-
-    keys = [key(sample) for sample in samples]
-    drawn = sorted(set(keys), key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-    held_out = set(drawn[: max(1, round(VAL_SHARE * len(drawn)))])
-    return [sample for sample, name in zip(samples, keys, strict=True) if (name in held_out) == (split == "val")]
-
-
 # ---- checks of rows; `where` is "file:line" or "file: row n", the start of every message ----
 
 
@@ -155,7 +133,7 @@ def text_of(row: dict, name: str, where: str) -> str:
         DataError: the field is missing, empty or not text.
     """
     if name not in row:
-        raise DataError(f"{where}: expected the field {name!r}, found {_fields(row)}")
+        raise DataError(f"{where}: expected the field {name!r}, found {field_names(row)}")
     return check_text(row[name], name, where)
 
 
@@ -170,92 +148,8 @@ def check_text(value: object, name: str, where: str) -> str:
     return value.strip()
 
 
-def row_sample(row: dict, image: ImageSource | None, where: str) -> tuple[str, Sample]:
-    """(task, sample) of a row with a question and an answer, or with captions. image: None if it is missing; the texts are
-    checked all the same.
-
-    Raises:
-        DataError: the row has neither, or a text is missing or empty.
-    """
-    if "question" in row or "answer" in row:
-        return "vqa", vqa_sample(image, text_of(row, "question", where), text_of(row, "answer", where), where)
-    name = "captions" if "captions" in row else "caption"
-    if name in row:
-        captions = [row[name]] if isinstance(row[name], str) else row[name]
-        if not isinstance(captions, list) or not captions:
-            raise DataError(f"{where}: {name!r} must be a text or a list of texts, found {short_repr(captions)}")
-        texts = [check_text(caption, name, where) for caption in captions]
-        return "caption", caption_sample(image, texts, [where] * len(texts))
-    raise DataError(f"{where}: expected an image with a question and an answer, or with captions, found {_fields(row)}")
-
-
-def find_image(folder: Path, name: object, where: str, strict: bool) -> Path | None:
-    """The image file that a row names relative to `folder`, or None if there is no such file.
-
-    Raises:
-        DataError: the name is not text, is absolute or leads out of the folder; with `strict`, also for a missing file.
-    """
-    check_text(name, "image", where)
-    path = path_inside(folder, name, where)
-    if os.path.isfile(path):  # Path.is_file raises for names that are too long
-        return path
-    if strict:
-        raise DataError(f"{where}: the image {path} does not exist")
-    return None
-
-
-def normal_messages(raw: object, n_images: int, where: str) -> tuple[dict, ...]:
-    """Messages in the form of `Sample.messages`. raw: messages whose content is text or a list of parts.
-
-    Raises:
-        DataError: the roles are not [system], user, assistant, ..., user, assistant; a message is empty; an image is not in
-            a user message; the number of image parts is not `n_images`.
-    """
-    if not isinstance(raw, (list, tuple)):
-        raise DataError(f"{where}: messages must be a list, found {short_repr(raw)}")
-    messages = tuple(_normal_message(message, where) for message in raw)
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(
-            f"{where}: the roles must be [system], user, assistant, ... and end with the assistant, "
-            f"found {', '.join(roles) or 'no messages'}"
-        )
-    with_images = [message for message in messages if not isinstance(message["content"], str)]
-    if any(message["role"] != "user" for message in with_images):
-        raise DataError(f"{where}: only user messages can have images")
-    n_parts = sum(part["type"] == "image" for message in with_images for part in message["content"])
-    if n_parts != n_images:
-        raise DataError(f"{where}: the messages have {n_parts} image parts, but the row has {n_images} images")
-    return messages
-
-
-def _normal_message(message: object, where: str) -> dict:
-    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-        raise DataError(f"{where}: a message must have the role system, user or assistant, found {short_repr(message)}")
-    role, content = message["role"], message.get("content")
-    if isinstance(content, str):
-        return {"role": role, "content": check_text(content, role, where)}
-    if not isinstance(content, (list, tuple)):
-        raise DataError(
-            f"{where}: the content of a message must be text or a list of parts, found {short_repr(content)}"
-        )
-    parts: list[dict] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            parts.append({"type": "image"})
-        elif kind == "text":
-            text = check_text(part.get("text"), role, where)
-            if parts and parts[-1]["type"] == "text":
-                text = f"{parts.pop()['text']}\n{text}"
-            parts.append({"type": "text", "text": text})
-        else:
-            raise DataError(f"{where}: a part must be of type image or text, found {short_repr(part)}")
-    if not parts:
-        raise DataError(f"{where}: a message of role {role} has no content")
-    return {"role": role, "content": parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts}
-
-
-def _fields(row: dict) -> str:
-    return f"the fields {', '.join(map(repr, row))}" if row else "an empty row"
+def field_names(row: dict) -> str:
+    """The fields of a row for a message; those without a value are marked."""
+    shown = [f"{name!r}{' (null)' if value is None else ''}" for name, value in row.items()]
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    return f"the fields {', '.join(shown[:20])}{more}" if shown else "an empty row"
