@@ -98,9 +98,8 @@ class BinsHead(nn.Module):
 
     def act(self, model, prompts, images, states):
         n, bins = self.shape[0] * self.shape[1], tuple(range(self.first_id, self.first_id + N_BINS))
-        rows = Engine(model).generate(
-            prompts, n, sampling=Sampling(allowed_ids=bins), images=images, states=states[:, None]
-        )
+        states = None if states is None else states[:, None]
+        rows = Engine(model).generate(prompts, n, sampling=Sampling(allowed_ids=bins), images=images, states=states)
         return self.scale.from_bins(np.array(rows).reshape(-1, *self.shape) - self.first_id)
 
 

@@ -13,6 +13,8 @@ from nanochat.errors import UserError
 N_BINS = 256
 STATE, ACT = "<|state|>", "<|act|>"  # special tokens
 BINS = tuple(f"<|action_{i}|>" for i in range(N_BINS))
+TARGETS = ("relative", "absolute")  # what the numbers of an action are: motions, or joint angles and poses
+MARGIN = 3  # a state may lie outside of the training data's range by this many times its width, and by this many units
 LEAST_RANGE = 1e-3  # a dimension that hardly moves is not scaled up to the full range: its noise would be
 
 
@@ -65,3 +67,55 @@ class Scale:
     def from_bins(self, bins: np.ndarray) -> np.ndarray:
         """The middles of the bins, in physical units."""
         return self.restore((np.asarray(bins) + 0.5) * 2 / N_BINS - 1)
+
+
+def span(values: np.ndarray) -> dict[str, list[float]]:
+    """The least and the greatest of (n, D) values, as the arguments of a `Scale`."""
+    return {"low": values.min(0).astype(float).tolist(), "high": values.max(0).astype(float).tolist()}
+
+
+def number_array(values: object, expected: str) -> np.ndarray:
+    """Numbers of any shape as float64. Raises UserError, which begins with what was expected, for text, booleans, ragged lists,
+    NaN and infinity."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "iuf" or has_bool(values):
+            raise TypeError
+        array = array.astype(np.float64)
+    except Exception:  # the conversion methods of an object can raise anything
+        raise UserError(f"{expected}, got {described(values)}") from None
+    if not np.isfinite(array).all():
+        raise UserError(f"{expected}, got NaN or infinity in {described(values)}")
+    return array
+
+
+def has_bool(values: object) -> bool:
+    """Whether a list has a boolean in it: numpy would make it a number."""
+    if isinstance(values, (list, tuple)):
+        return any(has_bool(value) for value in values)
+    return isinstance(values, (bool, np.bool_))
+
+
+def check_states(states: np.ndarray, trained: Scale) -> None:
+    """Raises UserError for (B, D) states far outside of the training data's range: another unit, or another order of numbers.
+    trained: the range. Accepted are MARGIN times its width on both sides, and at least MARGIN units, since a robot may start
+    where no demonstration was."""
+    low, high = np.asarray(trained.low), np.asarray(trained.high)
+    margin = MARGIN * np.maximum(high - low, 1)
+    for row, number in np.argwhere((states < low - margin) | (states > high + margin)):
+        raise UserError(
+            f"number {number + 1} of {states.shape[1]} of the state is {states[row, number]:.6g}, but lay between "
+            f"{low[number]:.6g} and {high[number]:.6g} in the training data (accepted: {low[number] - margin[number]:.6g} to "
+            f"{high[number] + margin[number]:.6g}): send the same numbers, in the same order and in the same units, "
+            "such as radians or degrees, metres or millimetres"
+        )
+
+
+def described(value: object) -> str:
+    """The type and shape of a received value, for messages."""
+    if isinstance(value, np.ndarray):
+        return f"shape {value.shape} of {value.dtype}"
+    if isinstance(value, (list, tuple)):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"a list of {len(value)}" + (f" ({', '.join(kinds[:4])})" if kinds else "")
+    return "nothing" if value is None else type(value).__name__

@@ -19,6 +19,9 @@ class SafeActions:
         relative actions: 0, 0, 0, nan). Default: the middle between the limits.
     max_change: (D,) or a number, the largest change of a dimension between consecutive actions; None for no limit.
     max_age_s: the oldest observation, in seconds, whose action is used; None for any age.
+    start: (D,) where the robot is before the first action, in the numbers of the actions: NaN in `hold` repeats it, and
+        `max_change` is measured from it. Without it, a robot with absolute targets has nothing to repeat: NaN in the first
+        action gives the middle between the limits.
 
     Raises ValueError for invalid limits. A call never raises, whatever the action.
     """
@@ -30,6 +33,7 @@ class SafeActions:
         hold: Sequence[float] | None = None,
         max_change: Sequence[float] | float | None = None,
         max_age_s: float | None = None,
+        start: Sequence[float] | None = None,
     ):
         self.low, self.high = np.array(low, np.float64), np.array(high, np.float64)
         if self.low.ndim != 1 or self.low.shape != self.high.shape or not np.all(self.low <= self.high):
@@ -47,7 +51,9 @@ class SafeActions:
         if max_age_s is not None and not max_age_s > 0:
             raise UserError(f"max_age_s must be more than 0, got {max_age_s}")
         self.max_age_s = max_age_s
-        self.last: np.ndarray | None = None
+        self.last = None if start is None else np.array(start, np.float64)
+        if start is not None and not (self.last.shape == self.low.shape and np.isfinite(self.last).all()):
+            raise UserError(f"start must have {len(self.low)} finite numbers, got {start}")
         self.counts: Counter[str] = Counter()
 
     def __call__(self, action, age_s: float | None = None) -> np.ndarray:
@@ -103,3 +109,8 @@ def rounded(limit: np.ndarray, towards: float) -> np.ndarray:
 def hold_still(action_dim: int) -> list[float]:
     """`hold` for relative actions: zero motion, and the last dimension (the gripper) keeps the value last sent."""
     return [0.0] * (action_dim - 1) + [float("nan")]
+
+
+def hold_last(action_dim: int) -> list[float]:
+    """`hold` for absolute targets: all dimensions keep the value last sent. Zeros would be a pose, and moving there a jump."""
+    return [float("nan")] * action_dim

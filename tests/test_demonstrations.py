@@ -45,7 +45,7 @@ def folder(tmp_path):
 def test_splits_are_disjoint_and_complete(folder):
     found = open_demonstrations(folder)
     assert found.tasks == ["task 0", "task 1"] * 3
-    assert (found.numbers("val"), found.numbers("fit"), found.numbers("test")) == (
+    assert (found.numbers("val"), found.numbers("fit"), found.numbers("all")) == (
         [4, 5],
         [0, 1, 2, 3],
         [0, 1, 2, 3, 4, 5],
@@ -84,8 +84,8 @@ def test_the_camera_is_chosen_by_name(folder):
         open_demonstrations(folder, "front")
 
 
-def test_without_a_state_there_is_one_constant_number(folder):
-    assert open_demonstrations(folder).read("all", 32).state.tolist() == [[0.0]] * 30
+def test_without_a_state_there_are_no_numbers(folder):
+    assert open_demonstrations(folder).read("all", 32).state.shape == (30, 0)
 
 
 def test_episodes_without_camera_or_actions_are_refused():

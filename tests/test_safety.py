@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nanochat.safety import SafeActions
+from nanochat.safety import SafeActions, hold_last
 
 
 class Stubborn:
@@ -134,3 +134,12 @@ def test_the_action_of_a_stale_observation_is_replaced(age):
 def test_invalid_limits_are_refused(settings):
     with pytest.raises(ValueError, match="must"):
         SafeActions(**settings)
+
+
+def test_an_absolute_robot_that_starts_with_nan_stays_where_it_is():
+    limits = SafeActions([0.0, 0.0], [2.0, 2.0], hold_last(2), max_change=0.1, start=[1.5, 0.5])
+    np.testing.assert_allclose(limits([np.nan, 1.0]), [1.5, 0.5])
+    np.testing.assert_allclose(limits([2.0, 0.5]), [1.6, 0.5])
+    for wrong in ([1.0], [np.nan, 1.0]):
+        with pytest.raises(ValueError, match="start must have 2 finite numbers"):
+            SafeActions([0.0, 0.0], [2.0, 2.0], start=wrong)

@@ -58,6 +58,12 @@ def test_lerobot_names_and_lists_of_numbers_work_too():
         ({"observation/state": np.zeros((1, 2))}, '"observation/state" must'),
         ({"observation/state": None}, '"observation/state" must .* got nothing'),
         ({"observation/state": ["a", "b"]}, '"observation/state" must .* got a list of 2'),
+        ({"observation/state": ["1", "2"]}, '"observation/state" must be 2 finite numbers, got a list of 2 .str'),
+        ({"observation/state": [True, 0.5]}, '"observation/state" must .* got a list of 2 .bool, float'),
+        ({"observation/state": np.array([True, False])}, '"observation/state" must .* of bool'),
+        ({"observation/state": [1e300, 0.5]}, '"observation/state" must be 2 finite numbers'),
+        ({"observation/state": [10**400, 0.5]}, '"observation/state" must be 2 finite numbers'),
+        ({"observation/state": [[1.0], [0.5, 1]]}, '"observation/state" must be 2 finite numbers'),
         ({"observation/state": {"x": 1}}, '"observation/state" must .* got dict'),
         ({"prompt": "  "}, '"prompt" must'),
         ({"prompt": 3}, '"prompt" must'),
@@ -114,9 +120,40 @@ def test_sessions_do_not_share_their_last_action():
         (dict(execute=0), "execute must lie in 1..3"),
         (dict(execute=4), "execute must lie in 1..3"),
         (dict(max_change=0), "max_change must be more than 0"),
-        (dict(hold="middle"), "hold must be one of still, last"),
+        (dict(hold="middle"), "hold must be one of auto, still, last"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SafePolicy(Scripted(), **settings)
+
+
+class Absolute(Scripted):
+    metadata = Scripted.metadata | {"targets": "absolute"}
+
+
+def test_a_policy_of_absolute_targets_never_sends_zeros_instead_of_an_action():
+    policy = SafePolicy(Absolute(0.5, np.nan))
+    act = policy.session()
+    assert policy.hold == "last"
+    for _ in range(2):
+        np.testing.assert_allclose(act(GOOD)["actions"], 0.5)
+    with pytest.raises(ValueError, match="no previous action"):
+        SafePolicy(Absolute(np.nan)).session()(GOOD)
+    with pytest.raises(ValueError, match="absolute targets, and the robot would jump"):
+        SafePolicy(Absolute(), hold="still")
+
+
+def test_relative_actions_are_replaced_by_no_motion():
+    agent = Scripted()
+    assert SafePolicy(agent).hold == "still"  # older checkpoints do not say what their actions are
+    agent.metadata = Scripted.metadata | {"targets": "relative"}
+    assert SafePolicy(agent).hold == "still" and SafePolicy(agent, hold="last").hold == "last"
+
+
+def test_a_policy_without_a_state_asks_for_none():
+    agent = Scripted(0.5, 0.5)
+    agent.metadata = Scripted.metadata | {"state_dim": 0}
+    act_on(agent, {key: value for key, value in GOOD.items() if key != "observation/state"})
+    act_on(agent, GOOD)
+    assert [states for _, states, _ in agent.calls] == [None, None]

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.data.lerobot import Episode
+from nanochat.data.lerobot import Episode, only_if_mixed
+from nanochat.data.sample import check_text
 from nanochat.files import DataError, existing_file, json_lines, path_inside
+
+FIELDS = ("image", "episode", "step", "instruction", "rephrasings", "action")
+CAMERA = "observation.images.image_0"
 
 
 def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
@@ -26,9 +30,19 @@ def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
             raise DataError(f"{where} must have the steps 0 to {len(frames) - 1}, in order")
         try:
             actions = np.array([row["action"] for row in frames], np.float32).reshape(len(frames), 7)
-            task, extra = frames[0]["instruction"], {"rephrasings": "\n".join(frames[0]["rephrasings"])}
+            tasks = [row["instruction"] for row in frames]
+            extra = {"rephrasings": "\n".join(frames[0]["rephrasings"])}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where} must have an instruction, rephrasings, 7-D actions: {error!r}") from error
+        for step, task in enumerate(tasks):
+            check_text(task, "instruction", f"{where}, step {step}")
         paths = [existing_file(path_inside(folder, row.get("image"), where)) for row in frames]
-        images = {"observation.images.image_0": [path.read_bytes() for path in paths]}
-        yield Episode(task, {"action": actions}, images, {"name": f"bridge-{number}"} | extra)
+        images = {CAMERA: [path.read_bytes() for path in paths]}
+        extra = {"name": f"bridge-{number}"} | extra
+        yield Episode(tasks[0], {"action": actions}, images, extra, only_if_mixed(tasks), where)
+
+
+def other_fields(folder: Path) -> list[str]:
+    """The fields of the rows that are not read."""
+    found = dict.fromkeys(key for _, row in json_lines(folder / "frames.jsonl") for key in row)
+    return [key for key in found if key not in FIELDS]

@@ -3,18 +3,19 @@
 What the columns of one simulator mean is not known here; see `nanochat.metaworld.questions`.
 """
 
-import io
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from nanochat.data.bridge import bridge_episodes
+from nanochat.data.bridge import bridge_episodes, other_fields
 from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset
-from nanochat.data.pictures import encoded_square
+from nanochat.data.pictures import decoded_square, encoded_square
 from nanochat.errors import UserError
+from nanochat.vision.images import ImageError
 
+SPLITS = ("all", "fit", "val")
 VAL_SHARE = 0.04  # of each task's episodes, but at least one
 TWO_DIMENSIONAL = ("action", "observation.state")  # LeRobot stores one number per frame as (T,); these become (T, 1)
 
@@ -32,54 +33,87 @@ class Demonstrations:
     Pictures come from each episode's first camera. They are letterboxed to `size` pixels and stay encoded until they are
     used: at 128 pixels a frame takes 20 kB instead of 50.
 
-    state: (n, S) float32; a robot without "observation.state" has one constant number.
+    state: (n, S) float32; S is 0 for data without the column "observation.state".
     action: (n, A) float32.
     columns: name -> (n, ...) array, for the columns that all episodes have.
     pictures: n encoded squares.
     episode: (n,) int64, the episode of each frame. first, end: (n,) int64, the range of frames of that episode.
-    tasks: the task of each episode, as `task_name` names it. by_task: task -> [(first, end), ...], a range per episode.
+    names: for messages, where each episode comes from. tasks: the task of each episode; several are joined by " / ".
+    segment_end: (n,) int64, where the frame's task ends: before the episode does if the episode has several.
+    by_task: task, as `task_name` names it -> [(first, end), ...], the ranges of frames of that task, none across episodes.
 
     Raises:
-        ValueError: no episodes, or one without a camera or without the column "action".
-        ImageError: a picture cannot be decoded.
+        ValueError: no episodes, or one without a camera or without the column "action", or with numbers that are not finite.
+        ImageError: a picture cannot be decoded. The message names episode, frame and camera.
     """
 
     def __init__(self, episodes: Iterable[Episode], size: int, task_name: TaskName = episode_task):
         parts: dict[str, list[np.ndarray]] = {}
         self.pictures: list[bytes] = []
+        self.names: list[str] = []
         self.tasks: list[str] = []
+        frame_tasks: list[str] = []
         lengths = []
         for episode in episodes:
             if "action" not in episode.columns or not episode.images:
                 found = ", ".join([*episode.columns, *episode.images])
                 raise UserError(f'imitation learning needs a camera and a column "action"; the data has {found}')
-            self.pictures += [encoded_square(picture, size) for picture in next(iter(episode.images.values()))]
-            self.tasks.append(task_name(episode))
+            self.names.append(episode.name or f"episode {len(lengths)}")
+            self.pictures += read_pictures(episode, size, self.names[-1])
             lengths.append(len(episode.columns["action"]))
+            frame_tasks += (tasks := tasks_of_frames(episode, lengths[-1], task_name))
+            self.tasks.append(" / ".join(dict.fromkeys(tasks)))
             for key, values in episode.columns.items():
                 is_vector = values.ndim == 1 and key in TWO_DIMENSIONAL
                 parts.setdefault(key, []).append(values[:, None] if is_vector else values)
         if not lengths:
             raise UserError("there are no episodes to learn from")
-        self.columns = {key: np.concatenate(arrays) for key, arrays in parts.items() if len(arrays) == len(lengths)}
-        self.action = self.columns["action"].astype(np.float32)
-        self.state = self.columns.get("observation.state", np.zeros((len(self.action), 1))).astype(np.float32)
+        self.columns = {key: joined(arrays, key) for key, arrays in parts.items() if len(arrays) == len(lengths)}
         ends = np.cumsum(lengths)
         self.episode = np.repeat(np.arange(len(lengths)), lengths)
         self.first, self.end = (ends - lengths)[self.episode], ends[self.episode]
+        self._read_segments(frame_tasks)
+        for key in TWO_DIMENSIONAL:
+            self.check_finite(key)
+        self.action = self.columns["action"].astype(np.float32)
+        self.state = self.columns.get("observation.state", np.zeros((len(self.action), 0))).astype(np.float32)
+
+    def _read_segments(self, frame_tasks: list[str]) -> None:
+        """Sets by_task, segment_end and the task of each frame. frame_tasks: n names."""
+        tasks = {name: number for number, name in enumerate(dict.fromkeys(frame_tasks))}
+        self._task_names, self._frame_task = list(tasks), np.array([tasks[name] for name in frame_tasks])
+        changes = (np.diff(self._frame_task) != 0) | (np.diff(self.episode) != 0)
+        bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(frame_tasks)]])
+        self.segment_end = np.repeat(bounds[1:], np.diff(bounds))
         self.by_task: dict[str, list[tuple[int, int]]] = {}
-        for task, end, length in zip(self.tasks, ends.tolist(), lengths, strict=True):
-            self.by_task.setdefault(task, []).append((end - length, end))
+        for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            self.by_task.setdefault(frame_tasks[first], []).append((first, end))
+
+    def check_finite(self, key: str) -> None:
+        """Raises UserError for NaN or infinity in a column, with episode and frame. The column may be missing."""
+        column = self.columns.get(key, np.zeros((len(self.episode), 1)))
+        if column.ndim != 2:
+            raise UserError(f"{key!r} must be a vector of numbers for each frame, found the shape {column.shape[1:]}")
+        with np.errstate(over="ignore"):  # a float64 that is too large for float32 becomes infinite
+            bad = np.argwhere(~np.isfinite(column.astype(np.float32)))
+        if len(bad):
+            frame, number = bad[0]
+            episode = self.episode[frame]
+            raise UserError(
+                f"{self.names[episode]}: {key!r} of frame {frame - self.first[frame]} has {column[frame, number]} as number "
+                f"{number + 1} of {column.shape[1]} ({len(np.unique(bad[:, 0]))} such frames in all): correct these frames or "
+                "remove the episode"
+            )
 
     def __len__(self) -> int:
         return len(self.state)
 
     def task(self, frame: int) -> str:
-        return self.tasks[self.episode[frame]]
+        return self._task_names[self._frame_task[frame]]
 
     def draw(self, n: int, rng: np.random.Generator, last: int | None = None) -> list[int]:
         """n random frames: tasks are equally likely, and so are the episodes of a task. last: only from the last so many
-        frames of an episode."""
+        frames of an episode (of its part with that task)."""
         names, frames = list(self.by_task), []
         for task in rng.integers(len(names), size=n):
             episodes = self.by_task[names[task]]
@@ -89,40 +123,95 @@ class Demonstrations:
 
     def images(self, frames: Sequence[int]) -> np.ndarray:
         """The pictures of the frames, (n, S, S, 3) uint8 RGB."""
-        return np.stack([np.asarray(Image.open(io.BytesIO(self.pictures[frame])).convert("RGB")) for frame in frames])
+        return np.stack([decoded_square(self.pictures[frame]) for frame in frames])
 
     def chunks(self, frames: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n, length, A) float32 actions from each frame on, and (n, length) bool: False after the episode's end, where the
-        last action is repeated."""
-        index = np.asarray(frames)[:, None] + np.arange(length)
-        inside = index < self.end[frames][:, None]
-        return self.action[np.where(inside, index, self.end[frames][:, None] - 1)], inside
+        """(n, length, A) float32 actions from each frame on, and (n, length) bool: False after the end of the episode, or of the
+        frame's task, where the last action is repeated."""
+        index, end = np.asarray(frames)[:, None] + np.arange(length), self.segment_end[frames][:, None]
+        inside = index < end
+        return self.action[np.where(inside, index, end - 1)], inside
+
+
+def read_pictures(episode: Episode, size: int, where: str) -> list[bytes]:
+    """The encoded squares of the episode's first camera. Raises ImageError that names episode, frame and camera."""
+    camera, pictures = next(iter(episode.images.items()))
+    squares = []
+    for frame, picture in enumerate(pictures):
+        try:
+            squares.append(encoded_square(picture, size))
+        except ImageError as error:
+            raise ImageError(f"{where}: frame {frame} of the camera {camera}: {error}") from error
+    return squares
+
+
+def tasks_of_frames(episode: Episode, length: int, task_name: TaskName) -> list[str]:
+    """The task of each of the episode's frames, as `task_name` names it."""
+    texts = episode.frame_tasks or [episode.task] * length
+    names = {text: task_name(replace(episode, task=text)) for text in dict.fromkeys(texts)}
+    return [names[text] for text in texts]
+
+
+def joined(arrays: list[np.ndarray], key: str) -> np.ndarray:
+    """The rows of all episodes. Raises UserError if they differ in size."""
+    if len(shapes := {array.shape[1:] for array in arrays}) > 1:
+        raise UserError(f"{key!r} must have the same size in all episodes, found {', '.join(map(str, sorted(shapes)))}")
+    return np.concatenate(arrays)
 
 
 class DemonstrationFolder:
     """A folder of episodes that are not read yet. Made by `open_demonstrations`.
 
     cameras: the names of all cameras. camera: the one whose pictures are read; empty if there is none.
-    tasks: the task of each episode.
+    columns: name -> how many numbers a frame has; those that can be read, without LeRobot's bookkeeping. unreadable: the names of
+        others, such as text, and columns that meta/info.json does not describe.
+    tasks: the task of each episode, the first if it has several.
     """
 
     def __init__(self, folder: Path, camera: str, task_name: TaskName):
         self.folder, self.task_name = folder, task_name
+        if not folder.is_dir():
+            found = "it is a file" if folder.exists() else "no such folder exists"
+            raise FileNotFoundError(
+                f"{folder} must be the folder of a LeRobot dataset or of BridgeData frames: {found}"
+            )
         if (folder / "frames.jsonl").is_file():
-            episodes: Sequence[Episode | EpisodeInfo] = list(bridge_episodes(folder))
-            self.cameras = list(episodes[0].images) if episodes else []
-            self._read = episodes.__getitem__
+            self._open_bridge(camera)
+        elif (folder / "meta").is_dir():
+            self._open_lerobot(camera)
         else:
-            dataset = RobotDataset(folder)
-            episodes, self.cameras = dataset.episodes, dataset.cameras
-            self._read = lambda number: dataset.episode(number, self.cameras and [self.camera])
-        self.camera = chosen_camera(self.cameras, camera, folder)
-        self.tasks = [task_name(episode) for episode in episodes]
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+            raise UserError(
+                f"{folder} must have meta/info.json (a LeRobot dataset) or frames.jsonl (BridgeData frames), found {found}"
+            )
+
+    def _open_bridge(self, camera: str) -> None:
+        episodes = list(bridge_episodes(self.folder))
+        self.cameras = list(episodes[0].images) if episodes else []
+        self.camera = chosen_camera(self.cameras, camera, self.folder)
+        self.columns = {"action": 7} if episodes else {}
+        self.unreadable = other_fields(self.folder)
+        self.tasks = [self.task_name(episode) for episode in episodes]
+        self._read = episodes.__getitem__
+
+    def _open_lerobot(self, camera: str) -> None:
+        dataset = RobotDataset(self.folder)
+        self.cameras = dataset.cameras
+        self.camera = chosen_camera(self.cameras, camera, self.folder)
+        if self.camera and dataset.features[self.camera]["dtype"] == "video":
+            for number in range(len(dataset)):  # a missing file is found now, not after an hour
+                dataset.video(number, self.camera)
+        self.columns, self.unreadable = dataset.columns, dataset.unreadable()
+        self.tasks = [self.task_name(episode) for episode in dataset.episodes]
+        self._read = lambda number: dataset.episode(number, self.cameras and [self.camera])
 
     def numbers(self, split: str) -> list[int]:
-        """The episodes of a split: "val" for the held-out ones, "fit" for the others, any other name for all."""
+        """The episodes of a split: "val" for the held-out ones, "fit" for the others, "all" for both.
+        Raises UserError for another name."""
         numbers = list(range(len(self.tasks)))
-        if split not in ("fit", "val"):
+        if split not in SPLITS:
+            raise UserError(f"{self.folder}: there is no split {split!r}; demonstrations have: {', '.join(SPLITS)}")
+        if split == "all":
             return numbers
         kept_back = held_out(self.tasks)
         return [number for number in numbers if (number in kept_back) == (split == "val")]

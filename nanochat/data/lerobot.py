@@ -5,6 +5,7 @@ Dataset folders are not trusted: nothing is unpickled, lengths and indices are c
 out of the folder are refused.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 from nanochat.data.columns import fill_template, is_feature, natural_number, pa, pc, pq, read_parquet, to_numpy
 from nanochat.data.sample import check_text
 from nanochat.data.video import video_frames
-from nanochat.files import DataError, existing_file, json_lines, json_object, path_inside
+from nanochat.files import DataError, existing_file, json_lines, json_object, path_inside, short_repr
 
 VERSIONS = ("v3.0", "v2.1")
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+TASKS_PATH = "meta/tasks.parquet"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every dataset
 EPISODE_FIELDS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 READABLE = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool")
@@ -28,27 +30,34 @@ IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the d
 class Episode:
     """One demonstration of T frames.
 
-    columns: arrays of float32, int64 or bool, (T,) or (T, D), under LeRobot's names: "observation.state", "action", ...
+    task: the instruction. columns: arrays of float32, int64 or bool, (T,) or (T, D), under LeRobot's names:
+        "observation.state", "action", ...
     images: camera -> T encoded RGB images, PNG or JPEG.
     extra: further values, such as {"seed": 7}: text, int or float, each of the same type in all episodes.
+    frame_tasks: the instruction of each frame, T texts; empty if it is `task` for all of them.
+    name: where the episode comes from, for error messages.
     """
 
     task: str
     columns: dict[str, np.ndarray]
     images: dict[str, list[bytes]]
     extra: dict = field(default_factory=dict)
+    frame_tasks: list[str] = field(default_factory=list)
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """An episode whose frames are not read yet. videos: camera -> (file, second at which the episode starts in it)."""
+    """An episode whose frames are not read yet. tasks: the instructions in it, `task` is the first. row: its row in the table of
+    episodes."""
 
     index: int
     task: str
+    tasks: tuple[str, ...]
     length: int
     extra: dict
     path: Path = field(repr=False)
-    videos: dict[str, tuple[Path, float]] = field(repr=False)
+    row: dict = field(repr=False)
 
 
 class RobotDataset:
@@ -57,7 +66,9 @@ class RobotDataset:
     fps: frames per second.
     features: column -> {"dtype", "shape", ...}, as in meta/info.json.
     cameras: the columns that are images or videos.
+    columns: name -> how many numbers a frame has, for the columns that `episode` reads.
     episodes: an EpisodeInfo for each episode.
+    tasks: task_index -> instruction; empty if the dataset has no table of them.
     stats: as in meta/stats.json; empty if there is no such file (version 2.1).
 
     Raises:
@@ -68,7 +79,8 @@ class RobotDataset:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.folder}")
+            found = "is a file, expected" if self.folder.exists() else "does not exist: expected"
+            raise FileNotFoundError(f"there is no folder {self.folder}: it {found} the folder of a dataset")
         where = self.folder / "meta/info.json"
         self.info = json_object(existing_file(where).read_bytes(), where)
         if self.info.get("codebase_version") not in VERSIONS:
@@ -80,12 +92,22 @@ class RobotDataset:
         if not isinstance(self.features, dict) or not all(map(is_feature, self.features.values())):
             raise DataError(f"{where}: features must be an object of columns, each with a dtype and a shape")
         self.cameras = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
+        readable = {key: f for key, f in self.features.items() if f["dtype"] in READABLE and key not in BOOKKEEPING}
+        self.columns = {key: math.prod(n for n in f["shape"] if type(n) is int) for key, f in readable.items()}
         stats = self.folder / "meta/stats.json"
         self.stats = json_object(stats.read_bytes(), stats) if stats.is_file() else {}
+        self.tasks = self._read_tasks()
         self.episodes = [self._episode_info(row, number) for number, row in enumerate(self._rows())]
         found = {"total_episodes": len(self), "total_frames": sum(episode.length for episode in self.episodes)}
         if any(self.info.get(key) != count for key, count in found.items()):
             raise DataError(f"{where} contradicts the table of episodes, which has {found}")
+
+    def unreadable(self) -> list[str]:
+        """The columns that `episode` does not read: those that are not numbers, and those in the first file of frames that
+        meta/info.json does not describe."""
+        files = read_parquet(pq.read_schema, self.episodes[0].path).names if self.episodes else []
+        known = {*self.columns, *self.cameras, *BOOKKEEPING}
+        return [key for key in dict.fromkeys([*self.features, *files]) if key not in known]
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -110,26 +132,49 @@ class RobotDataset:
             or not tasks
         ):
             raise DataError(f"{where} must have episode_index {number}, frames and tasks, found {str(row)[:200]}")
-        check_text(tasks[0], "tasks", where)
-        videos = {}
-        for camera in (camera for camera in self.cameras if self.features[camera]["dtype"] == "video"):
-            start = row.get(f"videos/{camera}/from_timestamp", 0.0)  # missing if each episode has a file of its own
-            if type(start) not in (int, float) or not 0 <= start < 1e9:
-                raise DataError(f"{where}: the video of {camera!r} must start at 0 s or later, found {start!r}")
-            videos[camera] = self._path(row, "video_path", f"videos/{camera}", where), start
+        tasks = tuple(check_text(task, "tasks", where) and task for task in tasks)
         others = {key: value for key, value in row.items() if key not in EPISODE_FIELDS and "/" not in key}
         extra = {key: value for key, value in others.items() if type(value) in (str, int, float)}
-        return EpisodeInfo(number, tasks[0], length, extra, self._path(row, "data_path", "data", where), videos)
+        path = existing_file(self._path(row, "data_path", "data", where))
+        return EpisodeInfo(number, tasks[0], tasks, length, extra, path, row)
+
+    def _read_tasks(self) -> dict[int, str]:
+        if self.info["codebase_version"] == "v2.1":
+            path = self.folder / "meta/tasks.jsonl"
+            rows = list(json_lines(path)) if path.is_file() else []
+        else:
+            path = self.folder / TASKS_PATH
+            table = read_parquet(pq.read_table, path, partitioning=None).to_pylist() if path.is_file() else []
+            rows = [(f"{path}: row {n}", row) for n, row in enumerate(table)]
+        tasks = {}
+        for where, row in rows:  # pandas writes an index without a name as __index_level_0__
+            text = row.get("task", row.get("__index_level_0__"))
+            tasks[natural_number(row, "task_index", where)] = check_text(text, "task", where) and text
+        return tasks
 
     def _path(self, row: dict, template: str, kind: str, where: str) -> Path:
-        """The file of an episode's frames or of its video. Raises FileNotFoundError if it is missing."""
+        """The file of an episode's frames or of its video. It may be missing."""
         if self.info["codebase_version"] == "v2.1":
             index, size = row["episode_index"], max(1, natural_number(self.info, "chunks_size", where))
             values = {"episode_index": index, "episode_chunk": index // size}
         else:
             values = {key: natural_number(row, f"{kind}/{key}", where) for key in ("chunk_index", "file_index")}
         name = fill_template(self.info.get(template), values | {"video_key": kind.removeprefix("videos/")})
-        return existing_file(path_inside(self.folder, name, where))
+        return path_inside(self.folder, name, where)
+
+    def video(self, i: int, camera: str) -> tuple[Path, float]:
+        """(file, second at which episode `i` starts in it). Raises FileNotFoundError if the file is missing."""
+        where, row = f"{self.folder}: episode {i}", self.episodes[i].row
+        start = row.get(f"videos/{camera}/from_timestamp", 0.0)  # missing if each episode has a file of its own
+        if type(start) not in (int, float) or not 0 <= start < 1e9:
+            raise DataError(f"{where}: the video of {camera!r} must start at 0 s or later, found {short_repr(start)}")
+        path = self._path(row, "video_path", f"videos/{camera}", where)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{where}: the video of {camera} is not at {path}, where video_path in meta/info.json says it is: copy it "
+                "there, or choose another camera"
+            )
+        return path, start
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
         """Read the frames of episode `i`: its numeric columns, and the images of `cameras` (all by default).
@@ -143,18 +188,48 @@ class RobotDataset:
             raise IndexError(f"there is no episode {i} in {self.folder}, which has {len(self)}")
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
-        columns = [k for k, f in self.features.items() if f["dtype"] in READABLE and k not in BOOKKEEPING]
+        columns = list(self.columns)
         cameras = self.cameras if cameras is None else cameras
-        stills = [camera for camera in cameras if camera not in info.videos]
-        wanted, only = ["frame_index", *columns, *stills], pc.field("episode_index") == i
+        stills = [camera for camera in cameras if self.features[camera]["dtype"] == "image"]
+        known = read_parquet(pq.read_schema, info.path).names
+        numbering = [key for key in ("timestamp", "task_index") if key in known]
+        wanted, only = ["frame_index", *columns, *stills, *numbering], pc.field("episode_index") == i
         table = read_parquet(pq.read_table, info.path, columns=wanted, filters=only, partitioning=None)
         if len(table) != info.length or (to_numpy(table["frame_index"], where) != np.arange(info.length)).any():
             raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
         images = {camera: self._stills(table[camera], where) for camera in stills}
-        videos = [camera for camera in cameras if camera in info.videos]
-        images |= {camera: video_frames(*info.videos[camera], info.length, self.fps) for camera in videos}
+        for camera in [camera for camera in cameras if camera not in stills]:
+            path, start = self.video(i, camera)
+            images[camera] = video_frames(path, start, self._times(table, where), self.fps, f"episode {i}, {camera}")
         numbers = {key: self._column(table[key], key, f"{where}: {key!r}") for key in columns}
-        return Episode(info.task, numbers, {camera: images[camera] for camera in cameras}, dict(info.extra))
+        frame_tasks = self._frame_tasks(table, info, where)
+        images = {camera: images[camera] for camera in cameras}
+        return Episode(frame_tasks[0], numbers, images, dict(info.extra), only_if_mixed(frame_tasks), where)
+
+    def _times(self, table: pa.Table, where: str) -> np.ndarray:
+        """(T,) seconds from the episode's start at which its frames were taken: those of the dataset, or T / fps."""
+        if "timestamp" not in table.column_names:
+            return np.arange(len(table)) / self.fps
+        times = to_numpy(table["timestamp"], f"{where}: 'timestamp'").astype(np.float64).reshape(len(table))
+        times = times - times[0]
+        if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+            raise DataError(f"{where}: 'timestamp' must be seconds that increase from frame to frame")
+        return times
+
+    def _frame_tasks(self, table: pa.Table, info: EpisodeInfo, where: str) -> list[str]:
+        """The instruction of each frame. Raises DataError if it cannot be known."""
+        if "task_index" not in table.column_names or not self.tasks:
+            if len(info.tasks) > 1:
+                raise DataError(
+                    f"{where} has {len(info.tasks)} tasks, and no column task_index with a table of tasks in meta/ says which "
+                    "frames belong to which: add them, or make an episode of each task"
+                )
+            return [info.task] * info.length
+        numbers = to_numpy(table["task_index"], f"{where}: 'task_index'").reshape(len(table)).tolist()
+        for frame, number in enumerate(numbers):
+            if number not in self.tasks:
+                raise DataError(f"{where}: frame {frame} has the task_index {number}, but meta/ has no such task")
+        return [self.tasks[number] for number in numbers]
 
     def _column(self, values: pa.ChunkedArray, key: str, where: str) -> np.ndarray:
         column, shape = to_numpy(values, where), tuple(self.features[key]["shape"])
@@ -171,3 +246,8 @@ class RobotDataset:
 
     def _image_file(self, name: object, where: str) -> bytes:
         return existing_file(path_inside(self.folder, name, where)).read_bytes()
+
+
+def only_if_mixed(frame_tasks: list[str]) -> list[str]:
+    """The same list, or an empty one if all frames have the same task."""
+    return frame_tasks if len(set(frame_tasks)) > 1 else []

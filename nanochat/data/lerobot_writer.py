@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.data.columns import pa, pq, to_arrow, to_numpy
-from nanochat.data.lerobot import BOOKKEEPING, EPISODE_FIELDS, EPISODES_PATH, IMAGE_TYPE, Episode
+from nanochat.data.lerobot import BOOKKEEPING, EPISODE_FIELDS, EPISODES_PATH, IMAGE_TYPE, TASKS_PATH, Episode
 from nanochat.data.pictures import check_picture
 from nanochat.data.sample import check_text
 from nanochat.data.statistics import column_stats, image_stats, pixel_counts
@@ -84,7 +84,8 @@ class _Writer:
         table = self.table(episode, length)
         self.open_file(table)
         self.file.write_table(table)  # one row group per episode
-        row = {"episode_index": len(self.rows), "tasks": [episode.task], "length": length} | episode.extra
+        tasks = list(dict.fromkeys(episode.frame_tasks)) or [episode.task]
+        row = {"episode_index": len(self.rows), "tasks": tasks, "length": length} | episode.extra
         row |= self.place
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
@@ -95,9 +96,10 @@ class _Writer:
 
     def table(self, episode: Episode, length: int) -> pa.Table:
         frame = np.arange(length)
-        task_index = self.tasks.setdefault(episode.task, len(self.tasks))
+        tasks = episode.frame_tasks or [episode.task] * length
+        task_index = np.array([self.tasks.setdefault(task, len(self.tasks)) for task in tasks])
         of_frames = ((frame / self.fps).astype(np.float32), frame, frame * 0 + len(self.rows), frame + self.frames)
-        bookkeeping = dict(zip(BOOKKEEPING, (*of_frames, frame * 0 + task_index), strict=True))  # each (T,)
+        bookkeeping = dict(zip(BOOKKEEPING, (*of_frames, task_index), strict=True))  # each (T,)
         arrays = {key: to_arrow(column) for key, column in (episode.columns | bookkeeping).items()}
         for camera, pictures in episode.images.items():
             arrays[camera] = pa.array([{"bytes": picture, "path": None} for picture in pictures], IMAGE_TYPE)
@@ -134,7 +136,7 @@ class _Writer:
         (self.root / EPISODES_PATH).parent.mkdir(parents=True)
         keys = dict.fromkeys(key for row in self.rows for key in row)
         pq.write_table(pa.table({key: [row.get(key) for row in self.rows] for key in keys}), self.root / EPISODES_PATH)
-        pq.write_table(tasks_table(self.tasks), self.root / "meta/tasks.parquet")
+        pq.write_table(tasks_table(self.tasks), self.root / TASKS_PATH)
         stats = {camera: image_stats(*found) for camera, found in self.pixels.items()}
         for key in [key for key in self.features if key not in stats]:
             parts = [to_numpy(pq.ParquetFile(path).read(columns=[key])[key]) for path in self.paths]
@@ -151,8 +153,13 @@ class _Writer:
 
 def check_episode(episode: Episode, camera_shape: tuple, where: str) -> int:
     """The number of frames. Raises DataError for an episode that cannot be written."""
-    check_text(episode.task, "task", where)
+    for task in {episode.task, *episode.frame_tasks}:
+        check_text(task, "task", where)
     lengths = {key: len(values) for key, values in (episode.columns | episode.images).items()}
+    if episode.frame_tasks and {len(episode.frame_tasks)} != set(lengths.values()):
+        raise DataError(
+            f"{where}: frame_tasks must be empty or have a task for each frame, found {len(episode.frame_tasks)}"
+        )
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DataError(
             f"{where}: all columns and cameras must have the same number of frames, at least 1, found {lengths}"

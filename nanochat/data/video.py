@@ -1,34 +1,63 @@
 """Frames of video files."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 
+TOLERANCE = 0.75  # of the time between two frames: how far from its time stamp a picture may be
+DRIFT = 0.002  # seconds per second: a video of 29.97 frames per second that is described as 30 differs by half of this
 
-def video_frames(path: Path, start: float, length: int, fps: float) -> list[bytes]:
-    """`length` frames of a video, from `start` seconds on, as PNG files.
+
+def video_frames(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> list[bytes]:
+    """The pictures of a video that are nearest to `times`, as PNG files.
+
+    start: second at which the episode begins in the video. times: T seconds from there, in increasing order. fps: of the
+    dataset; the rate of the video itself may differ. where: episode and camera, for messages.
 
     Raises:
         ImportError: PyAV is not installed.
-        DataError: the file is not a video, or has fewer frames there.
+        DataError: the file is not a video, or has no picture near one of the times.
     """
+    pictures: list[bytes] = []
+    last = None  # the picture before `frame`, and its time
+    for now, frame in decoded(path, start, where, pictures):
+        while len(pictures) < len(times) and (wanted := times[len(pictures)]) <= now:
+            nearest = last if last is not None and wanted - last[0] < now - wanted else (now, frame)
+            add_picture(pictures, *nearest, wanted, fps, (path, start, where, len(times)))
+        if len(pictures) == len(times):
+            return pictures
+        last = (now, frame)
+    while len(pictures) < len(times):  # times behind the last picture
+        now, frame = last or (float("inf"), None)
+        add_picture(pictures, now, frame, times[len(pictures)], fps, (path, start, where, len(times)))
+    return pictures
+
+
+def add_picture(pictures: list[bytes], now: float, frame, wanted: float, fps: float, names: tuple) -> None:
+    """Append the picture of the time `now`. Raises DataError if it is too far from the wanted time."""
+    if abs(now - wanted) > TOLERANCE / fps + DRIFT * wanted:
+        path, start, where, length = names
+        raise DataError(
+            f"{path}: {where}: must have {length} frames from {start:g} s on at {fps:g} fps, found {len(pictures)}: the video "
+            f"has no picture at {start + wanted:.3f} s"
+        )
+    pictures.append(encode_png(frame.to_ndarray(format="rgb24")))
+
+
+def decoded(path: Path, start: float, where: str, done: list) -> Iterator[tuple[float, object]]:
+    """(seconds after `start`, picture) of a video, from the key frame before `start` on. done: what has been read."""
     try:
         import av
     except ImportError as error:
         raise ImportError(f"{path}: reading videos needs the library PyAV: pip install av") from error
-    pictures: list[bytes] = []
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            container.seek(int(start / stream.time_base), stream=stream)  # goes to the key frame before
+            container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):
-                if round((frame.time - start) * fps) == len(pictures):
-                    pictures.append(encode_png(frame.to_ndarray(format="rgb24")))
-                if len(pictures) == length:
-                    break
-    except (av.FFmpegError, IndexError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as a video: {error}") from error
-    if len(pictures) != length:
-        raise DataError(f"{path} must have {length} frames from {start} s on at {fps} fps, found {len(pictures)}")
-    return pictures
+                yield frame.time - start, frame
+    except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as a video: {where}, frame {len(done)}: {reason}") from error

@@ -17,6 +17,7 @@ from nanochat.metaworld.scene import OBJECT_POSITIONS, PHRASES, Question, scene_
 ENVIRONMENT_STATE = "observation.environment_state"
 SUCCESS = "observation.success"
 HELD = "observation.held"
+SCENE_COLUMNS = (ENVIRONMENT_STATE, SUCCESS, HELD)
 LAST_FRAMES = 25  # half of the questions are about the end of an episode: elsewhere the task is rarely done
 FRAMES_BACK = (5, 25)  # how far "what changed?" looks back: at least, below
 
@@ -36,7 +37,7 @@ def paraphrase(task: str, rng: np.random.Generator | None) -> str:
 
 def has_scene(demos: Demonstrations) -> bool:
     """Whether the demonstrations hold the simulator's state, from which questions are answered."""
-    return all(column in demos.columns for column in (ENVIRONMENT_STATE, SUCCESS, HELD))
+    return all(column in demos.columns for column in SCENE_COLUMNS)
 
 
 def object_positions(demos: Demonstrations, frames: Sequence[int] | slice = slice(None)) -> np.ndarray:
@@ -54,7 +55,7 @@ def questions(demos: Demonstrations, frame: int, rng: np.random.Generator) -> li
     first, where the question compares them. Raises ValueError for a task that is not in `INSTRUCTIONS`."""
     first, rows = demos.first[frame], slice(demos.first[frame], demos.end[frame])
     earlier = max(first, frame - int(rng.integers(*FRAMES_BACK)))
-    state, success, held = (demos.columns[column][rows] for column in (ENVIRONMENT_STATE, SUCCESS, HELD))
+    state, success, held = (demos.columns[column][rows] for column in SCENE_COLUMNS)
     found = scene_questions(demos.task(frame), state, success, held, frame - first, earlier - first, rng)
     return [([earlier, frame] if q.images == 2 else [frame], q) for q in found]
 

@@ -5,17 +5,19 @@ from typing import Protocol
 
 import numpy as np
 
+from nanochat.actions import described, number_array
 from nanochat.errors import UserError
-from nanochat.safety import SafeActions, hold_still
+from nanochat.safety import SafeActions, hold_last, hold_still
 
-HOLDS = ("still", "last")
+HOLDS = ("auto", "still", "last")
 MAX_PROMPT = 500  # characters of an instruction
 
 
 class ActingAgent(Protocol):
     """What serving needs from an agent (see nanochat/agent.py).
 
-    metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim".
+    metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
+        (0 for a policy that reads no state), and "targets" where the actions are absolute targets.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
     act: B images, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, not limited yet.
     """
@@ -26,9 +28,10 @@ class ActingAgent(Protocol):
     def act(self, images: Sequence, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray: ...
 
 
-def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
+def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.ndarray | None, str]:
     """(image (H, W, 3) uint8, state (state_dim,) float32, instruction) of an observation with openpi's keys "observation/image",
-    "observation/state" and "prompt". LeRobot's "observation.image" and "observation.state" work too.
+    "observation/state" and "prompt". LeRobot's "observation.image" and "observation.state" work too. With state_dim 0 the state
+    is None, and one that was sent is not read.
 
     Raises ValueError that names the missing or wrong key.
     """
@@ -38,21 +41,27 @@ def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.
     prompt = observation.get("prompt")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f'"observation/image" must be a (H, W, 3) uint8 array, got {described(image)}')
-    try:
-        state_array = np.asarray(state if state is not None else [], np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}') from error
-    if state_array.shape != (state_dim,) or not np.isfinite(state_array).all():
-        raise UserError(f'"observation/state" must be {state_dim} finite numbers, got {described(state)}')
+    state_array = read_state(state, state_dim) if state_dim else None
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
         raise UserError(f'"prompt" must be an instruction of 1 to {MAX_PROMPT} characters')
     return image, state_array, prompt
 
 
+def read_state(state: object, state_dim: int) -> np.ndarray:
+    """(state_dim,) float32. Raises ValueError for anything but that many finite numbers: text and booleans are none."""
+    expected = f'"observation/state" must be {state_dim} finite numbers'
+    array = number_array([] if state is None else state, expected)
+    if array.shape != (state_dim,):
+        raise UserError(f"{expected}, got {described(state)}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    return number_array(array, expected).astype(np.float32)
+
+
 def act_on(agent: ActingAgent, observation: dict) -> np.ndarray:
     """One observation (see `read_observation`) -> (chunk, action_dim) float32, not limited yet."""
     image, state, prompt = read_observation(observation, agent.metadata["state_dim"])
-    return agent.act([image], state[None], [prompt])[0]
+    return agent.act([image], None if state is None else state[None], [prompt])[0]
 
 
 class SafePolicy:
@@ -63,26 +72,34 @@ class SafePolicy:
         because `max_change` is measured from the last action that was sent.
     max_change: the largest allowed change of each number between two consecutive actions, None for no limit.
     hold: what is sent instead of an unusable action (NaN or infinity). "still": zero motion with the gripper unchanged, for
-        relative actions. "last": the previous action, for absolute position targets.
+        relative actions. "last": the previous action, for absolute targets. "auto": what fits the policy's actions, as its
+        checkpoint describes them.
 
-    Raises ValueError for settings out of range.
+    Raises ValueError for settings out of range, and for "still" with absolute targets: zeros would be a jump.
     """
 
     def __init__(
-        self, agent: ActingAgent, execute: int | None = None, max_change: float | None = None, hold: str = "still"
+        self, agent: ActingAgent, execute: int | None = None, max_change: float | None = None, hold: str = "auto"
     ):
         chunk = agent.metadata["chunk"]
         if execute is not None and not 1 <= execute <= chunk:
             raise UserError(f"execute must lie in 1..{chunk}, the policy's chunk, got {execute}")
         if hold not in HOLDS:
             raise UserError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
-        self.agent, self.execute, self.max_change, self.hold = agent, execute or chunk, max_change, hold
+        absolute = agent.metadata.get("targets") == "absolute"
+        if absolute and hold == "still":
+            raise UserError(
+                "hold still sends zeros, but this policy's actions are absolute targets, and the robot would jump there: use "
+                "last or auto (or train with --targets relative if they are motions)"
+            )
+        self.agent, self.execute, self.max_change = agent, execute or chunk, max_change
+        self.hold = hold if hold != "auto" else "last" if absolute else "still"
         self.metadata = agent.metadata | {"chunk": self.execute}
         self.limits()  # checks max_change before the first client connects
 
     def limits(self) -> SafeActions:
         low, high = self.agent.action_range
-        hold = hold_still(len(low)) if self.hold == "still" else [float("nan")] * len(low)
+        hold = hold_still(len(low)) if self.hold == "still" else hold_last(len(low))
         return SafeActions(low, high, hold, max_change=self.max_change)
 
     def session(self) -> Callable[[dict], dict]:
@@ -97,12 +114,3 @@ class SafePolicy:
             return {"actions": np.stack([limits(action) for action in chunk])}
 
         return act
-
-
-def described(value) -> str:
-    """The type and shape of a received value, for messages."""
-    if isinstance(value, np.ndarray):
-        return f"shape {value.shape} of {value.dtype}"
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    return "nothing" if value is None else type(value).__name__

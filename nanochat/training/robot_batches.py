@@ -34,7 +34,7 @@ def action_batch(
     actions, inside = data.chunks(frames, model.config.chunk)
     prompts = [action_prompt(tokenizer, paraphrase(data.task(frame), rng), model) for frame in frames]
     idx, targets = padded([Row(*row) for row in model.action_head.rows(prompts, actions, inside)])
-    states = torch.from_numpy(model.state_scale.normalize(data.state[frames]))
+    states = None if model.state_scale is None else torch.from_numpy(model.state_scale.normalize(data.state[frames]))
     chunks = torch.from_numpy(model.action_scale.normalize(actions))
     inputs, device = row_inputs(model, idx, states=states), model.device
     return ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))

@@ -1,0 +1,387 @@
+"""Robot data and what training makes of it: tasks of frames, pixels, broken numbers and pictures, videos by time stamps, absolute
+and relative actions."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from nanochat.data.bridge import bridge_episodes
+from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.data.lerobot import EPISODES_PATH, TASKS_PATH, Episode, RobotDataset
+from nanochat.data.lerobot_writer import DATA_PATH, write_dataset
+from nanochat.data.pictures import encode_png
+from nanochat.data.targets import find_targets
+from nanochat.data.video import video_frames
+from nanochat.files import DataError
+from nanochat.metaworld.questions import task_name
+from nanochat.vision.images import ImageError, square
+from tests.data_files import CAMERA, SHAPE, make_episode, write_lines
+
+DATA = DATA_PATH.format(chunk_index=0, file_index=0)
+SIZE = 32
+
+
+def edit_table(path, change):
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def replaced(table: pa.Table, name: str, values) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+def edit_info(folder, **changes):
+    path = folder / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- the task of a frame
+
+
+def mixed(seed: int, *tasks: str) -> Episode:
+    episode = make_episode(len(tasks), seed)
+    return replace(episode, task=tasks[0], frame_tasks=list(tasks))
+
+
+def test_a_frames_task_is_its_task_index(tmp_path):
+    write_dataset(
+        tmp_path / "robot", [mixed(0, *"aaabb"), mixed(1, *"bba"), make_episode(4, 2, task="b")], 10, "arm", SHAPE
+    )
+    dataset = RobotDataset(tmp_path / "robot")
+    assert [info.tasks for info in dataset.episodes] == [("a", "b"), ("b", "a"), ("b",)]
+    assert dataset.episode(0).frame_tasks == list("aaabb") and dataset.episode(2).frame_tasks == []
+    data = open_demonstrations(tmp_path / "robot").read("all", SIZE)
+    assert [data.task(frame) for frame in range(12)] == list("aaabbbbabbbb")
+    assert data.by_task == {"a": [(0, 3), (7, 8)], "b": [(3, 5), (5, 7), (8, 12)]}
+    assert data.first.tolist() == [0] * 5 + [5] * 3 + [8] * 4  # of the episode, whatever its tasks
+    drawn = data.draw(2000, np.random.default_rng(0))
+    assert 0.45 < np.mean([data.task(frame) == "a" for frame in drawn]) < 0.55
+    assert set(data.draw(50, np.random.default_rng(0), last=1)) == {2, 4, 6, 7, 11}
+    chunks, inside = data.chunks([1, 3], 4)
+    assert inside.tolist() == [[True, True, False, False]] * 2  # no actions of the next task
+    np.testing.assert_array_equal(chunks[0, 2:], data.action[[2, 2]])
+
+
+def test_the_table_of_episodes_may_name_one_task_of_several(tmp_path):
+    write_dataset(tmp_path / "robot", [mixed(0, *"aabb"), mixed(1, *"aaab")], 10, "arm", SHAPE)
+    edit_table(tmp_path / "robot" / EPISODES_PATH, lambda t: replaced(t, "tasks", [["a"], ["a"]]))
+    assert list(open_demonstrations(tmp_path / "robot").read("all", SIZE).by_task) == ["a", "b"]
+
+
+def test_tasks_of_version_21_and_of_pandas(tmp_path):
+    write_dataset(tmp_path / "robot", [mixed(0, *"aabb"), mixed(1, *"aaab")], 10, "arm", SHAPE)
+    path = tmp_path / "robot" / TASKS_PATH
+    edit_table(path, lambda t: t.rename_columns(["task_index", "__index_level_0__"]))
+    assert RobotDataset(tmp_path / "robot").episode(1).frame_tasks == list("aaab")
+    path.unlink()
+    rows = [{"episode_index": n, "length": 4, "tasks": ["a", "b"]} for n in range(2)]
+    write_lines(tmp_path / "robot/meta/episodes.jsonl", *rows)
+    write_lines(tmp_path / "robot/meta/tasks.jsonl", {"task_index": 0, "task": "a"}, {"task_index": 1, "task": "b"})
+    edit_info(tmp_path / "robot", codebase_version="v2.1", data_path=DATA)
+    assert RobotDataset(tmp_path / "robot").episode(1).frame_tasks == list("aaab")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / TASKS_PATH).unlink(), r"episode 0 has 2 tasks, and no column task_index"),
+        (
+            lambda folder: edit_table(folder / DATA, lambda t: replaced(t, "task_index", [0, 0, 7, 1] * 2)),
+            r"episode 0: frame 2 has the task_index 7",
+        ),
+        (
+            lambda folder: edit_table(folder / TASKS_PATH, lambda t: replaced(t, "task", ["a", " "])),
+            r"tasks.parquet: row 1: 'task' must be non-empty text",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_known(tmp_path, damage, message):
+    write_dataset(tmp_path / "robot", [mixed(0, *"aabb"), mixed(1, *"aaab")], 10, "arm", SHAPE)
+    damage(tmp_path / "robot")
+    with pytest.raises(DataError, match=message):
+        RobotDataset(tmp_path / "robot").episode(0)
+
+
+def test_frames_of_bridge_have_their_own_instructions(tmp_path):
+    (tmp_path / "0.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8)))
+    row = {"image": "0.png", "rephrasings": [], "action": [0] * 7, "state": [0] * 7}
+    rows = [row | {"episode": 0, "step": n, "instruction": text} for n, text in enumerate(("lift", "lift", "drop"))]
+    write_lines(tmp_path / "frames.jsonl", *rows)
+    assert next(bridge_episodes(tmp_path)).frame_tasks == ["lift", "lift", "drop"]
+    found = open_demonstrations(tmp_path)
+    assert found.read("all", SIZE).by_task == {"lift": [(0, 2)], "drop": [(2, 3)]}
+    assert found.unreadable == ["state"]
+
+
+def test_simulated_episodes_keep_their_name():
+    data = Demonstrations([replace(make_episode(3, 0), extra={"name": "push"})], SIZE, task_name)
+    assert list(data.by_task) == ["push"]
+
+
+# ---- pixels
+
+
+def picture_files() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 4), np.uint8))
+    deep = Image.fromarray(np.tile(np.linspace(0, 60000, SIZE).astype(np.uint16), (SIZE, 1)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = {
+        "rgb": (rgb, "PNG", {}), "jpeg": (rgb, "JPEG", {}), "16 bit": (deep, "PNG", {}), "alpha": (alpha, "PNG", {}),
+        "grey": (rgb.convert("L"), "PNG", {}),
+        "palette": (rgb.quantize(16), "PNG", {}), "grey jpeg": (rgb.convert("L"), "JPEG", {}),
+        "exif": (rgb, "JPEG", {"exif": turned}), "exif png": (rgb, "PNG", {"exif": turned}),
+        "transparent colour": (rgb, "PNG", {"transparency": rgb.getpixel((3, 3))}), "cmyk": (rgb.convert("CMYK"), "JPEG", {}),
+        "webp": (alpha, "WEBP", {"lossless": True}), "1 bit": (rgb.convert("1"), "PNG", {}),
+    }  # fmt: skip
+    files = {}
+    for name, (image, kind, options) in images.items():
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        files[name] = file.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("size", [SIZE, 2 * SIZE])
+@pytest.mark.parametrize("name", list(picture_files()))
+def test_training_sees_the_pixels_that_a_policy_sees(name, size):
+    picture = picture_files()[name]
+    data = Demonstrations([replace(make_episode(1, 0), images={CAMERA: [picture]})], size)
+    np.testing.assert_array_equal(data.images([0])[0], square(picture, size)[0])
+
+
+def test_plain_pictures_of_the_right_size_stay_as_they_are():
+    files = picture_files()
+    for name in ("rgb", "jpeg"):
+        data = Demonstrations([replace(make_episode(1, 0), images={CAMERA: [files[name]]})], SIZE)
+        assert data.pictures == [files[name]]
+
+
+# ---- what is broken is named
+
+
+@pytest.mark.parametrize("size", [SIZE, 2 * SIZE])
+@pytest.mark.parametrize("name", ["rgb", "jpeg"])
+def test_a_broken_picture_is_named(tmp_path, name, size):
+    good = picture_files()[name]
+    episodes = [make_episode(3, 0, images={CAMERA: [picture_files()["rgb"]] * 3}) for _ in range(3)]
+    write_dataset(tmp_path / "robot", episodes, 10, "arm", (SIZE, SIZE, 3))
+    images = [{"bytes": good if n != 7 else good[: len(good) // 2], "path": None} for n in range(9)]
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, CAMERA, images))
+    with pytest.raises(ImageError, match=f"episode 2: frame 1 of the camera {CAMERA}: .*damaged or truncated"):
+        open_demonstrations(tmp_path / "robot").read("val", size)
+
+
+@pytest.mark.parametrize("column", ["observation.state", "action"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_number_that_is_not_finite_is_named(tmp_path, column, value):
+    write_dataset(tmp_path / "robot", [make_episode(n, n) for n in (4, 5, 6)], 10, "arm", SHAPE)
+
+    def change(table):
+        values = np.array(table[column].to_pylist())
+        values[4 + 3, 2] = value
+        return replaced(table, column, values.tolist())
+
+    edit_table(tmp_path / "robot" / DATA, change)
+    with pytest.raises(ValueError, match=rf"episode 1: '{column}' of frame 3 has .* as number 3 of \d \(1 such frames"):
+        open_demonstrations(tmp_path / "robot").read("fit", SIZE)
+
+
+def test_an_unused_column_may_have_gaps():
+    episode = make_episode(3, 0)
+    episode.columns["torque"] = np.array([1, np.nan, 2], np.float32)
+    assert len(Demonstrations([episode], SIZE)) == 3
+
+
+def test_columns_that_change_their_size_are_named():
+    other = make_episode(3, 1)
+    other.columns["action"] = other.columns["action"][:, :2]
+    with pytest.raises(ValueError, match=r"'action' must have the same size in all episodes, found \(2,\), \(3,\)"):
+        Demonstrations([make_episode(3, 0), other], SIZE)
+
+
+def test_a_folder_that_is_missing_or_of_another_kind(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing must be the folder of a LeRobot dataset .* no such folder"):
+        open_demonstrations(tmp_path / "nothing")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="it is a file"):
+        open_demonstrations(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"must have meta/info.json .* found a.txt"):
+        open_demonstrations(tmp_path)
+
+
+def test_unread_columns_and_cameras_are_known(tmp_path):
+    write_dataset(tmp_path / "robot", [make_episode(3, n) for n in range(2)], 10, "arm", SHAPE)
+    edit_table(tmp_path / "robot" / DATA, lambda t: t.append_column("note", pa.array(["x"] * 6)))
+    found = open_demonstrations(tmp_path / "robot")
+    assert found.columns == {"observation.state": 4, "action": 3, "next.success": 1, "count": 2}
+    assert found.unreadable == ["note"]
+
+
+# ---- videos
+
+
+def write_video(path, n: int, fps: str, skip: tuple[int, ...] = ()):
+    """A video of n pictures; each is a little brighter than the one before."""
+    av = pytest.importorskip("av")
+    from fractions import Fraction
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(fps))
+        stream.width, stream.height, stream.bit_rate = 48, 32, 10_000_000
+        for number in range(n):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), round(10 + 240 * number / n), np.uint8), "rgb24")
+            frame.pts = number
+            if number not in skip:
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def shown(pictures: list[bytes], n: int) -> list[int]:
+    """The numbers of the pictures in a video of n."""
+    return [round((np.asarray(Image.open(io.BytesIO(data))).mean() - 10) * n / 240) for data in pictures]
+
+
+@pytest.mark.parametrize(
+    "of_video, of_data", [("30000/1001", 30), ("30", 30000 / 1001), ("24000/1001", 24), ("30", 29.97)]
+)
+def test_videos_are_read_by_time_stamps(tmp_path, of_video, of_data):
+    write_video(tmp_path / "a.mp4", 120, of_video)
+    found = shown(video_frames(tmp_path / "a.mp4", 0.0, np.arange(120) / of_data, of_data, "episode 0"), 120)
+    np.testing.assert_allclose(found, np.arange(120), atol=1)
+
+
+def test_a_dropped_picture_is_replaced_by_its_neighbour_and_a_gap_is_named(tmp_path):
+    write_video(tmp_path / "a.mp4", 20, "10", skip=(7,))
+    found = shown(video_frames(tmp_path / "a.mp4", 0.0, np.arange(20) * 0.1 + 0.03, 10, "episode 0"), 20)
+    assert found[:7] == list(range(7)) and found[8:] == list(range(8, 20))
+    write_video(tmp_path / "b.mp4", 20, "10", skip=(7, 8, 9))
+    with pytest.raises(
+        DataError, match=r"b.mp4: episode 4, front: must have 20 frames .* found 7: .* no picture at 0.700 s"
+    ):
+        video_frames(tmp_path / "b.mp4", 0.0, np.arange(20) * 0.1, 10, "episode 4, front")
+
+
+def video_dataset(folder, times=None):
+    """Two episodes of 6 and 4 frames with a video in one file."""
+    episodes = [make_episode(n, n, images={}) for n in (6, 4)]
+    write_dataset(folder, episodes, 10, "arm", SHAPE)
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    video = {"dtype": "video", "shape": [32, 48, 3], "names": None}
+    template = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    edit_info(folder, features=features | {"front": video, "back": video}, video_path=template)
+    columns = {"chunk_index": [0, 0], "file_index": [0, 0], "from_timestamp": [0.0, 0.6]}
+    path = folder / EPISODES_PATH
+    for camera in ("front", "back"):
+        for name, values in columns.items():
+            edit_table(path, lambda t, n=f"videos/{camera}/{name}", v=values: t.append_column(n, pa.array(v)))
+    if times is not None:
+        edit_table(folder / DATA, lambda t: replaced(t, "timestamp", times))
+    return folder / "videos/front/chunk-000/file-000.mp4"
+
+
+def test_time_stamps_of_the_data_are_used(tmp_path):
+    path = video_dataset(tmp_path / "robot", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0, 0.1, 0.3, 0.5])
+    write_video(path, 12, "10")
+    dataset = RobotDataset(tmp_path / "robot")
+    assert shown(dataset.episode(0, ["front"]).images["front"], 12) == [0, 1, 2, 3, 4, 5]
+    assert shown(dataset.episode(1, ["front"]).images["front"], 12) == [6, 7, 9, 11]
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, "timestamp", [0.0] * 10))
+    with pytest.raises(DataError, match="episode 1: 'timestamp' must be seconds that increase"):
+        RobotDataset(tmp_path / "robot").episode(1, ["front"])
+
+
+def test_only_the_video_that_is_read_must_be_there(tmp_path):
+    path = video_dataset(tmp_path / "robot")
+    with pytest.raises(
+        FileNotFoundError, match="episode 0: the video of front is not at .*file-000.mp4, where video_path in"
+    ):
+        open_demonstrations(tmp_path / "robot", "front")
+    write_video(path, 10, "10")
+    assert open_demonstrations(tmp_path / "robot", "front").read("all", SIZE).images([9]).shape == (1, SIZE, SIZE, 3)
+
+
+def test_a_broken_video_is_named(tmp_path):
+    path = video_dataset(tmp_path / "robot")
+    write_video(path, 10, "10")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="cannot be read as a video: episode 1, front, frame 0"):
+        RobotDataset(tmp_path / "robot").episode(1, ["front"])
+
+
+def test_a_missing_pyav_names_the_command(tmp_path, monkeypatch):
+    path = video_dataset(tmp_path / "robot")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="reading videos needs the library PyAV: pip install av"):
+        RobotDataset(tmp_path / "robot").episode(0, ["front"])
+
+
+# ---- absolute and relative actions
+
+
+def recorded(
+    kind: str, state: str = "observation.state", seed: int = 0, n: int = 4, length: int = 60
+) -> Demonstrations:
+    """A robot whose three joints and gripper move smoothly; actions of some kind."""
+    rng, episodes = np.random.default_rng(seed), []
+    for _ in range(n):
+        phase, speed, middle = rng.uniform(0, 6, 4), rng.uniform(0.02, 0.2, 4), rng.uniform(-0.3, 0.3, 4)
+        states = middle + np.sin(phase + speed * np.arange(length + 1)[:, None])
+        motion = np.diff(states, axis=0)
+        actions = {
+            "targets": states[1:], "now": states[:-1], "noisy": states[1:] + rng.normal(0, 0.2, motion.shape),
+            "degrees": np.rad2deg(states[1:]), "motion": motion, "scaled motion": 20 * motion, "velocity": 30 * motion,
+            "far pose": states[1:, ::-1] + 5, "noise": rng.normal(size=motion.shape),
+        }[kind]  # fmt: skip
+        columns = {"action": actions.astype(np.float32)}
+        if state:
+            columns[state] = states[:-1].astype(np.float32)
+        images = {CAMERA: [encode_png(np.zeros((8, 8, 3), np.uint8))] * length}
+        episodes.append(Episode("go", columns, images))
+    return Demonstrations(episodes, 8)
+
+
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("targets", "absolute"),
+        ("now", "absolute"),
+        ("noisy", "absolute"),
+        ("degrees", "absolute"),
+        ("far pose", "absolute"),
+        ("motion", "relative"),
+        ("scaled motion", "relative"),
+        ("velocity", "relative"),
+        ("noise", "relative"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("state", ["observation.state", "observation.joint_positions"])
+def test_absolute_targets_are_found(kind, targets, state, seed):
+    found, reason = find_targets(recorded(kind, state, seed))
+    assert found == targets and reason
+
+
+def test_without_a_state_zero_must_be_possible():
+    assert find_targets(recorded("far pose", ""))[0] == "absolute"
+    found, reason = find_targets(recorded("motion", ""))
+    assert found == "relative" and reason.startswith("a guess")
+
+
+def test_short_and_constant_data_is_no_error():
+    for n, length in ((1, 1), (2, 2)):
+        assert find_targets(recorded("motion", n=n, length=length))[0] in ("relative", "absolute")
+    still = recorded("motion")
+    still.action[:] = 0
+    assert find_targets(still)[0] == "relative"
