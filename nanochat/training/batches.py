@@ -48,9 +48,11 @@ class Rows:
                     self.images.append(image)
             rendered = render(tokenizer, sample.messages, config.vision_tokens_per_image)
             if len(rendered.ids) > config.sequence_len + 1:
+                longest = f"{sample.question[:40]!r} ... {sample.answer[:40]!r}"
                 raise DataError(
-                    f"a conversation of {len(rendered.ids)} tokens ({sample.question[:40]!r}...) does not fit the context "
-                    f"of {config.sequence_len}: raise sequence_len or use fewer vision_tokens"
+                    f"{sample.where or 'the data'}: the conversation {longest} has {len(rendered.ids)} tokens, but the context "
+                    f"has {config.sequence_len}, vision tokens included: use --sequence-len {len(rendered.ids) - 1}, "
+                    "fewer --vision-tokens, or a shorter text"
                 )
             row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys))
             groups.setdefault(keys or ("text", len(groups)), []).append(row)
@@ -152,25 +154,38 @@ class EncodedVectors:
     """Vision vectors through the model's encoder, differentiable: (U, N, D) of the given pictures, augmented if there is an rng.
 
     Letterboxed pictures are kept in memory as bytes (64 x 64: 12 kB each, 224 x 224: 150 kB), since decoding them every
-    epoch takes longer than a small encoder does.
+    epoch takes longer than a small encoder does. memory: bytes for that; the pictures that do not fit are decoded each time.
     """
 
-    def __init__(self, model: MultimodalGPT, images: Sequence, flip: str = "none", jitter: float = 0.0):
+    def __init__(self, model: MultimodalGPT, images: Sequence, memory: float, flip: str = "none", jitter: float = 0.0):
         self.model, self.images, self.flip, self.jitter = model, images, flip, jitter
         self.squares: dict[int, np.ndarray] = {}
+        self.n_kept = min(len(images), int(memory // (3 * model.vision_encoder.image_size**2)))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the pictures that are kept."""
+        return self.n_kept * 3 * self.model.vision_encoder.image_size**2
 
     def square(self, number: int) -> np.ndarray:
         """(S, S, 3) uint8."""
-        if number not in self.squares:
-            self.squares[number] = square(self.images[number], self.model.vision_encoder.image_size)[0]
-        return self.squares[number]
+        if number in self.squares:
+            return self.squares[number]
+        found = square(self.images[number], self.model.vision_encoder.image_size)[0]
+        if number < self.n_kept:  # every epoch needs every picture once, so no choice is better than another
+            self.squares[number] = found
+        return found
 
-    def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
+    def pixels(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
+        """(U, 3, S, S) in 0..1, on the encoder's device."""
         device = next(self.model.vision_encoder.parameters()).device
         pixels = to_pixels(np.stack([self.square(number) for number in numbers]), device, torch.float32)
         if rng is not None:
             pixels = augment(pixels, rng, self.flip, self.jitter)
-        return self.model.see(pixels.contiguous(memory_format=torch.channels_last))
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
+        return self.model.see(self.pixels(numbers, rng))
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float) -> torch.Tensor:

@@ -5,6 +5,9 @@ import json
 
 from nanochat.evaluation.controls import CONDITIONS
 
+LEARNT = 0.9  # share of the training questions from which on they count as learnt
+GAP = 0.1  # between the shares of training and held-out questions
+
 
 def describe(step: int, seconds: float, check: dict) -> str:
     """A validation in one line. check: losses "aligned", "shuffled", "blind", and shares "aligned_accuracy", ...; a condition
@@ -18,6 +21,25 @@ def describe(step: int, seconds: float, check: dict) -> str:
     return f"step {step:5d}  {seconds / 60:5.1f} min  loss{exact}: {'  '.join(parts)}"
 
 
+def advice(last: dict, steps: int) -> list[str]:
+    """What to try next, in words. last: the last validation."""
+    lines = []
+    if "shuffled" in last and "aligned" in last and last["shuffled"] - last["aligned"] < 0.02:
+        lines.append("The picture makes no difference: the model has not learnt to use it yet.")
+    right, asked, held_out = (last.get(name) for name in ("train_right", "train_asked", "aligned_accuracy"))
+    if asked:
+        learnt = f"{right} of {asked} answers about training pictures are exactly right"
+        if right < LEARNT * asked:
+            lines.append(f"{learnt}: train longer, for instance with --steps {2 * steps}.")
+        elif held_out is not None and held_out < right / asked - GAP:
+            lines.append(
+                f"{learnt}, but {held_out:.0%} of those about held-out ones: more pictures will help, more steps will not."
+            )
+        else:
+            lines.append(f"{learnt}.")
+    return lines
+
+
 def history_files(history: list[dict], unit: str) -> dict[str, bytes]:
     """{"metrics.jsonl": one line per entry, "loss.png": the curves}. unit: of the losses."""
     import matplotlib
@@ -27,7 +49,8 @@ def history_files(history: list[dict], unit: str) -> dict[str, bytes]:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [line for line in history if "loss" in line]
-    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="0.7")
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="0.7",
+              marker="." if len(steps) < 3 else None)  # fmt: skip
     for condition in CONDITIONS:
         checks = [line for line in history if condition in line]
         axes.plot(

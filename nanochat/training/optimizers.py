@@ -3,6 +3,8 @@
 Muon (Keller Jordan, 2024) trains the decoder's matrices; AdamW trains everything else.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from nanochat.gpt import GPT
@@ -41,6 +43,12 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
     rise = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     fall = min(1.0, (steps - step) / max(1, recipe.cooldown * steps))
     return rise * fall
+
+
+def gradients_are_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether every gradient is finite, and the norm over all of them too."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 def optimizer_tensors(optimizers) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ model does not use the pictures.
 """
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,12 @@ from nanochat.training.batches import (
     row_inputs,
 )
 from nanochat.training.features import cached_features
+from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipes import PictureRecipe
 from nanochat.training.rewards import sample_captions
-from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder
+from nanochat.training.statistics import picture_batches
+from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
 
 
 class PictureTask(Task):
@@ -81,7 +84,8 @@ class PictureTask(Task):
         val_samples = limit(one_per_reference(self.val_set.samples), 5 * recipe.val_images)
         self.val_rows = Rows(val_samples, tokenizer, model.config)
         self.multi_turn = self.rows.multi_turn
-        self.imitation_steps = recipe.steps or math.ceil(recipe.epochs * len(self.rows.groups) / recipe.images_per_step)
+        of_epochs = math.ceil(recipe.epochs * len(self.rows.groups) / recipe.images_per_step)
+        self.imitation_steps = recipe.steps or max(of_epochs, recipe.min_steps)
         self.steps = self.imitation_steps + self.reward_steps
         self.unknown_id = tokenizer.special("<|bos|>")  # replaces dropped tokens; elsewhere it only begins a row
         if recipe.encoder_device:
@@ -96,9 +100,12 @@ class PictureTask(Task):
         recipe, encoder = self.recipe, self.model.vision_encoder
         if recipe.train_encoder:
             encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16
-            self.vectors = EncodedVectors(self.model, self.rows.images, recipe.flip, recipe.jitter)
-            self.val_vectors = EncodedVectors(self.model, self.val_rows.images)
+            memory = recipe.picture_memory * 1e9
+            self.val_vectors = EncodedVectors(self.model, self.val_rows.images, memory)
+            memory -= self.val_vectors.n_bytes
+            self.vectors = EncodedVectors(self.model, self.rows.images, memory, recipe.flip, recipe.jitter)
             decode_all([self.vectors, self.val_vectors])
+            self.say_what_is_kept()
             return
         if recipe.encoder.endswith((".yaml", ".yml")) and not recipe.start_from:
             console.print(
@@ -107,6 +114,36 @@ class PictureTask(Task):
             )
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
         self.vectors, self.val_vectors = compute_features(self.model, [self.rows, self.val_rows], folder)
+
+    def say_what_is_kept(self) -> None:
+        n, kept = len(self.vectors.images), self.vectors.n_kept
+        if kept < n:
+            needed = 3 * self.recipe.image_size**2 * n / 1e9
+            say(
+                f"{kept} of {n} training pictures fit into --picture-memory {self.recipe.picture_memory:g} GB and stay decoded; "
+                f"the others are decoded again in every epoch (all of them need {needed:.2g} GB)"
+            )
+
+    def fingerprint(self) -> dict[str, dict]:
+        return {
+            "training": samples_fingerprint(self.samples, self.rows.images),
+            "validation": samples_fingerprint(self.val_set.samples, self.val_rows.images),
+        }
+
+    def pixel_batches(self) -> Iterator[torch.Tensor]:
+        size = self.recipe.device_batch_size or self.recipe.images_per_step
+        rng = np.random.default_rng([self.recipe.seed, 0, 3])
+        for numbers in picture_batches(len(self.rows.images), size, rng):
+            yield self.vectors.pixels(numbers, rng)
+
+    def next_commands(self, out: Path) -> list[str]:
+        sample = self.val_set.samples[0]
+        picture = sample.images[0] if sample.images and isinstance(sample.images[0], (str, Path)) else "PICTURE"
+        words = ["ask", picture, sample.question]
+        if sample.question == CAPTION_PROMPT:
+            words = ["caption", picture]
+        commands = [[*words, "--checkpoint", out], ["eval", out, self.recipe.data, "--split", self.recipe.val_split]]
+        return [shlex.join(["nanochat", *map(str, command)]) for command in commands]
 
     def describe_data(self) -> str:
         train, val = self.train_set, self.val_set
@@ -194,6 +231,24 @@ class PictureTask(Task):
     def validate(self) -> dict[str, float]:
         """Mean losses in nats per token, and the share of rows that greedy generation would answer exactly right."""
         return validate_rows(self.model, self.val_rows, self.val_vectors, self.recipe.images_per_step)
+
+    @torch.no_grad()
+    def check_training(self) -> dict[str, int]:
+        """A question with several right answers (the captions of a picture) is answered right if one of them is given."""
+        groups = self.rows.groups[: self.recipe.val_images]  # they are in the order of the data
+        self.model.eval()
+        size = self.recipe.images_per_step
+        right: dict[tuple, bool] = {}
+        for start in range(0, len(groups), size):
+            rows = [row for group in groups[start : start + size] for row in group]
+            batch = make_batch(rows)
+            shown = batch.in_rows(self.vectors(batch.numbers)) if batch.numbers else None
+            hidden = self.model.hidden(row_inputs(self.model, batch.idx, shown))
+            found = exactly_right(self.model, hidden, batch.targets.to(self.model.device)).tolist()
+            for row, is_right in zip(rows, found, strict=True):
+                question = (*row.images, *row.ids[: row.mask.index(1)])
+                right[question] = right.get(question, False) or is_right
+        return {"train_right": sum(right.values()), "train_asked": len(right)}
 
 
 def validate_rows(

@@ -7,40 +7,51 @@ train ──> take_step ──> task.backward, optimizer.step
 """
 
 import math
-import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanochat.checkpoint import load_checkpoint, load_resume, read_json, read_manifest, readable, save_checkpoint
+from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from nanochat.devices import pick_device
 from nanochat.errors import UserError, user_errors
 from nanochat.evaluation.controls import CONDITIONS
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.history import describe, history_files
-from nanochat.training.optimizers import load_optimizers, make_optimizers, optimizer_tensors
+from nanochat.training.history import advice, describe, history_files
+from nanochat.training.optimizers import (
+    gradients_are_finite,
+    load_optimizers,
+    make_optimizers,
+    optimizer_tensors,
+)
+from nanochat.training.out_folder import check_new, hold_folder, release_folder
 from nanochat.training.pictures import PictureTask
 from nanochat.training.recipes import Recipe, Robot, recipe_name
-from nanochat.training.task import StepResult, Task, console, set_training
+from nanochat.training.resuming import (
+    PLACES,
+    all_learnt,
+    check_same,
+    check_same_data,
+    first_state,
+    out_folder,
+    resume_command,
+    start_from_command,
+    started_recipe,
+)
+from nanochat.training.statistics import estimate_statistics, trained_norms
+from nanochat.training.task import StepResult, Task, console, say, set_training
 
-LOG_EVERY = 10  # steps that a line of the history averages
+LOG_EVERY = 10  # steps that a line of the history averages, at most
+MAX_SKIPPED = 10  # steps in a row without a finite gradient: the run is lost
 AUXILIARY = "helper."  # prefix in resume.safetensors; the name is older than the class
-# Fields of a recipe that may change when a run is resumed: they say where and how, not what is learnt. More reward steps
-# may be added at any time.
-PLACES = ("out", "cache", "resume")
-HOW = (
-    "data", "encoder", "start_from", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads",
-    "save_every", "eval_every", "reward_steps",
-)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,8 +66,16 @@ class Run:
         """
         recipe.check()
         self.out = out_folder(recipe)
-        if (self.out.exists() or self.out.is_symlink()) and not recipe.resume:
-            raise FileExistsError(f"{self.out} exists: resume the run in it with --resume, or choose another --out")
+        hold_folder(self.out)
+        try:
+            self.open(recipe)
+        except BaseException:
+            release_folder(self.out)
+            raise
+
+    def open(self, recipe: Recipe) -> None:
+        if not recipe.resume:
+            check_new(self.out, resume_command(recipe))
         if not recipe.data:
             raise UserError(f"{recipe_name(recipe)} needs the path of your data: --data PATH")
         device = pick_device(recipe.device)
@@ -74,19 +93,30 @@ class Run:
             task.prepare(self.model, self.tokenizer)
             if started is not None:
                 check_same(task, started, state)
+            self.fingerprint = task.fingerprint()
+            if started is not None:
+                check_same_data(recipe, state.get("fingerprint"), self.fingerprint)
             task.load_images(self.out)
             self.optimizers = make_optimizers(self.model, self.recipe, task.auxiliary)
-        self.steps, self.step, self.seconds = task.steps, state["step"], state["seconds"]
-        self.history, self.earlier = state["history"], state.get("earlier", [])
-        self.learnt = all_learnt(state.get("learnt"), task.learnt())
-        self.stopping, self.started = False, time.monotonic()
+        self.set_state(state)
         if recipe.resume:
             self.load_resume_state()
         n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        console.print(
+        say(
             f"{task.describe_data()}; {n_parameters:,} trained parameters, vocabulary {self.tokenizer.vocab_size}, "
             f"{self.steps} steps on {device}"
         )
+
+    def set_state(self, state: dict) -> None:
+        """state: what training.json holds of a run, or `resuming.first_state`."""
+        self.steps, self.step, self.seconds = self.task.steps, state["step"], state["seconds"]
+        self.history, self.earlier = state["history"], state.get("earlier", [])
+        self.learnt = all_learnt(state.get("learnt"), self.task.learnt())
+        self.skipped, self.skipped_in_a_row = state.get("skipped", 0), 0
+        self.eval_every = self.recipe.eval_every or min(250, max(1, self.steps // 10))
+        self.log_every = min(LOG_EVERY, max(1, self.steps // 10))
+        self.statistics_of = None  # the step whose weights BatchNorm's statistics belong to
+        self.stopping, self.started = False, time.monotonic()
 
     def open_model(self, recipe: Recipe) -> tuple[GPT, Tokenizer, dict]:
         """(model, tokenizer, state of the run). Checkpoints are loaded on the CPU, where they are float32: exact for resuming."""
@@ -108,66 +138,122 @@ class Run:
     # ---- the loop
 
     def train(self) -> Path:
-        """Run to the end; returns the checkpoint folder. A first Ctrl-C (or SIGTERM, as schedulers send it) finishes the step,
-        saves, and raises KeyboardInterrupt with the command to resume. MemoryError where the GPU is full."""
-        advice, recipe = full_gpu_explained(self.task.memory_advice), self.recipe
-        with advice, stop_signals(self.request_stop), progress_bar(self.steps, self.step) as show:
-            meter = Meter()
+        """Run to the end; returns the checkpoint folder. A first Ctrl-C (or SIGTERM, as schedulers send it, or SIGHUP, as a lost
+        connection does) finishes the step, saves, and raises KeyboardInterrupt with the command to resume. MemoryError where the
+        GPU is full, UserError where the run diverges."""
+        try:
+            with full_gpu_explained(self.task.memory_advice), stop_signals(self.request_stop):
+                self.run_steps()
+        finally:
+            release_folder(self.out)
+        self.report()
+        return self.out
+
+    def run_steps(self) -> None:
+        recipe, meter = self.recipe, Meter()
+        if self.step >= self.steps:
+            say(f"the run in {self.out} has finished its {self.steps} steps; to train on: {start_from_command(recipe)}")
+        with progress_bar(self.steps, self.step) as show:
+            if not self.history:
+                self.check()  # where it started from; a curve needs two points
             while self.step < self.steps:
                 measure = self.task.measure(self.step)
                 meter.results.append(self.take_step())
                 is_last = self.step == self.steps
-                if len(meter.results) == LOG_EVERY or is_last or self.task.measure(self.step) != measure:
+                if len(meter.results) == self.log_every or is_last or self.task.measure(self.step) != measure:
                     line = meter.averages(measure)
                     self.log(**line)
                     show(self.step, line, measure)
                     meter.restart()
-                if self.step % recipe.eval_every == 0 or is_last:
-                    check = self.validate()
-                    self.log(**check)
-                    console.print(describe(self.step, self.elapsed(), check))
+                if self.step % self.eval_every == 0 or is_last:
+                    self.check(is_last)
                     meter.restart()
                 if self.step % recipe.save_every == 0 or is_last or self.stopping:
                     self.save()
                 if self.stopping and not is_last:
                     raise KeyboardInterrupt(
-                        f"stopped at step {self.step} of {self.steps} and saved; resume with: {resume_command(self)}"
+                        f"stopped at step {self.step} of {self.steps} and saved; resume with: "
+                        + resume_command(replace(recipe, out=str(self.out)))
                     )
-        self.report()
-        return self.out
 
     def take_step(self) -> StepResult:
-        """Gradients from the task, then one step of the optimisers. Raises ValueError for a loss that is not finite."""
+        """Gradients from the task, then one step of the optimisers. A step whose loss or gradient is not finite is skipped.
+        Raises UserError after many of them in a row."""
+        if self.step >= self.steps - self.task.reward_steps:
+            self.update_statistics()  # reward steps read them
         set_training(self.model, self.recipe)
         result = self.task.backward(self.step)
-        if not math.isfinite(result.value):
-            raise UserError(
-                f"the loss became {result.value} at step {self.step}: lower the learning rates (matrix_lr first)"
-            )
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        parameters = list(self.model.parameters())
+        if math.isfinite(result.value) and gradients_are_finite([*parameters, *self.auxiliary_parameters()]):
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.update_weights()
+            self.skipped_in_a_row = 0
+        else:
+            self.skip_step(result.value)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return result
+
+    def update_weights(self) -> None:
         factor = self.task.rate_factor(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return result
+
+    def skip_step(self, loss: float) -> None:
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+        if self.skipped_in_a_row == min(MAX_SKIPPED, self.steps):
+            state = "the checkpoint of an earlier step is intact" if self.out.exists() else "nothing was saved"
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last is step {self.step}: its {what}; {state}. "
+                "Lower the learning rates (matrix_lr first)"
+            )
+        if self.skipped <= MAX_SKIPPED:
+            say(f"step {self.step} is skipped: its {what}", "yellow")
+
+    def auxiliary_parameters(self) -> list[torch.nn.Parameter]:
+        return [] if self.task.auxiliary is None else list(self.task.auxiliary.parameters())
+
+    def update_statistics(self) -> None:
+        """Make BatchNorm's statistics those of the current weights, where an encoder's BatchNorm trains."""
+        step = min(self.step, self.steps - self.task.reward_steps)  # reward steps leave the encoder alone
+        if self.statistics_of != step:
+            set_training(self.model, self.recipe)
+            norms = trained_norms(self.model)
+            if norms:
+                estimate_statistics(self.model, norms, self.task.pixel_batches())
+            self.statistics_of = step
+
+    def check(self, is_last: bool = False) -> None:
+        """Validate, and put the result into the history and on the screen."""
+        check = self.validate()
+        if is_last:
+            check |= self.task.check_training()
+        self.log(**check)
+        say(describe(self.step, self.elapsed(), check))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
+        self.update_statistics()
         self.model.eval()
         return self.task.validate()
 
     def request_stop(self, number: int, frame) -> None:
         """Breaking off in the middle of a step would leave half of it in the weights. A second signal does not wait."""
-        if self.stopping:
+        if number == signal.SIGHUP:
+            console.quiet = True  # the terminal is gone: writing to it would be an error
+        elif self.stopping:
             raise KeyboardInterrupt("stopped at once: the steps since the last checkpoint are lost")
         self.stopping = True
 
     # ---- records
 
     def log(self, **values) -> None:
+        """A line of the history. Values that are not finite are no JSON and are left out."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self.history.append({"step": self.step, "seconds": round(self.elapsed(), 2), **values})
 
     def elapsed(self) -> float:
@@ -175,6 +261,14 @@ class Run:
         return self.seconds + time.monotonic() - self.started
 
     def save(self) -> None:
+        """Raises UserError, and leaves the old checkpoint, where a weight is not finite."""
+        self.update_statistics()
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{name} is no longer finite at step {self.step}, so this step is not saved: lower the learning rates "
+                    "(matrix_lr first)"
+                )
         training = {
             "recipe_name": recipe_name(self.recipe),
             "recipe": {k: v for k, v in asdict(self.recipe).items() if k not in PLACES},
@@ -187,6 +281,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "multi_turn": self.task.multi_turn,
             "learnt": self.learnt,
+            "skipped": self.skipped,
+            "fingerprint": self.fingerprint,
         }
         resume, extra = optimizer_tensors(self.optimizers), history_files(self.history, self.task.unit)
         if self.task.auxiliary is not None:
@@ -205,9 +301,13 @@ class Run:
             if values[0] is not None:
                 table.add_row(name, *("-" if value is None else style.format(value) for value in values))
         console.print(table)
-        if "shuffled" in last and last["shuffled"] - last["aligned"] < 0.02:
-            console.print("[yellow]The picture makes no difference: the model has not learnt to use it yet.[/yellow]")
-        console.print(f"checkpoint and loss curve in {self.out}")
+        if self.skipped:
+            say(f"{self.skipped} steps were skipped because their loss or gradient was not finite", "yellow")
+        for line in advice(last, self.steps):
+            say(line, "yellow")
+        say(f"checkpoint and loss curve in {self.out}")
+        for command in self.task.next_commands(self.out):
+            say(f"next: {command}")
 
 
 class Meter:
@@ -222,8 +322,9 @@ class Meter:
 
     def averages(self, measure: str) -> dict[str, float]:
         seconds = max(time.monotonic() - self.since, 1e-9)
+        values = [result.value for result in self.results if math.isfinite(result.value)]
         return {
-            measure: sum(result.value for result in self.results) / len(self.results),
+            measure: sum(values) / len(values) if values else math.nan,
             "tokens_per_s": sum(result.tokens for result in self.results) / seconds,
             "images_per_s": sum(result.images for result in self.results) / seconds,
         }
@@ -248,11 +349,14 @@ def progress_bar(steps: int, done: int) -> Iterator[Callable[[int, dict, str], N
 
 @contextmanager
 def stop_signals(handler: Callable) -> Iterator[None]:
-    """SIGINT and SIGTERM call the handler inside the block. Python allows this in the main thread only; elsewhere it does
-    nothing."""
+    """SIGINT, SIGTERM and SIGHUP call the handler inside the block; SIGHUP only if it is not ignored, as under nohup. Python
+    allows this in the main thread only; elsewhere it does nothing."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -275,66 +379,3 @@ def task_class_of(recipe: Recipe) -> type[Task]:
 
         return RobotTask
     return PictureTask
-
-
-# ---- starting and resuming
-
-
-def out_folder(recipe: Recipe) -> Path:
-    return Path(recipe.out or f"runs/{recipe_name(recipe)}").expanduser()
-
-
-def resume_command(run: Run) -> str:
-    return f"nanochat train {recipe_name(run.recipe)} --out {shlex.quote(str(run.out))} --resume"
-
-
-def first_state(training: dict | None = None) -> dict:
-    """The state of a run before its first step. training: of the checkpoint that it starts from; its runs are kept in "earlier",
-    so that a model records all of its training."""
-    if training is None:
-        return {"step": 0, "seconds": 0.0, "history": [], "earlier": []}
-    recipe = training.get("recipe", {})
-    run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
-    run |= {key: recipe.get(key) for key in ("data", "seed")}
-    # a checkpoint older than the record may have learnt anything
-    learnt = training.get("learnt", dict.fromkeys(("questions", "captions", "actions"), True))
-    return first_state() | {"earlier": [*training.get("earlier", []), run], "learnt": learnt}
-
-
-def all_learnt(before: dict[str, bool] | None, now: dict[str, bool]) -> dict[str, bool]:
-    """What the model was trained for, the checkpoint that it started from included: "questions", "captions", "actions"."""
-    return {name: taught or bool((before or {}).get(name)) for name, taught in now.items()}
-
-
-def started_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that the run in `recipe.out` was started with. Raises CheckpointError where there is none, ValueError where it
-    is another kind of recipe."""
-    out = out_folder(recipe)
-    folder = readable(out.absolute())
-    read_manifest(folder)  # raises where there is no checkpoint
-    training = read_json(folder / "training.json")
-    if training["recipe_name"] != recipe_name(recipe):
-        raise UserError(
-            f"the run in {out} was started with the recipe {training['recipe_name']}, not {recipe_name(recipe)}; resume with: "
-            f"nanochat train {training['recipe_name']} --out {shlex.quote(str(out))} --resume"
-        )
-    known = {field.name for field in fields(recipe)}
-    saved = {name: value for name, value in training["recipe"].items() if name in known}
-    return type(recipe)(**saved, out=recipe.out, resume=True)
-
-
-def check_same(task: Task, started: Recipe, state: dict) -> None:
-    """A resumed run must continue what it was started with. It may become longer or shorter until its learning rates begin to
-    fall: up to there both are the same run. state: training.json. Raises ValueError naming what changed."""
-    recipe, free = task.recipe, {*PLACES, *HOW}
-    now = task.steps - task.reward_steps
-    before = state["steps"] - getattr(started, "reward_steps", 0)
-    if state["step"] <= (1 - recipe.cooldown) * min(now, before):
-        free |= {"epochs", "steps"}
-    old, new = asdict(started), asdict(recipe)
-    changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
-    if changed:
-        raise UserError(
-            f"these settings differ from those of the run in {out_folder(recipe)}: {'; '.join(changed)}. Omit them to resume "
-            "it, or choose another --out"
-        )

@@ -3,6 +3,7 @@
 `pictures.PictureTask` learns conversations about pictures, `robots.RobotTask` demonstrations.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,19 @@ from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipes import Recipe
 from nanochat.vision.encoder import Encoder
 
-console = Console()
+
+class TrainingConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader of a pipe is gone, as in `| head`: training goes on without output."""
+        self.quiet = True
+
+
+console = TrainingConsole()
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it is: not wrapped, since it may hold a command to copy, and without markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -58,6 +71,10 @@ class Task:
         self.recipe = shaped_like(self.recipe, model)
         return model
 
+    def fingerprint(self) -> dict[str, dict]:
+        """What identifies the data, "training" and "validation", see `fingerprint.changes`. Reads the pictures' files."""
+        raise NotImplementedError
+
     def prepare(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Everything that is cheap and needs the model: sets `model`, `tokenizer`, `steps` and `auxiliary`. Raises ValueError for
         a recipe that does not fit the data."""
@@ -85,6 +102,19 @@ class Task:
     def backward(self, step: int) -> StepResult:
         """Accumulate the gradients of a step. It depends on (seed, step) only, so a resumed run equals an unbroken one."""
         raise NotImplementedError
+
+    def pixel_batches(self) -> Iterable[torch.Tensor]:
+        """Pixels (B, 3, S, S) of training pictures as steps have them, the same at every call, for BatchNorm's statistics."""
+        raise NotImplementedError
+
+    def check_training(self) -> dict[str, int]:
+        """How much of the training data is learnt, after the last step: "train_right" of "train_asked" questions. Empty where
+        that is not counted."""
+        return {}
+
+    def next_commands(self, out: Path) -> list[str]:
+        """What to run next with the checkpoint."""
+        return []
 
     def validate(self) -> dict[str, float]:
         """Losses "aligned", "shuffled" and "blind", and the same with "_accuracy" appended where answers are counted. A

@@ -1,0 +1,111 @@
+"""What a run continues: its own checkpoint (`--resume`) or another one (`--start-from`), and whether that is the same run."""
+
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from nanochat.checkpoint import read_json, read_manifest, readable
+from nanochat.errors import UserError
+from nanochat.training.fingerprint import changes
+from nanochat.training.recipes import Recipe, recipe_name
+from nanochat.training.task import Task, say
+
+# Fields of a recipe that may change when a run is resumed: they say where and how, not what is learnt. More reward steps
+# may be added at any time. The data are compared by their fingerprint.
+PLACES = ("out", "cache", "resume")
+HOW = (
+    "data", "encoder", "start_from", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads",
+    "save_every", "eval_every", "reward_steps", "picture_memory",
+)  # fmt: skip
+LENGTH = ("epochs", "steps", "min_steps")  # compared as the steps that follow from them
+
+
+def out_folder(recipe: Recipe) -> Path:
+    return Path(recipe.out or f"runs/{recipe_name(recipe)}").expanduser()
+
+
+def train_command(recipe: Recipe, *flags: object) -> str:
+    """A command line for the user, quoted for a shell."""
+    return shlex.join(["nanochat", "train", recipe_name(recipe), *map(str, flags)])
+
+
+def resume_command(recipe: Recipe) -> str:
+    return train_command(recipe, "--out", out_folder(recipe), "--resume")
+
+
+def start_from_command(recipe: Recipe, *flags: object) -> str:
+    """The command that trains on from the checkpoint of a run, as a run of its own."""
+    out = out_folder(recipe)
+    return train_command(recipe, "--data", recipe.data, "--start-from", out, "--out", f"{out}-2", *flags)
+
+
+def first_state(training: dict | None = None) -> dict:
+    """The state of a run before its first step. training: of the checkpoint that it starts from; its runs are kept in "earlier",
+    so that a model records all of its training."""
+    if training is None:
+        return {"step": 0, "seconds": 0.0, "history": [], "earlier": []}
+    recipe = training.get("recipe", {})
+    run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
+    run |= {key: recipe.get(key) for key in ("data", "seed")}
+    # a checkpoint older than the record may have learnt anything
+    learnt = training.get("learnt", dict.fromkeys(("questions", "captions", "actions"), True))
+    return first_state() | {"earlier": [*training.get("earlier", []), run], "learnt": learnt}
+
+
+def all_learnt(before: dict[str, bool] | None, now: dict[str, bool]) -> dict[str, bool]:
+    """What the model was trained for, the checkpoint that it started from included: "questions", "captions", "actions"."""
+    return {name: taught or bool((before or {}).get(name)) for name, taught in now.items()}
+
+
+def started_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that the run in `recipe.out` was started with. Raises CheckpointError where there is none, ValueError where it
+    is another kind of recipe."""
+    out = out_folder(recipe)
+    folder = readable(out.absolute())
+    read_manifest(folder)  # raises where there is no checkpoint
+    training = read_json(folder / "training.json")
+    if training["recipe_name"] != recipe_name(recipe):
+        raise UserError(
+            f"the run in {out} was started with the recipe {training['recipe_name']}, not {recipe_name(recipe)}; resume with: "
+            f"nanochat train {training['recipe_name']} --out {shlex.quote(str(out))} --resume"
+        )
+    known = {field.name for field in fields(recipe)}
+    saved = {"min_steps": 1} | training["recipe"]  # release 0.1 had no least number of steps
+    return type(recipe)(**{name: value for name, value in saved.items() if name in known}, out=recipe.out, resume=True)
+
+
+def check_same(task: Task, started: Recipe, state: dict) -> None:
+    """A resumed run must continue what it was started with. It may become longer or shorter until its learning rates begin to
+    fall: up to there both are the same run. state: training.json. Raises ValueError naming what changed."""
+    recipe, free, out = task.recipe, {*PLACES, *HOW, *LENGTH}, out_folder(task.recipe)
+    old, new = asdict(started), asdict(recipe)
+    changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
+    if changed:
+        raise UserError(
+            f"these settings differ from those of the run in {out}: {'; '.join(changed)}. Omit them to resume it, or choose "
+            "another --out"
+        )
+    now, before = task.steps - task.reward_steps, state["steps"] - getattr(started, "reward_steps", 0)
+    falling = int((1 - recipe.cooldown) * min(now, before))
+    if now != before and state["step"] > falling:
+        raise UserError(
+            f"the run in {out} is at step {state['step']} and was started with {before} steps, now {now}: its learning rates "
+            f"depend on that from step {falling} on, so it would be another run. Finish it with: {resume_command(recipe)}; "
+            f"then train on from it with: {start_from_command(recipe, '--steps', max(1, now - before))}"
+        )
+
+
+def check_same_data(recipe: Recipe, before: dict | None, now: dict) -> None:
+    """before, now: fingerprints. Raises ValueError where the data of a run changed before it was resumed."""
+    if before is None:
+        say(
+            "The checkpoint is older than the record of a run's data: whether they are the same is not checked.",
+            "yellow",
+        )
+        return
+    found = changes(before, now)
+    if found:
+        raise UserError(
+            f"the data differ from those of the run in {out_folder(recipe)}: {'; '.join(found)}. Restore them to resume the run, "
+            f"or train on from it with the new data: {start_from_command(recipe)}"
+        )
