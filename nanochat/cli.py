@@ -30,7 +30,7 @@ from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 def evaluate(
     checkpoint: Checkpoint,
     dataset: Annotated[Positional[str], arg(metavar="DATASET")],
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     json_out: JsonOut = None,
     batch_size: int = 64,
@@ -40,9 +40,10 @@ def evaluate(
     """Evaluate a checkpoint on a dataset, with controls: another picture, no picture, and the most common answer.
 
     Args:
-        dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name. For a folder of
-            `nanochat record`: questions about 1,000 random frames, or --limit of them.
-        split: Part of the dataset. For a single file or demonstrations: fit, val, or any other name for all of it.
+        dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name; docs/DATA.md lists
+            all. For a folder of `nanochat record`: questions about 1,000 random frames, or --limit of them.
+        split: Part of the dataset, such as test; fit, val or all if it has no parts. Default: what training held out if the
+            checkpoint was trained on this data; otherwise test, or all.
         limit: Evaluate a random subset of this many samples.
         batch_size: Samples per batch.
         strict: Refuse data with missing pictures; by default their rows are left out.

@@ -1,12 +1,20 @@
 """Answering a dataset under the control conditions, and the scores next to each other."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanochat.data import load_dataset
 from nanochat.data.sample import Dataset, Sample, caption_sample, vqa_sample
-from nanochat.evaluation.pictures import Answers, answer_dataset, batches, score, table
+from nanochat.errors import UserError
+from nanochat.evaluation.held_out import HELD_OUT, default_split, training_overlap
+from nanochat.evaluation.pictures import Answers, answer_dataset, batches, evaluate_dataset, notes_of, score, table
+from nanochat.files import DataError
+from nanochat.vision.images import open_image
+from tests.data_files import png, write_lines, write_pictures
 
 CONTEXT = 64
 
@@ -22,14 +30,14 @@ class NumberAgent:
     model = SimpleNamespace(config=SimpleNamespace(sequence_len=CONTEXT))
 
     def prompt(self, messages):
-        return list(messages[-1]["content"][1]["text"])
+        return list(messages[-1]["content"][-1]["text"])
 
     def look(self, names):
         return torch.stack([torch.full((1, 3), float(name.removesuffix(".png"))) for name in names])
 
     def answer_all(self, conversations, vectors, max_new_tokens):
-        assert len(conversations) == len(vectors) and all(v.shape == (1, 1, 3) for v in vectors)
-        return [f"{v.unique().item():.0f} {max_new_tokens}" for v in vectors]
+        assert len(conversations) == len(vectors) and all(v.shape[1:] == (1, 3) for v in vectors)
+        return [f"{'+'.join(f'{picture.unique().item():.0f}' for picture in v)} {max_new_tokens}" for v in vectors]
 
 
 def test_vqa_scores_by_hand():
@@ -56,7 +64,9 @@ def test_caption_scores():
     assert result["bleu4"]["aligned"] == pytest.approx(100, abs=0.1)
     assert result["bleu4"]["shuffled"] < 20 and result["bleu1"]["blind"] < 1
     assert result["cider"]["aligned"] > 500 > 100 > result["cider"]["shuffled"]
-    assert result["bleu2"].keys() == result["cider"].keys() == {"aligned", "shuffled", "blind", "ci95"}
+    assert result["bleu2"].keys() == result["cider"].keys() == {"aligned", "shuffled", "blind", "majority", "ci95"}
+    row = result["exact_match"]
+    assert (row["aligned"], row["shuffled"], row["majority"]) == (1, 0, pytest.approx(1 / 3))
     for name in ("bleu1", "bleu2", "bleu3", "bleu4", "cider"):
         assert result[name]["ci95"][0] <= result[name]["aligned"] + 1e-6 and result[name]["ci95"][1] > 90
 
@@ -124,8 +134,140 @@ def test_the_table_shows_every_control(capsys):
 
 def test_samples_without_a_picture_are_refused():
     sample = Sample((), ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}))
-    with pytest.raises(ValueError, match="exactly one picture per sample, found 0"):
+    with pytest.raises(UserError, match="none of the 1 samples has a picture"):
         answer_dataset(NumberAgent(), Dataset("toy", "vqa", [sample]))
+
+
+def pair(*names):
+    content = [*[{"type": "image"}] * len(names), {"type": "text", "text": "q"}]
+    return Sample(names, ({"role": "user", "content": content}, {"role": "assistant", "content": "x"}))
+
+
+def test_samples_without_and_with_several_pictures():
+    """Samples without a picture are counted; pictures that are shown together are not exchanged with each other."""
+    text = Sample((), ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}))
+    rows = [text, pair("1.png", "2.png"), pair("2.png", "1.png"), pair("3.png"), pair("4.png", "5.png"), text]
+    answers = answer_dataset(NumberAgent(), Dataset("toy", "vqa", rows), batch_size=2)
+    assert numbers(answers, "aligned") == ["1+2", "2+1", "3", "4+5"]
+    assert numbers(answers, "blind") == ["0+0", "0+0", "0", "0+0"]
+    group = {"1": "a", "2": "a", "3": "b", "4": "c", "5": "c"}
+    for own, other in zip(numbers(answers, "aligned"), numbers(answers, "shuffled"), strict=True):
+        assert own.count("+") == other.count("+")
+        assert not {group[n] for n in own.split("+")} & {group[n] for n in other.split("+")}
+    result = score(answers)
+    assert (result["n"], result["n_images"], result["without_picture"]) == (4, 5, 2)
+    assert [note.split(":")[0] for note in notes_of(answers)] == [
+        "2 of 6 samples have no picture",
+        "3 samples have several pictures",
+    ]
+
+
+def test_one_group_of_pictures_has_no_shuffled_condition():
+    answers = answer_dataset(NumberAgent(), Dataset("toy", "vqa", [pair("1.png", "2.png"), pair("2.png")]))
+    assert answers.by_condition.keys() == {"aligned", "blind"}
+
+
+def test_short_captions_have_an_exact_match_and_a_note():
+    pytest.importorskip("pycocoevalcap")
+    rows = [caption_sample(f"{i}.png", [c]) for i, c in enumerate(["a red circle", "a red circle", "a blue square"])]
+    right = [sample.answer for sample in rows]
+    answers = Answers(Dataset("toy", "caption", rows), {"aligned": right, "blind": right[:1] * 3})
+    result = score(answers)
+    assert result["exact_match"]["aligned"] == 1 and result["bleu4"]["aligned"] < 10
+    assert result["exact_match"]["majority"] == pytest.approx(2 / 3) and result["bleu1"]["majority"] > 50
+    assert "3 samples have no caption of 4 words: BLEU-4" in notes_of(answers)[0]
+    cells = {column.header: list(column.cells) for column in table(result).columns}
+    assert cells["aligned"][0] == "100.0%" and cells["majority"][0] == "66.7%"
+
+
+def test_a_damaged_picture_is_named_by_its_row(tmp_path):
+    class Looking(NumberAgent):
+        def look(self, pictures):
+            return torch.stack([torch.full((1, 3), float(open_image(picture).width)) for picture in pictures])
+
+    rows = [
+        replace(vqa_sample(png(), "q", "a"), where="x.jsonl:1"),
+        replace(vqa_sample(b"no", "q", "a"), where="x.jsonl:7"),
+    ]
+    with pytest.raises(DataError, match="x.jsonl:7: the image bytes"):
+        answer_dataset(Looking(), Dataset("toy", "vqa", rows))
+
+
+# ---- which part is evaluated
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    write_pictures(folder)
+    (folder / "captions.csv").write_text("file,caption\n" + "".join(f"images/{i}.png,a{i}\n" for i in range(20)))
+    return folder
+
+
+def test_the_held_out_part_of_the_own_data_is_the_default(photos, tmp_path, monkeypatch):
+    own = {"data": str(photos), "train_split": "fit", "val_split": "val"}
+    for name in (str(photos), f"{photos}/", str(photos / "captions.csv"), str(photos / "../photos")):
+        assert default_split(name, own) == ("val", HELD_OUT)
+        assert default_split(name, own | {"data": str(photos / "captions.csv")}) == ("val", HELD_OUT)
+    monkeypatch.chdir(tmp_path)
+    for data in ("photos", "./photos", "photos/captions.csv"):
+        assert default_split(str(photos), own | {"data": data})[0] == "val"
+        assert default_split("photos", own | {"data": data})[0] == "val"
+    monkeypatch.chdir("/")
+    assert default_split(str(photos), own | {"data": "photos"})[0] == "val"  # trained in another working folder
+    assert (
+        default_split(str(photos), {"data": "/gone/photos"}) == ("all", "all of it") == default_split(str(photos), {})
+    )
+
+
+def test_the_default_of_other_data(photos):
+    assert default_split("easy_vqa", {"data": "easy_vqa"})[0] == "test"
+    row = {"image": "images/0.png", "question": "q", "answer": "a"}
+    for names, expected in ((("train",), "train"), (("train", "dev"), "dev"), (("train", "val", "test"), "test")):
+        for name in names:
+            write_lines(photos / f"{name}.jsonl", row)
+        assert default_split(str(photos), {})[0] == expected
+    write_lines(photos / "one.jsonl", row)
+    assert default_split(str(photos / "one.jsonl"), {})[0] == "all"
+
+
+def test_pictures_that_were_trained_on_are_counted(photos, monkeypatch):
+    own = {"data": str(photos), "train_split": "fit"}
+    monkeypatch.chdir(photos)
+    for source in (str(photos), "captions.csv"):
+        counts = [training_overlap(load_dataset(source, split).samples, own).trained_on for split in ("all", "val")]
+        assert counts == [18, 0]
+    assert "18 of these 20 pictures are training pictures" in training_overlap(load_dataset(photos).samples, own).note
+    gone = training_overlap(load_dataset(photos).samples, {"data": "/gone"})
+    assert gone.trained_on is None and "was not checked" in gone.note
+    assert training_overlap([], {}).note == ""
+
+
+def test_eval_says_what_it_evaluates(photos, tmp_path, monkeypatch, capsys):
+    """The whole command, with an agent that knows the numbers of pictures."""
+    pytest.importorskip("pycocoevalcap")
+
+    class Pictures(NumberAgent):
+        training = {"recipe": {"data": str(photos), "train_split": "fit", "val_split": "val"}}
+
+        def look(self, paths):
+            return super().look([path.name for path in paths])
+
+    monkeypatch.setattr("nanochat.evaluation.pictures.Agent.load", lambda *_: Pictures())
+
+    def run(split):
+        found = evaluate_dataset("x", str(photos), split, None, tmp_path / "r.json", 8, False, torch.device("cpu"))
+        assert json.loads((tmp_path / "r.json").read_text()) == found
+        return found, " ".join(capsys.readouterr().out.split())
+
+    result, text = run(None)
+    assert (result["n"], result["split"], result["training_pictures"]) == (2, "val", 0)
+    assert f"split val, {HELD_OUT}" in text and "fields read: file, caption" in text and "training pictures" not in text
+    result, text = run("all")
+    assert result["training_pictures"] == 18 and "18 of these 20 pictures are training pictures" in text
+    with pytest.raises(DataError, match="no split 'vall'; it has: all, and fit and val"):
+        run("vall")
 
 
 def test_majority_counts_answers_that_differ_only_in_case_and_punctuation_together():

@@ -61,7 +61,7 @@ def checkpoint(folder, tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("run") / "c", {"data": str(folder)})
 
 
-def evaluate(checkpoint, folder, split="test", n_frames=8, batch_size=16, json_out=None):
+def evaluate(checkpoint, folder, split="all", n_frames=8, batch_size=16, json_out=None):
     return evaluate_questions(checkpoint, str(folder), split, n_frames, batch_size, json_out, torch.device("cpu"))
 
 
@@ -147,7 +147,7 @@ def test_only_held_out_episodes_are_asked_about(checkpoint, folder, tmp_path, ca
         assert {"n", "aligned", "shuffled", "blind", "majority", "ci95", "balanced"} == row.keys()
         assert 0 <= row["ci95"][0] <= row["aligned"] <= row["ci95"][1] <= 1
     assert "was trained on" not in capsys.readouterr().out
-    evaluate(checkpoint, folder, "test")
+    evaluate(checkpoint, folder, "all")
     assert "was trained on these episodes" in capsys.readouterr().out
 
 
@@ -158,9 +158,9 @@ def test_pictures_are_of_the_camera_that_was_trained_with(tmp_path, capsys):
         episode.images = {"observation.images.dark": [grey(0)] * 6, "observation.images.toy": pictures}
     write_dataset(tmp_path / "two", episodes, 10, "toy", (SIZE, SIZE, 3))
     recipe = dict(data=str(tmp_path / "two"), camera="observation.images.toy")
-    data = open_source(str(tmp_path / "two"), "test", recipe).read("test", SIZE)
+    data = open_source(str(tmp_path / "two"), "all", recipe)[0].read("all", SIZE)
     assert data.images(range(6))[:, 0, 0, 0].tolist() == [10, 11, 12, 13, 14, 15]
-    data = open_source(str(tmp_path / "two"), "test", {}).read("test", SIZE)
+    data = open_source(str(tmp_path / "two"), "all", {})[0].read("all", SIZE)
     assert data.images(range(6)).max() == 0
     capsys.readouterr()
     evaluate(save_policy(tmp_path / "run", recipe), tmp_path / "two", n_frames=4)

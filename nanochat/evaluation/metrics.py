@@ -114,6 +114,11 @@ def caption_tokens(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
+def longest(captions: Sequence[str]) -> int:
+    """The number of words of the longest caption."""
+    return max(len(caption_tokens(caption)) for caption in captions)
+
+
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """BLEU-1 to BLEU-4 of a corpus, 0..1 (Papineni et al. 2002), by pycocoevalcap.
 

@@ -14,29 +14,38 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanochat.agent import Agent
-from nanochat.data import Dataset, Sample, image_key, limit, load_dataset
+from nanochat.data import DataError, Dataset, Sample, image_key, limit, load_dataset, picture_groups
 from nanochat.errors import UserError
 from nanochat.evaluation import metrics
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
+from nanochat.evaluation.held_out import default_split, training_overlap
 from nanochat.files import atomic_path
+from nanochat.vision.images import ImageError, ImageSource, open_image
 
 NEW_TOKENS = {"vqa": 24, "caption": 32}
 
 
 @dataclass
 class Answers:
-    """The model's answers to all samples under each condition; "shuffled" is missing if there is only one picture."""
+    """The model's answers to the samples that have a picture, under each condition; "shuffled" is missing if there is only
+    one group of pictures. samples: those that were answered, in the order of the answers."""
 
     dataset: Dataset
     by_condition: dict[str, list[str]]
     too_long: int = 0
     "Number of samples whose question fills the context. Their answers are empty and count as wrong."
+    without_picture: int = 0
+    "Number of samples without a picture, which are not answered: the conditions would all be the same."
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for sample in self.dataset.samples if sample.images] or self.dataset.samples
 
 
 def evaluate_dataset(
     checkpoint: str,
     dataset: str,
-    split: str,
+    split: str | None,
     n_samples: int | None,
     json_out: Path | None,
     batch_size: int,
@@ -45,34 +54,68 @@ def evaluate_dataset(
 ) -> dict:
     """Answer a dataset, or a random subset of n_samples; print the scores and return them (see `score`).
 
+    split: None for the part that training held out of this data, or what `held_out.default_split` chooses.
     json_out: a file to write the scores to.
 
     Raises:
-        ValueError: the batch size is below 1, or a sample has not exactly one picture.
+        ValueError: the batch size is below 1, or no sample has a picture.
         DataError, CheckpointError: the dataset or the checkpoint cannot be read.
     """
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    data = load_dataset(dataset, split, strict)
-    if n_samples is not None:
-        data.samples = limit(data.samples, n_samples)
+    console, reason = Console(), ""
+    if split is not None:  # wrong data is reported before the model is loaded
+        data = load_dataset(dataset, split, strict)
     agent = Agent.load(checkpoint, device)
-    console = Console()
+    recipe = agent.training.get("recipe") or {}
+    if split is None:
+        split, reason = default_split(dataset, recipe)
+        data = load_dataset(dataset, split, strict)
+    if n_samples is not None:
+        data.samples = limit([sample for sample in data.samples if sample.images] or data.samples, n_samples)
+    overlap = training_overlap(data.samples, recipe)
+    print_notes(console, [f"{dataset}: split {split}, {reason}"] if reason else [], data.notes)
+    if overlap.note:
+        console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False)
     with Progress(console=console) as progress:
         bar = progress.add_task("answering", total=None)
         answers = answer_dataset(
             agent, data, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-    result = score(answers)
+    result = score(answers) | {"split": split}
+    if overlap.trained_on is not None:
+        result["training_pictures"] = overlap.trained_on
     console.print(table(result))
-    if data.skipped:
-        console.print(f"{data.skipped} rows left out: their picture is missing")
-    if answers.too_long:
-        console.print(f"{answers.too_long} questions do not fit into the context: counted as wrong")
+    print_notes(console, notes_of(answers))
     if json_out is not None:
         with atomic_path(json_out) as new:
             new.write_text(json.dumps(result, indent=1))
     return result
+
+
+def print_notes(console: Console, *parts: Sequence[str]) -> None:
+    for note in (note for part in parts for note in part):
+        console.print(escape(note), highlight=False, soft_wrap=True)
+
+
+def notes_of(answers: Answers) -> list[str]:
+    """What the scores do not say."""
+    notes, data, total = [], answers.dataset, len(answers.dataset.samples)
+    if answers.without_picture:
+        notes.append(f"{answers.without_picture} of {total} samples have no picture: not evaluated")
+    several = sum(len(sample.images) > 1 for sample in answers.samples)
+    if several:
+        notes.append(f"{several} samples have several pictures: shuffled and blind change all pictures of a sample")
+    if answers.too_long:
+        notes.append(f"{answers.too_long} questions do not fit into the context: counted as wrong")
+    if data.task == "caption":
+        short = sum(metrics.longest(sample.references) < metrics.MAX_N for sample in answers.samples)
+        if short:
+            notes.append(
+                f"{short} samples have no caption of {metrics.MAX_N} words: BLEU-{metrics.MAX_N} counts runs of "
+                f"{metrics.MAX_N} words, so it is low for them even if every caption is right; see exact_match"
+            )
+    return notes
 
 
 def answer_dataset(
@@ -81,40 +124,62 @@ def answer_dataset(
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
-    """Greedy answers to every sample under every condition. progress(done, total) is called after each batch.
+    """Greedy answers to every sample with a picture, under every condition. progress(done, total) is called after each batch.
+
+    Pictures that some sample shows together are exchanged with those of other samples, see `picture_groups`.
 
     Raises:
-        ValueError: a sample has not exactly one picture; "another picture" would have no meaning for it.
+        ValueError: no sample has a picture.
+        DataError: a picture cannot be decoded; the message names the row.
     """
-    samples = dataset.samples
-    for sample in samples:
-        if len(sample.images) != 1:
-            raise UserError(
-                f"evaluation needs exactly one picture per sample, found {len(sample.images)} at {sample.question!r}"
-            )
-    keys = [image_key(sample.images[0]) for sample in samples]
-    images = {key: sample.images[0] for key, sample in zip(keys, samples, strict=True)}
-    row_of = {key: row for row, key in enumerate(images)}
+    samples = [sample for sample in dataset.samples if sample.images]
+    if not samples:
+        raise UserError(
+            f"{dataset.name}: none of the {len(dataset.samples)} samples has a picture: there is nothing to compare with other "
+            "pictures"
+        )
+    keys = [[image_key(image) for image in sample.images] for sample in samples]
+    sources = {
+        key: (image, sample.where)
+        for sample, own in zip(samples, keys, strict=True)
+        for key, image in zip(own, sample.images, strict=True)
+    }
+    row_of = {key: row for row, key in enumerate(sources)}
+    group_of = picture_groups(samples)
+    groups = [group_of[key] for key in sources]
     context, wanted = agent.model.config.sequence_len, NEW_TOKENS[dataset.task]
     rooms = [min(wanted, context - len(agent.prompt(sample.messages[:-1]))) for sample in samples]
     parts = list(batches(rooms, batch_size))
-    n_conditions = len(CONDITIONS) if len(images) > 1 else len(CONDITIONS) - 1
-    total, done = -(-len(images) // batch_size) + n_conditions * len(parts), 0
+    n_conditions = len(CONDITIONS) if len(set(groups)) > 1 else len(CONDITIONS) - 1
+    total, done = -(-len(sources) // batch_size) + n_conditions * len(parts), 0
 
-    looked, pictures = [], list(images.values())
+    looked, pictures = [], list(sources.values())
     for start in range(0, len(pictures), batch_size):
-        looked.append(agent.look(pictures[start : start + batch_size]))
+        looked.append(look(agent, pictures[start : start + batch_size]))
         progress(done := done + 1, total)
     by_condition = {}
-    for condition, vectors in conditions(torch.cat(looked), list(images)).items():  # (pictures, N, D)
+    for condition, vectors in conditions(torch.cat(looked), groups).items():  # (pictures, N, D)
         found = by_condition[condition] = [""] * len(samples)
         for room, part in parts:
             conversations = [samples[i].messages[:-1] for i in part]
-            shown = [vectors[row_of[keys[i]], None] for i in part]  # (1, N, D) each
+            shown = [vectors[[row_of[key] for key in keys[i]]] for i in part]  # (pictures of the sample, N, D) each
             for i, answer in zip(part, agent.answer_all(conversations, shown, room), strict=True):
                 found[i] = answer
             progress(done := done + 1, total)
-    return Answers(dataset, by_condition, sum(room < 1 for room in rooms))
+    return Answers(dataset, by_condition, sum(room < 1 for room in rooms), len(dataset.samples) - len(samples))
+
+
+def look(agent: Agent, pictures: Sequence[tuple[ImageSource, str]]) -> torch.Tensor:
+    """The vision vectors (n, N, D) of (image, its row). Raises DataError naming the row of an image that cannot be decoded."""
+    try:
+        return agent.look([image for image, _ in pictures])
+    except ImageError:
+        for image, where in pictures:
+            try:
+                open_image(image)
+            except ImageError as error:
+                raise DataError(f"{where}: {error}" if where else str(error)) from error
+        raise
 
 
 def batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
@@ -127,49 +192,53 @@ def batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def score(answers: Answers) -> dict:
-    """{"dataset", "n", "n_images", "skipped", then "accuracy" for questions, or "bleu1".."bleu4" and "cider" for captions}.
+    """{"dataset", "n", "n_images", "skipped", then "accuracy" for questions, or "exact_match", "bleu1".."bleu4" and "cider" for
+    captions}.
 
-    Each measure is {"aligned", "shuffled" (None if there is only one picture), "blind", "majority" (questions only),
-    "ci95": [low, high] of aligned}. Accuracy is 0..1, BLEU and CIDEr have their usual scale of 0..100. "too_long" is there
-    if some questions fill the context: their number.
+    Each measure is {"aligned", "shuffled" (None if there is only one picture), "blind", "majority", "ci95": [low, high] of
+    aligned}. Accuracy and exact match are 0..1, BLEU and CIDEr have their usual scale of 0..100. "too_long" is there if some
+    questions fill the context, "without_picture" if some samples have no picture: their numbers.
     """
-    dataset = answers.dataset
-    keys = [image_key(sample.images[0]) for sample in dataset.samples]
-    result = {
-        "dataset": dataset.name,
-        "n": len(dataset.samples),
-        "n_images": len(set(keys)),
-        "skipped": dataset.skipped,
-    }
-    if answers.too_long:
-        result["too_long"] = answers.too_long
+    dataset, samples = answers.dataset, answers.samples
+    groups = picture_groups(samples)
+    keys = [groups[image_key(sample.images[0])] for sample in samples]
+    result = {"dataset": dataset.name, "n": len(samples), "n_images": len(groups), "skipped": dataset.skipped}
+    for name in ("too_long", "without_picture"):
+        if getattr(answers, name):
+            result[name] = getattr(answers, name)
     scorer = score_vqa if dataset.task == "vqa" else score_captions
-    return result | scorer(dataset.samples, answers.by_condition, keys)
+    return result | scorer(samples, answers.by_condition, keys)
 
 
 def score_vqa(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
     references = [sample.references for sample in samples]
-
-    def correct(predictions):
-        return [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
-
     majority = commonest_answer([usual for usual, *_ in references])
-    predicted = by_condition | {"majority": [majority] * len(samples)}
-    row = {name: float(np.mean(correct(predictions))) for name, predictions in predicted.items()}
-    return {"accuracy": measure(row, metrics.accuracy(correct(by_condition["aligned"]), keys))}
+    return {"accuracy": exact(by_condition | {"majority": [majority] * len(samples)}, references, keys)}
 
 
 def score_captions(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
     references = [sample.references for sample in samples]
-    bleu = {condition: metrics.bleu(predictions, references) for condition, predictions in by_condition.items()}
+    majority = commonest_answer([caption for captions in references for caption in captions])
+    predicted = by_condition | {"majority": [majority] * len(samples)}
+    bleu = {condition: metrics.bleu(predictions, references) for condition, predictions in predicted.items()}
     intervals = metrics.bleu_interval(by_condition["aligned"], references, keys)
-    result = {
+    result = {"exact_match": exact(predicted, references, keys)} | {
         f"bleu{n + 1}": measure({condition: values[n] for condition, values in bleu.items()}, interval, 100)
         for n, interval in enumerate(intervals)
     }
-    cider = {condition: metrics.cider(predictions, references) for condition, predictions in by_condition.items()}
+    cider = {condition: metrics.cider(predictions, references) for condition, predictions in predicted.items()}
     row = {condition: float(values.mean()) for condition, values in cider.items()}
     return result | {"cider": measure(row, metrics.accuracy(cider["aligned"], keys), 100)}
+
+
+def exact(predicted: dict[str, list[str]], references: Sequence[Sequence[str]], keys: list[str]) -> dict:
+    """The share of answers that equal a reference, under every condition."""
+    right = {
+        name: [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
+        for name, predictions in predicted.items()
+    }
+    row = {name: float(np.mean(hits)) for name, hits in right.items()}
+    return measure(row, metrics.accuracy(right["aligned"], keys))
 
 
 def measure(row: dict[str, float], interval: metrics.Estimate, scale: float = 1) -> dict:
@@ -189,7 +258,7 @@ def table(result: dict) -> Table:
     for column in ("aligned", "95 % interval", *columns[1:]):
         out.add_column(column, justify="right")
     for name, row in measures.items():
-        style = "{:.1%}" if name == "accuracy" else "{:.1f}"
+        style = "{:.1%}" if name in ("accuracy", "exact_match") else "{:.1f}"
         low_high = " .. ".join(style.format(v) for v in row["ci95"])
         cells = ["" if row.get(c) is None else style.format(row[c]) for c in columns]
         out.add_row(name, cells[0], low_high, *cells[1:])

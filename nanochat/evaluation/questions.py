@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -21,6 +22,7 @@ from nanochat.conversation import user_message
 from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
+from nanochat.evaluation.held_out import HELD_OUT, same_data
 from nanochat.evaluation.metrics import accuracy, exact_match
 from nanochat.files import atomic_path
 from nanochat.metaworld.questions import draw_asked, has_scene, questions, task_name
@@ -31,13 +33,14 @@ console = Console()
 
 
 def evaluate_questions(
-    checkpoint: str, folder: str, split: str, n_frames: int, batch_size: int, json_out: Path | None,
+    checkpoint: str, folder: str, split: str | None, n_frames: int, batch_size: int, json_out: Path | None,
     device: torch.device, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Ask about up to n_frames random frames of the demonstrations in `folder`; print the scores and return them.
 
     Half of the frames are from the ends of episodes, where tasks get done; no frame is used twice. split: "val" for the
-    episodes that training holds out, "fit" for the others, any other name for all. json_out: a file to write the scores to.
+    episodes that training holds out, "fit" for the others, "all" for both; None for "val" of the data that the model was
+    trained on, "all" of other data. json_out: a file to write the scores to.
 
     Returns {kind of question: {"n", "aligned", "shuffled", "blind", "majority", "ci95", "balanced"}}, see `score`.
 
@@ -50,7 +53,8 @@ def evaluate_questions(
     agent = Agent.load(checkpoint, device)
     if not agent.tokens_per_image:
         raise UserError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
-    source = open_source(folder, split, agent.training.get("recipe", {}))
+    recipe = agent.training.get("recipe") or {}
+    source, split = open_source(folder, split, recipe)
     data = source.read(
         split, agent.model.config.vision_image_size, partial(track, description="reading episodes", console=console)
     )
@@ -71,20 +75,25 @@ def evaluate_questions(
     return result
 
 
-def open_source(folder: str, split: str, recipe: dict) -> DemonstrationFolder:
-    """The dataset, with the camera that the model was trained with. Warns if the model was trained on these episodes.
+def open_source(folder: str, split: str | None, recipe: dict) -> tuple[DemonstrationFolder, str]:
+    """(the dataset, with the camera that the model was trained with; the split to read). Says which episodes are read, and
+    whether the model was trained on them.
 
-    recipe: of the training run; may be empty.
+    recipe: of the training run; may be empty. split: None for the default, see `evaluate_questions`.
     """
     source = open_demonstrations(folder, recipe.get("camera", ""), task_name)
-    trained_on = recipe.get("data")
-    if split != "val" and trained_on and Path(trained_on).expanduser().resolve() == source.folder.resolve():
+    own = same_data(folder, recipe.get("data") or "")
+    chosen = split or ("val" if own else "all")
+    source.numbers(chosen)  # raises for a name that there is not
+    if split is None:
+        console.print(f"{escape(folder)}: split {chosen}, {HELD_OUT if own else 'all of it'}")
+    elif own and chosen != "val":
         console.print(
             "[yellow]The model was trained on these episodes; --split val selects the held-out ones.[/yellow]"
         )
     if len(source.cameras) > 1:
         console.print(f"camera {source.camera}; the data has {', '.join(source.cameras)}")
-    return source
+    return source, chosen
 
 
 def answer_questions(
