@@ -12,12 +12,12 @@ from nanochat.errors import UserError
 # What the numbers of a recipe may be; None where a field has it as its default.
 AT_LEAST = {
     1: (
-        "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "images_per_step",
+        "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "min_steps", "images_per_step",
         "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk",
     ),
     0: (
         "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "embedding_lr",
-        "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift",
+        "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift", "picture_memory",
     ),
 }  # fmt: skip
 SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
@@ -26,6 +26,7 @@ DType = Literal["float32", "bfloat16"]
 BatchNorm = Literal["frozen", "train"]
 Flip = Literal["none", "horizontal", "both"]
 ActionHead = Literal["continuous", "bins"]
+Targets = Literal["auto", "relative", "absolute"]
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Recipe:
     train_encoder: bool = False
     "Train the encoder as well."
     batchnorm: BatchNorm = "frozen"
-    "Statistics of the encoder's BatchNorm while it trains: frozen for pretrained weights, train for random ones."
+    "BatchNorm of a trained encoder: frozen for pretrained weights; train for random ones: estimated anew before each validation."
 
     vocab_size: int = 4096
     "Vocabulary: bytes, merges and special tokens together, at most; a small text gives fewer merges."
@@ -101,8 +102,8 @@ class Recipe:
     "cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
     threads: int | None = None
     "CPU threads; default one per core. A small model is fastest with 1, above all when other programs run."
-    eval_every: int = 250
-    "Steps between validations."
+    eval_every: int | None = None
+    "Steps between validations; default a tenth of the run, 250 at most."
     save_every: int = 250
     "Steps between checkpoints: what a killed run can lose."
 
@@ -134,6 +135,8 @@ class PictureRecipe(Recipe):
     "Refuse data with missing pictures instead of skipping their rows."
     cache: str = ""
     "Folder for the vision vectors of a frozen encoder, which are computed once; default OUT/../features."
+    picture_memory: float = 2.0
+    "Gigabytes for decoded training pictures of a trained encoder; those that do not fit are decoded again in every epoch."
     encoder_device: str | None = None
     "Device of the encoder if it is not --device, to leave memory to the decoder."
 
@@ -150,8 +153,10 @@ class PictureRecipe(Recipe):
 
     epochs: float = 10.0
     "Passes over the training pictures."
+    min_steps: int = 200
+    "Optimiser steps at least, however few pictures there are."
     steps: int | None = None
-    "Optimiser steps, instead of --epochs."
+    "Optimiser steps, instead of --epochs and --min-steps."
     questions_per_image: int = 4
     "Questions (or captions) of one picture per step, drawn at random; they share one encoder pass."
     device_batch_size: int | None = None
@@ -278,12 +283,13 @@ class Robot(Recipe):
     blind_share: float = 0.03
     steps: int = 4500
     "Optimiser steps."
-    eval_every: int = 300
     save_every: int = 300
     threads: int | None = 1
 
     action_head: ActionHead = "continuous"
     "How actions are written: continuous gives a whole chunk at once, bins one token per number."
+    targets: Targets = "auto"
+    "What the data's actions are: relative (motions) or absolute (joint angles, poses); auto finds it from the data."
     glance_dim: int = 64
     "Width of each vision token before it is projected."
     chunk: int = 10
