@@ -5,10 +5,12 @@ import base64
 import binascii
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat.data.sample import check_text
 from nanochat.files import DataError, path_inside, short_repr
+from nanochat.vision.images import ImageError, ImageSource, open_image
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.I)
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.I)
@@ -45,6 +47,15 @@ def find_image(folder: Path, value: object, where: str, strict: bool) -> Path | 
     if strict:
         raise DataError(f"{where}: the image {short(path)} does not exist")
     return None
+
+
+def check_decodable(pictures: Iterable[tuple[ImageSource, str]]) -> None:
+    """Raises DataError naming the row of the first image that cannot be decoded. pictures: (image, its row)."""
+    for image, where in pictures:
+        try:
+            open_image(image)
+        except ImageError as error:
+            raise DataError(f"{where}: {error}" if where else str(error)) from error
 
 
 def is_picture(name: str) -> bool:

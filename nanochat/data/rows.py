@@ -125,7 +125,6 @@ class RowReader:
         """(task, sample); an image of it is None if it does not exist. row: `original` without its nulls."""
         for kind in ("video", "audio"):
             if any(row.get(name) for name in (kind, f"{kind}s")):
-                self._use(kind if row.get(kind) else f"{kind}s")
                 raise left_out(kind)
         turns = self._turns(row, where)
         values = self._images(row, where)

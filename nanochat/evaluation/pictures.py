@@ -14,13 +14,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanochat.agent import Agent
-from nanochat.data import DataError, Dataset, Sample, image_key, limit, load_dataset, picture_groups
+from nanochat.data import Dataset, Sample, image_key, limit, load_dataset, picture_groups
+from nanochat.data.image_files import check_decodable
 from nanochat.errors import UserError
 from nanochat.evaluation import metrics
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
 from nanochat.evaluation.held_out import default_split, training_overlap
 from nanochat.files import atomic_path
-from nanochat.vision.images import ImageError, ImageSource, open_image
+from nanochat.vision.images import ImageError, ImageSource
 
 NEW_TOKENS = {"vqa": 24, "caption": 32}
 
@@ -174,11 +175,7 @@ def look(agent: Agent, pictures: Sequence[tuple[ImageSource, str]]) -> torch.Ten
     try:
         return agent.look([image for image, _ in pictures])
     except ImageError:
-        for image, where in pictures:
-            try:
-                open_image(image)
-            except ImageError as error:
-                raise DataError(f"{where}: {error}" if where else str(error)) from error
+        check_decodable(pictures)
         raise
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.conversation import render
-from nanochat.data import DataError, Sample, image_key
+from nanochat.data import DataError, Sample, image_key, picture_groups
 from nanochat.engine import pad_rows
 from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -34,18 +34,20 @@ class Row:
 class Rows:
     """Rendered samples, grouped by their pictures. Raises DataError for a sample that does not fit the context.
 
-    images: the distinct pictures. groups: the rows about the same pictures, in the order of the data.
+    images: the distinct pictures. image_rows: the "file:row" where each is first. image_groups: the group of each: pictures that
+    some row shows together are in one. groups: the rows about the same pictures, in the order of the data.
     multi_turn: whether there are conversations of several turns.
     """
 
     def __init__(self, samples: Sequence[Sample], tokenizer, config):
-        self.images, numbers, groups = [], {}, {}
+        self.images, self.image_rows, numbers, groups = [], [], {}, {}
         for sample in samples:
             keys = tuple(image_key(image) for image in sample.images)
             for key, image in zip(keys, sample.images, strict=True):
                 if key not in numbers:
                     numbers[key] = len(self.images)
                     self.images.append(image)
+                    self.image_rows.append(sample.where)
             rendered = render(tokenizer, sample.messages, config.vision_tokens_per_image)
             if len(rendered.ids) > config.sequence_len + 1:
                 longest = f"{sample.question[:40]!r} ... {sample.answer[:40]!r}"
@@ -58,6 +60,8 @@ class Rows:
             groups.setdefault(keys or ("text", len(groups)), []).append(row)
         self.multi_turn = any(len(sample.messages) > 3 for sample in samples)
         self.groups = list(groups.values())
+        together = picture_groups(samples)
+        self.image_groups = [together[key] for key in numbers]
 
     def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:
         """The groups of a training step, at most n_rows of each (None: all). Every epoch is another permutation of all groups."""

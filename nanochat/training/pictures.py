@@ -17,6 +17,7 @@ import torch
 from rich.progress import Progress
 
 from nanochat.data import CAPTION_PROMPT, Dataset, Sample, load_dataset, one_per_reference
+from nanochat.data.image_files import check_decodable
 from nanochat.data.sample import limit
 from nanochat.devices import pick_device
 from nanochat.errors import UserError
@@ -45,6 +46,7 @@ from nanochat.training.recipes import PictureRecipe
 from nanochat.training.rewards import sample_captions
 from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
+from nanochat.vision.images import ImageError
 
 
 class PictureTask(Task):
@@ -59,6 +61,8 @@ class PictureTask(Task):
         super().__init__(recipe)
         self.train_set = load_dataset(recipe.data, recipe.train_split, recipe.strict)
         self.val_set = load_dataset(recipe.data, recipe.val_split, recipe.strict)
+        for note in dict.fromkeys(self.train_set.notes + self.val_set.notes):  # the same if one source is cut
+            say(note)
         self.samples = one_per_reference(self.train_set.samples)
         self.reward_steps = recipe.reward_steps
         if recipe.reward_steps:
@@ -97,6 +101,14 @@ class PictureTask(Task):
 
     def load_images(self, out: Path) -> None:
         """Decode all pictures now, so that a damaged one is found before the first step; or the features of a frozen encoder."""
+        try:
+            self.make_vectors(out)
+        except ImageError:
+            for rows in (self.rows, self.val_rows):  # names the row
+                check_decodable(zip(rows.images, rows.image_rows, strict=True))
+            raise
+
+    def make_vectors(self, out: Path) -> None:
         recipe, encoder = self.recipe, self.model.vision_encoder
         if recipe.train_encoder:
             encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16
@@ -107,7 +119,7 @@ class PictureTask(Task):
             decode_all([self.vectors, self.val_vectors])
             self.say_what_is_kept()
             return
-        if recipe.encoder.endswith((".yaml", ".yml")) and not recipe.start_from:
+        if recipe.encoder.lower().endswith((".yaml", ".yml")) and not recipe.start_from:
             console.print(
                 "[yellow]The encoder has random weights and is not trained, so its vision vectors hold little information. "
                 "Use --train-encoder --batchnorm train, or --encoder with weights.[/yellow]"
@@ -146,13 +158,8 @@ class PictureTask(Task):
         return [shlex.join(["nanochat", *map(str, command)]) for command in commands]
 
     def describe_data(self) -> str:
-        train, val = self.train_set, self.val_set
-        # splits that are cut from one file skip the same rows
-        skipped = max(train.skipped, val.skipped) if self.recipe.train_split == "fit" else train.skipped + val.skipped
-        return (
-            f"{len(self.samples)} conversations about {len(self.rows.images)} pictures, {len(self.val_rows.images)} to validate"
-            + (f" ({skipped} rows skipped: their picture is missing)" if skipped else "")
-        )
+        shown = len(self.rows.images)
+        return f"{len(self.samples)} conversations about {shown} pictures, {len(self.val_rows.images)} to validate"
 
     def learnt(self) -> dict[str, bool]:
         asked = {sample.question == CAPTION_PROMPT for sample in self.samples}
@@ -262,7 +269,7 @@ def validate_rows(
     if rows.images:
         numbers = list(range(len(rows.images)))
         parts = [vectors(numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
-        seen = conditions(torch.cat(parts), numbers)
+        seen = conditions(torch.cat(parts), rows.image_groups)
     totals = {condition: np.zeros(3) for condition in seen}  # loss, exactly right rows, learnt tokens
     for start in range(0, len(rows.groups), batch_size):
         batch = make_batch([row for group in rows.groups[start : start + batch_size] for row in group])
