@@ -65,7 +65,8 @@ def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[st
     from nanochat.inputs import is_picture_name
 
     def is_there(word: str) -> bool:
-        return word == "-" or glob.has_magic(word) or os.path.exists(os.path.expanduser(word))
+        is_pattern = glob.has_magic(word) and (not word.endswith("?") or glob.glob(word))  # not a question
+        return word == "-" or bool(is_pattern) or os.path.exists(os.path.expanduser(word))
 
     missing = [word for word in images if not is_there(word) and not is_picture_name(word)]
     picture_last = is_picture_name(question) and not question.endswith("?")

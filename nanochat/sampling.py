@@ -34,6 +34,8 @@ class Sampling:
             raise UserError(f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, got {self.seed}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+NO_PARAMETERS = ("__metadata__", "running_mean", "running_var", "num_batches_tracked")
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -20,7 +21,8 @@ def shipped_models() -> list[dict]:
 
 
 def n_parameters(weights: Path) -> int:
-    """The numbers in a .safetensors file, from its header: 8 bytes with the length of a JSON object that has all shapes."""
+    """The parameters in a .safetensors file, from its header: 8 bytes with the length of a JSON object that has all shapes.
+    Statistics of BatchNorm are no parameters."""
     with open(weights, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if not name.endswith(NO_PARAMETERS))

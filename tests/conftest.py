@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,21 @@ def make_model(**changes):
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture
+def nanochat(monkeypatch, capsys):
+    """A function that runs a command in this process and returns (stdout, stderr). code: the exit code that it must have."""
+    from nanochat import cli
+
+    def call(*words, code=0):
+        monkeypatch.setattr(sys, "argv", ["nanochat", *map(str, words)])
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            assert stop.value.code == code
+        else:
+            cli.main()
+        return capsys.readouterr()
+
+    return call
