@@ -33,7 +33,8 @@ def hold_folder(out: Path) -> None:
         handle = lock(path, out)
     except OSError as error:
         remove_empty(made)
-        reason = error.strerror or str(error)
+        # mkdir of a path below a file says that the file exists
+        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror or str(error)
         raise OSError(f"{out} cannot be written: {reason} ({path.parent}): choose another --out") from error
     _held[path] = handle, made
 
