@@ -9,7 +9,6 @@ renames leaves no folder of the name but a complete one beside it, which loading
 step would be better, but Python has no exchange of two folders, and os.replace takes no folder that has files in it.)
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,23 +22,32 @@ from safetensors.torch import load_file, save_file
 
 from nanochat import hub
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.gpt import GPT, default_compute_dtype
+from nanochat.meta import on_meta
 from nanochat.tokenizer import Tokenizer
+from nanochat.verify import (
+    FORMAT_VERSION,
+    REQUIRED,
+    RESUME,
+    CheckpointError,
+    check_file,
+    check_header,
+    read_header,
+    read_json,
+    read_manifest,
+    read_training,
+    sha256,
+    verify,
+)
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
 
-FORMAT_VERSION = 1
-RESUME = "resume.safetensors"
-REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
 PUBLISHED = [*REQUIRED, "manifest.json"]  # what travels: all but the optimiser state
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"default": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}  # models in the package, by name
 # `kind` of a model -> its class, imported when a checkpoint needs it
 MODELS = {"gpt": "nanochat.gpt:GPT", "multimodal_gpt": "nanochat.multimodal_gpt:MultimodalGPT",
           "robot_gpt": "nanochat.robot_gpt:RobotGPT"}  # fmt: skip
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of a newer format."""
 
 
 # ---- saving ----
@@ -174,11 +182,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- loading ----
 
 
@@ -244,32 +247,65 @@ def read_folder(folder: Path, device) -> tuple[GPT, Tokenizer, dict]:
             f"{folder}: the weights do not fit config.json: {' '.join(str(error).split())[:300]}"
         ) from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    check_vocabulary(folder, tokenizer, model.config.vocab_size)
     model.to(device).set_compute_dtype(default_compute_dtype(model.device))
-    return model.eval(), tokenizer, read_json(folder / "training.json")
+    return model.eval(), tokenizer, read_training(folder)
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises CheckpointError for a tokenizer with ids that the model does not have. <|image|> may be one: models of karpathy's
+    nanochat do not have it and read no pictures."""
+    least = tokenizer.vocab_size - (tokenizer.special("<|image|>") == tokenizer.vocab_size - 1)
+    if least > vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model's vocab_size is {vocab_size}: it is the "
+            "tokenizer of another model, copy the checkpoint again"
+        )
 
 
 def build(folder: Path) -> GPT:
-    """A model of the shape that config.json tells, its weights not yet loaded."""
+    """A model of the shape that config.json tells, its weights not yet loaded.
+
+    The files may come from a stranger: the model is built without memory first, and built for real only where its tensors
+    are those of model.safetensors.
+    """
     described = read_json(folder / "config.json")
     kind, config, encoder = (described.get(key) for key in ("model", "config", "encoder"))
     if not isinstance(kind, str) or kind not in MODELS or not isinstance(config, dict):
         raise CheckpointError(
-            f"{folder}: config.json has the model {kind!r} and a config of type {type(config).__name__}, expected one of "
-            f"{', '.join(MODELS)} and an object"
+            f"{folder}: config.json has the model {short_repr(kind)} and a config of type {type(config).__name__}, expected "
+            f"one of {', '.join(MODELS)} and an object"
         )
     module, class_name = MODELS[kind].split(":")
     model_class = getattr(import_module(module), class_name)
     known = {field.name for field in fields(model_class.config_class)}
     unknown = sorted(set(config) - known)
     if unknown:
-        raise CheckpointError(f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)}")
+        raise CheckpointError(
+            f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)[:200]}"
+        )
     try:
+        check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder))
         model = model_class(model_class.config_class(**config))
         if encoder is not None:
             model.attach_encoder(encoder_from_architecture(encoder))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: config.json does not describe a model: {error}") from error
-    return model
+        return model
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{folder}: config.json does not describe a model: {reason}") from error
+
+
+def shapes_of(model_class, config: dict, encoder: dict | None) -> dict[str, torch.Tensor]:
+    """The state dict that a checkpoint describes, without memory: tensors on the meta device."""
+    with on_meta():
+        model = model_class(model_class.config_class(**config))
+    if encoder is not None:
+        if not hasattr(model, "attach_encoder"):
+            raise UserError(f"a {model_class.__name__} has no encoder")
+        model.vision_encoder = encoder_from_architecture(encoder, shapes_only=True)  # attach_encoder would run it
+    return model.state_dict()
 
 
 def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -281,59 +317,8 @@ def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
             f"{folder} has no resume.safetensors: it is a finished model, training cannot go on from it"
         )
     check_file(place, RESUME, files[RESUME])
+    read_header(place / RESUME)  # a bounded number of tensors
     return load_file(place / RESUME)
-
-
-def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is as the manifest says. Only resume.safetensors may be missing: uploads and
-    downloads leave it out, and `load_resume` says so to whom it matters."""
-    for name, expected in read_manifest(folder).items():
-        if name != RESUME or (folder / name).exists():
-            check_file(folder, name, expected)
-
-
-def read_manifest(folder: Path) -> dict[str, dict]:
-    """File name -> {"size", "sha256"}."""
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
-        found = "no such folder" if not folder.exists() else "it has no manifest.json"
-        raise CheckpointError(f"{folder} is no checkpoint: {found}")
-    manifest = read_json(manifest_path)
-    version = manifest.get("format_version")
-    if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{manifest_path} is damaged: copy the checkpoint again")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade nanochat-vision"
-        )
-    for name in REQUIRED:
-        if name not in manifest["files"]:
-            raise CheckpointError(f"{manifest_path} does not list {name}: copy the checkpoint again")
-    for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-            raise CheckpointError(f"{manifest_path} is damaged at {name}: copy the checkpoint again")
-    return manifest["files"]
-
-
-def check_file(folder: Path, name: str, expected: dict) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: {name} is missing: copy the checkpoint again")
-    size = path.stat().st_size
-    if size != expected["size"]:
-        raise CheckpointError(f"{path} has {size} bytes, {expected['size']} expected: copy the checkpoint again")
-    if sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's; copy the checkpoint again")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def locate(name: str | Path) -> Path:

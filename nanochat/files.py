@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nanochat.errors import UserError
 
@@ -51,12 +52,22 @@ def path_inside(folder: Path, name: object, where: str) -> Path:
     return folder / path
 
 
-def json_object(text: bytes | str, where: object) -> dict:
-    """The JSON object in `text`. Raises DataError for other JSON, text that is not JSON, and bytes that are not UTF-8."""
+def json_value(text: bytes | str, where: object, expected: str = "JSON") -> Any:
+    """The JSON in `text`, of any type. All JSON from outside is read here. expected: for the error message.
+
+    Raises DataError for text that is not JSON, bytes that are not UTF-8, and JSON that is nested too deeply.
+    """
     try:
-        found = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected a JSON object: {error}") from error
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise DataError(f"{where}: expected {expected}, found brackets nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{where}: expected {expected}: {error}") from error
+
+
+def json_object(text: bytes | str, where: object) -> dict:
+    """The JSON object in `text`. Raises DataError for other JSON and as `json_value` does."""
+    found = json_value(text, where, "a JSON object")
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a JSON object, found {short_repr(found)}")
     return found
@@ -78,5 +89,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 def short_repr(value: object) -> str:
     """repr(value), cut to 80 characters for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON of a thousand levels can be read, but not shown
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

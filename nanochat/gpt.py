@@ -20,6 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0
 ROTARY_BASE = 10_000.0
+# Beyond the largest models of this kind: a larger number is a mistake, or a file from a stranger that would fill the memory
+LARGEST = {
+    "sequence_len": 2**20, "vocab_size": 2**21, "n_layer": 512, "n_head": 1024, "n_kv_head": 1024, "n_embd": 2**16,
+}  # fmt: skip
+LARGEST_TABLE = 2**24
 IGNORE_INDEX = -1  # a target that is not trained on
 
 
@@ -47,16 +52,21 @@ class GPTConfig:
     n_embd: int = 768
 
     def __post_init__(self):
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a positive integer up to {most:,}, got {str(value)[:80]}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head}): "
                 "rotary positions turn pairs of channels inside a head"
+            )
+        if self.sequence_len * self.head_dim > LARGEST_TABLE:
+            raise ValueError(
+                f"sequence_len ({self.sequence_len}) times the width of a head ({self.head_dim}) must be at most "
+                f"{LARGEST_TABLE:,}: so large are the tables of positions"
             )
 
     @property

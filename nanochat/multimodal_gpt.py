@@ -13,11 +13,18 @@ import torch.nn as nn
 
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
 from nanochat.sampling import Sampling
 from nanochat.vision.encoder import Encoder, open_encoder
-from nanochat.vision.pixels import evaluating, read_pixels
+from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
+
+
+def check_integer(name: str, value: object, least: int, most: int) -> None:
+    """Raises UserError unless a field of a config is an integer in these bounds."""
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{name} must be an integer in {least}..{most}, got {short_repr(value)}")
 
 
 @dataclass
@@ -35,18 +42,23 @@ class MultimodalGPTConfig(GPTConfig):
         super().__post_init__()
         if self.vision_token_id is None:
             self.vision_token_id = self.vocab_size - 1
-        if not 0 <= self.vision_token_id < self.vocab_size:
-            raise UserError(f"vision_token_id {self.vision_token_id} is outside the vocabulary of {self.vocab_size}")
-        if not isinstance(self.vision_embedding_dim, int) or self.vision_embedding_dim < 1:
-            raise UserError(f"vision_embedding_dim must be a positive integer, got {self.vision_embedding_dim!r}")
+        check_integer("vision_token_id", self.vision_token_id, 0, self.vocab_size - 1)
+        check_integer("vision_embedding_dim", self.vision_embedding_dim, 1, 2**16)
+        check_integer("vision_tokens_per_image", self.vision_tokens_per_image, 0, 2**14)
+        check_integer("vision_image_size", self.vision_image_size, 32, MAX_IMAGE_SIZE)
+        if self.vision_image_size % 32:
+            raise UserError(f"vision_image_size must be a multiple of 32, got {self.vision_image_size}")
+        if not isinstance(self.use_vision_projection, bool) or not isinstance(self.vision_layer, (str, int)):
+            raise UserError(
+                f"use_vision_projection must be true or false and vision_layer the name of a map, got "
+                f"{short_repr(self.use_vision_projection)} and {short_repr(self.vision_layer)}"
+            )
         if not self.use_vision_projection and self.vision_embedding_dim != self.n_embd:
             raise UserError(
                 f"without a projection the vision vectors ({self.vision_embedding_dim}) must be as wide as the model "
                 f"({self.n_embd}): set use_vision_projection=True"
             )
         self.check_vision_tokens()
-        if not isinstance(self.vision_image_size, int) or self.vision_image_size < 32 or self.vision_image_size % 32:
-            raise UserError(f"vision_image_size must be a positive multiple of 32, got {self.vision_image_size!r}")
 
     def check_vision_tokens(self) -> None:
         grid_side(self.vision_tokens_per_image)

@@ -16,10 +16,14 @@ from nanochat.checkpoint import CheckpointError, encoder_of, load_checkpoint, lo
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.packing import push_checkpoint
 from nanochat.vision import YOLOv9Plus
-from tests.conftest import make_model
+from tests.conftest import make_model as make_any_model
 from tests.test_tokenizer import TOKENIZER
 
 TRAINING = {"recipe_name": "test", "step": 3}
+
+
+def make_model(**changes):
+    return make_any_model(vocab_size=TOKENIZER.vocab_size, **changes)
 
 
 def saved(folder, seed=0, **options):
@@ -81,7 +85,7 @@ def test_all_files_are_as_readable_as_the_umask_has_it(tmp_path, umask):
 
 def test_text_models_load_as_plain_gpt(tmp_path):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
     save_checkpoint(tmp_path / "m", model, TOKENIZER, TRAINING)
     loaded, _, _ = load_checkpoint(tmp_path / "m")
     assert type(loaded) is GPT

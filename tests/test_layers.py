@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
     ("__init__", "errors", "shipped"),
-    ("files", "devices", "hub", "gpt", "sampling", "actions", "safety"),
-    ("tokenizer",),
+    ("files", "devices", "hub", "gpt", "meta", "sampling", "actions", "safety"),
+    ("tokenizer", "verify"),
     ("conversation",),
     ("vision.*",),
     ("vision",),
@@ -50,8 +50,8 @@ ONLY = {
 # What these may import of the project
 NOTHING_BUT = {
     "gpt": (),
-    "vision": ("vision", "vision.*", "errors", "files", "devices"),
-    "vision.*": ("vision", "vision.*", "errors", "files", "devices"),
+    "vision": ("vision", "vision.*", "errors", "files", "devices", "meta"),
+    "vision.*": ("vision", "vision.*", "errors", "files", "devices", "meta"),
 }
 
 

@@ -40,9 +40,9 @@ def weights(tmp_path_factory):
         ({"image_size": None}, "multiple of 32"),
         ({"yaml": []}, "backbone and head"),
         ({"yaml": {"backbone": 3, "head": []}}, "backbone and head"),
-        ({"yaml": {"nc": 3, "backbone": [], "head": []}}, "cannot build"),
-        ({"yaml": {"nc": 3, "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": []}}, "ends in Conv"),
-        ({"yaml": {"nc": 3, "backbone": [[-1, 1, "Conv", []]], "head": []}}, "cannot build"),
+        ({"yaml": {"nc": 3, "backbone": [], "head": []}}, "0 rows, expected 1..200"),
+        ({"yaml": {"nc": 3, "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": []}, "n_layers": 1}, "ends in Conv"),
+        ({"yaml": {"nc": 3, "backbone": [[-1, 1, "Conv", []]], "head": []}, "n_layers": 1}, "cannot build"),
     ],
 )
 def test_broken_architectures_are_refused(yolo, change, message):

@@ -79,10 +79,11 @@ def open_encoder(
     return YOLOv9Plus(name, device=device, image_size=image_size, trust_pickle=trust_pickle)
 
 
-def encoder_from_architecture(architecture: dict) -> Encoder:
+def encoder_from_architecture(architecture: dict, *, shapes_only: bool = False) -> Encoder:
     """An encoder with random weights, from its `architecture` in a checkpoint. Load its state dict next.
 
     The architecture may come from an untrusted checkpoint: it is checked, and none of its content is run as code.
+    shapes_only: it is made without memory (`meta.on_meta`), to compare the shapes of its weights; it will not run.
     Raises ValueError for an unknown kind and for an incomplete or unsafe architecture.
     """
     if not isinstance(architecture, dict):
@@ -92,4 +93,4 @@ def encoder_from_architecture(architecture: dict) -> Encoder:
         raise UserError(f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9: is this nanochat too old for it?")
     from nanochat.vision.yolov9 import YOLOv9Plus
 
-    return YOLOv9Plus.from_architecture(architecture)
+    return YOLOv9Plus.from_architecture(architecture, shapes_only=shapes_only)

@@ -10,6 +10,8 @@ import torch.nn as nn
 from nanochat.errors import UserError
 from nanochat.vision.images import ImageSource, Letterbox, as_list, square
 
+MAX_IMAGE_SIZE = 4096  # pixels a side of an encoder's square input; the first map of yolov9t then has 268 MB
+
 
 def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255.

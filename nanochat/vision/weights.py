@@ -23,6 +23,13 @@ ACTIVATION = re.compile(
     r"(torch\.)?nn\.(ReLU|ReLU6|LeakyReLU|SiLU|GELU|Mish|Hardswish|ELU|Identity)\((inplace=(True|False)|\d*\.?\d*)\)"
 )
 MODULE_NAME = re.compile(r"(nn\.)?[A-Z][A-Za-z0-9]*")
+# Layers whose maps are at most as large as their input, but for their first argument, the channels
+NO_GROWTH = {
+    "Conv", "ELAN1", "AConv", "ADown", "RepNCSPELAN4", "SPPELAN", "Concat", "CBLinear", "CBFuse", "nn.Identity",
+    "nn.Upsample", "Detect",
+}  # fmt: skip
+MAX_ROWS, MAX_REPEATS = 200, 100  # yolov9e has 43 rows, each once
+MAX_ARGUMENT = 16_384  # of channels; yolov9e has at most 1,024
 PLAIN_STRINGS = {"nc", "None", "True", "False", "nearest", "bilinear"}
 
 
@@ -93,30 +100,103 @@ def check_architecture(description: dict, layers) -> None:
     ultralytics evaluates `activation` as Python, and calls what a row names with the row's arguments. So only plain
     activations, layers and plain arguments are allowed. layers: the module in which ultralytics looks up a row's name.
     """
-    if not isinstance(description, dict) or not all(
-        isinstance(description.get(part), list) for part in ("backbone", "head")
-    ):
-        raise WeightsError("not a YOLO model description: expected a mapping with the lists backbone and head")
+    description_rows(description)
     activation = description.get("activation")
     if activation is not None and not (isinstance(activation, str) and ACTIVATION.fullmatch(activation)):
         raise WeightsError(
             f"refused encoder architecture: activation {activation!r} is not a plain torch.nn activation"
         )
-    for row in description["backbone"] + description["head"]:
-        if not (isinstance(row, list) and len(row) == 4 and isinstance(row[2], str) and isinstance(row[3], list)):
-            raise WeightsError(
-                f"refused encoder architecture: {str(row)[:80]} is not a [from, repeats, module, arguments] row"
-            )
-        name = row[2]
-        found = getattr(nn if name.startswith("nn.") else layers, name.removeprefix("nn."), None)
-        is_layer = isinstance(found, type) and issubclass(found, nn.Module) and MODULE_NAME.fullmatch(name)
-        if not is_layer or not found.__module__.startswith(("torch.nn.modules.", "ultralytics.nn.modules.")):
-            raise WeightsError(f"refused encoder architecture: {name!r} is not a layer of torch.nn or ultralytics")
-        for value in flat(row[3]):
-            if not (value is None or isinstance(value, (int, float)) or value in PLAIN_STRINGS):
-                raise WeightsError(
-                    f"refused encoder architecture: {str(value)[:80]!r} is not a plain argument of {name}"
-                )
+    check_numbers(description)
+    for row in description_rows(description):
+        check_row(row, layers)
+
+
+def description_rows(description: dict) -> list:
+    """The rows of a model description. Raises WeightsError where there are none, or too many."""
+    parts = [description.get(part) for part in ("backbone", "head")] if isinstance(description, dict) else [None]
+    if not all(isinstance(part, list) for part in parts):
+        raise WeightsError("not a YOLO model description: expected a mapping with the lists backbone and head")
+    rows = parts[0] + parts[1]
+    if not 0 < len(rows) <= MAX_ROWS:
+        raise WeightsError(f"refused encoder architecture: it has {len(rows)} rows, expected 1..{MAX_ROWS}")
+    return rows
+
+
+def head_inputs(description: dict) -> list[int]:
+    """The numbers of the three modules that a detector's last row reads."""
+    rows = description_rows(description)
+    row = rows[-1]
+    inputs = row[0] if isinstance(row, list) and row else None
+    if (
+        not isinstance(inputs, list)
+        or len(inputs) != 3
+        or not all(type(i) is int and 0 <= i < len(rows) for i in inputs)
+    ):
+        raise WeightsError(
+            f"refused encoder architecture: its last row reads {str(inputs)[:80]}, expected a detection head on the numbers "
+            "of three modules"
+        )
+    return inputs
+
+
+def check_numbers(description: dict) -> None:
+    """Raises WeightsError for settings of a whole description that are no numbers, or far outside what detectors have."""
+    limits = {"nc": 10_000, "reg_max": 64, "depth_multiple": 10, "width_multiple": 10}
+    for name, limit in limits.items():
+        check_number(description.get(name, 1), limit, name, least=0)
+    scales = description.get("scales") or {}
+    if not isinstance(scales, dict) or not all(
+        isinstance(scale, list) and len(scale) == 3 for scale in scales.values()
+    ):
+        raise WeightsError("refused encoder architecture: scales must be a mapping of lists of three numbers")
+    for depth, width, channels in scales.values():
+        check_number(depth, 10, "a depth of scales", least=0)
+        check_number(width, 10, "a width of scales", least=0)
+        check_number(channels, MAX_ARGUMENT, "the channels of scales", least=1)
+
+
+def check_number(value, limit: float, name: str, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= limit:
+        raise WeightsError(f"refused encoder architecture: {name} is {str(value)[:40]}, expected {least}..{limit}")
+
+
+def check_row(row, layers) -> None:
+    """Raises WeightsError unless a row is [from, repeats, module, arguments] with a layer, and numbers in bounds."""
+    if not (isinstance(row, list) and len(row) == 4 and isinstance(row[2], str) and isinstance(row[3], list)):
+        raise WeightsError(
+            f"refused encoder architecture: {str(row)[:80]} is not a [from, repeats, module, arguments] row"
+        )
+    sources, repeats, name, arguments = row
+    sources = sources if isinstance(sources, list) else [sources]
+    if not 0 < len(sources) <= 16 or not all(type(i) is int and abs(i) <= MAX_ROWS for i in sources):
+        raise WeightsError(
+            f"refused encoder architecture: {name} reads {str(row[0])[:80]}, expected numbers of modules"
+        )
+    if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
+        raise WeightsError(
+            f"refused encoder architecture: {name} is repeated {str(repeats)[:40]} times, expected 1..{MAX_REPEATS}"
+        )
+    found = getattr(nn if name.startswith("nn.") else layers, name.removeprefix("nn."), None)
+    is_layer = isinstance(found, type) and issubclass(found, nn.Module) and MODULE_NAME.fullmatch(name)
+    if not is_layer or not found.__module__.startswith(("torch.nn.modules.", "ultralytics.nn.modules.")):
+        raise WeightsError(f"refused encoder architecture: {name[:80]!r} is not a layer of torch.nn or ultralytics")
+    for value in flat(arguments):
+        number = isinstance(value, (int, float))
+        if not (value is None or (number and abs(value) <= MAX_ARGUMENT) or (not number and value in PLAIN_STRINGS)):
+            raise WeightsError(f"refused encoder architecture: {str(value)[:80]!r} is not a plain argument of {name}")
+
+
+def grows_little(rows: list) -> bool:
+    """Whether it is plain that no map can become far larger than the picture: YOLOv9's own layers with their usual numbers.
+    Other descriptions are run once on the meta device to see."""
+    upsampled = 0
+    for _, repeats, name, arguments in rows:
+        upsampled += repeats if name == "nn.Upsample" else 0
+        numbers = [value for value in flat(arguments[1:]) if value is not None and not isinstance(value, str)]
+        small = name not in ("Conv", "nn.Upsample", "nn.Conv2d") or all(abs(value) <= 7 for value in numbers)
+        if name not in NO_GROWTH or not small or (name == "nn.Upsample" and numbers != [2]):
+            return False
+    return upsampled <= 3
 
 
 def flat(value) -> Iterator:

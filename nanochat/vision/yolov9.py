@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from nanochat.devices import usable_device
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
-from nanochat.vision.pixels import evaluating, read_pixels
-from nanochat.vision.weights import WeightsError, class_names, one_line
+from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
+from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
 STRIDE = 32  # of the coarsest map; input sides are multiples of it
@@ -76,10 +77,13 @@ class YOLOv9Plus(nn.Module):
         self.to(device)
 
     @classmethod
-    def from_architecture(cls, architecture: dict, device: str | torch.device = "cpu") -> "YOLOv9Plus":
+    def from_architecture(
+        cls, architecture: dict, device: str | torch.device = "cpu", *, shapes_only: bool = False
+    ) -> "YOLOv9Plus":
         """An encoder with random weights, from the `architecture` of another one. Load a state dict into it next.
 
         The architecture may come from an untrusted checkpoint. It is checked, and none of its content is run as code.
+        shapes_only: without memory, on the meta device; the encoder will not run.
         Raises WeightsError for one that is incomplete or unsafe.
         """
         if not isinstance(architecture, dict) or not {"yaml", "names", "image_size", "n_layers"} <= architecture.keys():
@@ -88,19 +92,18 @@ class YOLOv9Plus(nn.Module):
             )
         self = cls.__new__(cls)  # __init__ would look for weights
         nn.Module.__init__(self)
-        self.set_up(architecture["yaml"], class_names(architecture["names"]), architecture["image_size"])
-        n, n_layers = architecture["n_layers"], len(self.net.model)
-        if type(n) is not int or not 0 < n <= n_layers:
-            raise WeightsError(f"wrong encoder architecture: n_layers is {n!r}, expected 1..{n_layers}")
-        self.net.model = self.net.model[:n]
-        return self.to(device)
+        description, n = architecture["yaml"], architecture["n_layers"]
+        self.set_up(description, class_names(architecture["names"]), architecture["image_size"], n, shapes_only)
+        return self if shapes_only else self.to(device)
 
-    def set_up(self, description: dict, names: dict[int, str] | None, image_size: int) -> None:
+    def set_up(
+        self, description: dict, names: dict[int, str] | None, image_size: int, n_layers=None, shapes_only=False
+    ) -> None:
         self.image_size = image_size
         self.yaml = description
-        self.net = build(description, None if names is None else len(names))
+        self.net = build(description, None if names is None else len(names), n_layers, shapes_only)
         self.names = names or dict(self.net.names)
-        self.levels = dict(zip(LEVELS, self.net.model[-1].f, strict=True))  # kept when the head is cut off
+        self.levels = dict(zip(LEVELS, head_inputs(description), strict=True))  # kept when the head is cut off
         self.eval()
 
     @property
@@ -280,8 +283,10 @@ class YOLOv9Plus(nn.Module):
 
 def checked_size(size: int) -> int:
     """`size` if it is a usable side of the input in pixels. Raises ValueError otherwise."""
-    if not isinstance(size, int) or size < STRIDE or size % STRIDE:
-        raise UserError(f"image_size must be a positive multiple of {STRIDE}, got {size!r}")
+    if type(size) is not int or size < STRIDE or size % STRIDE or size > MAX_IMAGE_SIZE:
+        raise UserError(
+            f"image_size must be at most {MAX_IMAGE_SIZE} and a positive multiple of {STRIDE}, got {short_repr(size)}"
+        )
     return size
 
 

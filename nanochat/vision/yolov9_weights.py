@@ -17,7 +17,9 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from nanochat.vision.weights import WeightsError, check_architecture, one_line, read_pt
+from nanochat.files import short_repr
+from nanochat.meta import on_meta
+from nanochat.vision.weights import WeightsError, check_architecture, grows_little, one_line, read_pt
 
 SIZES = "tsmce"  # of the official models: yolov9t ... yolov9e
 DEFAULT_WEIGHTS = "yolov9t.pt"
@@ -53,28 +55,58 @@ def import_ultralytics():
     return ultralytics
 
 
-def build(description: dict, n_classes: int | None) -> nn.Module:
+def build(
+    description: dict, n_classes: int | None, n_layers: int | None = None, shapes_only: bool = False
+) -> nn.Module:
     """A DetectionModel with random weights from a model description.
 
-    n_classes: None for the number in the description. Raises WeightsError for a description that is unsafe, cannot be
-    built, or is not a detector with three levels.
+    n_classes: None for the number in the description. n_layers: build the first rows only; the detection head is the last row.
+    shapes_only: without memory, on the meta device, to compare the shapes of the weights with those of a file.
+    Raises WeightsError for a description that is unsafe, cannot be built, or is not a detector with three levels.
     """
     tasks = import_ultralytics().nn.tasks
     check_architecture(description, tasks)
+    rows = deepcopy(description["backbone"] + description["head"])
+    n_layers = len(rows) if n_layers is None else n_layers
+    if type(n_layers) is not int or not 0 < n_layers <= len(rows):
+        raise WeightsError(f"wrong encoder architecture: n_layers is {short_repr(n_layers)}, expected 1..{len(rows)}")
+    described = deepcopy(description) | {"backbone": rows[:n_layers], "head": []}
     default = tasks.Conv.default_act  # a class attribute: building a ReLU model would turn later SiLU models into ReLU
     try:
-        net = tasks.DetectionModel(deepcopy(description), nc=n_classes, verbose=False)
+        if shapes_only:
+            net = build_on_meta(tasks.DetectionModel, described, n_classes)
+        else:
+            net = tasks.DetectionModel(described, nc=n_classes, verbose=False)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"ultralytics cannot build this model: {one_line(error)}") from error
     finally:
         tasks.Conv.default_act = default
+    if n_layers == len(rows):
+        check_head(net)
+    return net
+
+
+def build_on_meta(kind: type, description: dict, n_classes: int | None) -> nn.Module:
+    class ShapesOnly(
+        kind
+    ):  # a DetectionModel runs a picture while it is built, to see its strides: slow on the meta device
+        def forward(self, x, *args, **kwargs):
+            return {"feats": [torch.zeros(1, 1, 256 // stride, 256 // stride) for stride in (8, 16, 32)]}
+
+    with on_meta(), torch.no_grad():
+        net = ShapesOnly(description, nc=n_classes, verbose=False)
+        if not grows_little(description["backbone"]):
+            net.eval()._predict_once(torch.zeros(1, 3, 256, 256))  # `on_meta` refuses outputs that are too large
+    return net
+
+
+def check_head(net: nn.Module) -> None:
     head = net.model[-1]
     if type(head).__name__ != "Detect" or net.stride.tolist() != [8, 16, 32] or getattr(head, "end2end", False):
         raise WeightsError(
             f"this model ends in {type(head).__name__} at strides {net.stride.tolist()}, expected a detector like YOLOv9's: "
             "Detect at strides 8, 16 and 32, without a one-to-one head"
         )
-    return net
 
 
 def load_weights(name: str, trust_pickle: bool) -> tuple[dict, dict[int, str] | None, dict[str, torch.Tensor] | None]:
