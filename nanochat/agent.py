@@ -118,7 +118,8 @@ class Agent:
             "action_head": config.action_head,
             "chunk": config.chunk,
             "action_dim": config.action_dim,
-            "state_dim": config.state_dim,
+            "state_dim": config.state_dim,  # 0: the policy reads no state
+            "targets": config.targets,  # relative or absolute
             "image_size": config.vision_image_size,
         }
 
@@ -129,12 +130,14 @@ class Agent:
         return self.model.action_scale.low, self.model.action_scale.high
 
     @torch.inference_mode()
-    def act(self, images: Sequence, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray:
-        """B pictures, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units.
+    def act(self, images: Sequence, states: np.ndarray | None, instructions: Sequence[str]) -> np.ndarray:
+        """B pictures, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units. states is
+        None for a policy that reads no state (state_dim 0).
 
         None instead of a picture masks it, as training masks some. Nothing is clipped: send actions through
-        `safety.SafeActions` before anything moves. Raises ValueError for numbers or shapes that do not match, and for a model
-        that cannot act; ImageError for what is not a picture.
+        `safety.SafeActions` before anything moves. Raises ValueError for numbers or shapes that do not match, for states far
+        outside of the training data's range (another unit), and for a model that cannot act; ImageError for what is not a
+        picture.
         """
         self.check_can_act()
         config, shown = self.model.config, [i for i, image in enumerate(images) if image is not None]

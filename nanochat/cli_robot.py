@@ -116,7 +116,7 @@ def policy_server(
     max_clients: int = 16,
     execute: int | None = None,
     max_change: float | None = None,
-    hold: Literal["still", "last"] = "still",
+    hold: Literal["auto", "still", "last"] = "auto",
     device: Device = "auto",
 ) -> None:
     """Serve a policy with openpi's websocket protocol, so that `openpi-client` can control a robot with it.
@@ -130,7 +130,7 @@ def policy_server(
         execute: Actions of a chunk that are sent; default all. The robot should execute all of them before it asks again.
         max_change: Largest allowed change of each number between consecutive actions; default no limit.
         hold: What is sent instead of an action that is not finite: still (no motion) for relative actions, last (the previous
-            action) for absolute position targets.
+            action) for absolute targets; auto is the one that fits the checkpoint.
     """
     import asyncio
 
@@ -144,6 +144,10 @@ def policy_server(
     check_settings(host, port, token, max_clients)
     log_to_stderr()
     policy = SafePolicy(Agent.load(checkpoint, pick_device(device)), execute, max_change, hold)
+    instead = {"still": "no motion", "last": "the previous action"}[policy.hold]
+    print(
+        f"actions are {policy.metadata['targets']}; one that is not finite is replaced by {instead} (--hold {policy.hold})"
+    )
     asyncio.run(serve_policy(policy, host, port, token, max_clients))
 
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn as nn
 
 from nanochat.action_heads import HEADS
-from nanochat.actions import N_BINS, Scale
+from nanochat.actions import N_BINS, TARGETS, Scale, check_states, described, number_array
 from nanochat.errors import UserError
 from nanochat.fusion import Glances
 from nanochat.gpt import Inputs, Linear
-from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
+from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, check_integer
 
 FREQUENCIES = 6  # of states: periods from 4 (more than the range -1..1) down to 1/8
+MAX_DIMENSIONS = 1024  # of a state or an action; a humanoid has about 100
 STATE_LIMIT = 1.5  # normalised states are clipped to this: beyond it the sines repeat
 
 
@@ -29,8 +30,10 @@ class RobotGPTConfig(MultimodalGPTConfig):
     action_head: str = "continuous"
     chunk: int = 10  # actions that are predicted at once
     map_channels: int = 64  # of the encoder's map; vision_embedding_dim is the width of a glance
-    state_scale: dict = field(default_factory=dict)  # of `actions.Scale`
+    state_scale: dict = field(default_factory=dict)  # of `actions.Scale`; empty for a policy that reads no state
+    state_range: dict = field(default_factory=dict)  # least and greatest in the data; empty in older checkpoints
     action_scale: dict = field(default_factory=dict)
+    targets: str = "relative"  # of the actions: relative or absolute
     state_token_id: int = 0
     act_token_id: int = 0
     bin_token_id: int = 0  # of the first bin; the others follow
@@ -39,24 +42,26 @@ class RobotGPTConfig(MultimodalGPTConfig):
         super().__post_init__()
         if self.action_head not in HEADS:
             raise UserError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise UserError(f"chunk must be a positive integer, got {self.chunk!r}")
-        for scale in (self.state_scale, self.action_scale):
-            Scale(**scale)
+        check_integer("chunk", self.chunk, 1, 1024)
+        check_integer("map_channels", self.map_channels, 1, 2**16)
+        if self.targets not in TARGETS:
+            raise UserError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
+        for scale in (self.state_scale, self.state_range, self.action_scale):
+            if (scale or scale is self.action_scale) and len(Scale(**scale).low) > MAX_DIMENSIONS:
+                raise UserError(f"a state or an action has at most {MAX_DIMENSIONS} numbers, got {len(scale['low'])}")
+        if self.state_range and len(self.state_range["low"]) != self.state_dim:
+            raise UserError(f"state_range must have {self.state_dim} numbers, got {len(self.state_range['low'])}")
         last = {"state_token_id": self.state_token_id, "act_token_id": self.act_token_id,
                 "bin_token_id": self.bin_token_id + N_BINS - 1}  # fmt: skip
         for name, token in last.items():
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"{name} is outside the vocabulary of {self.vocab_size}")
+            check_integer(name, token, 0, self.vocab_size - 1)
 
     def check_vision_tokens(self) -> None:
         """Glances are no grid: any number will do."""
-        if not isinstance(self.vision_tokens_per_image, int) or self.vision_tokens_per_image < 1:
-            raise UserError(f"vision_tokens_per_image must be a positive integer, got {self.vision_tokens_per_image!r}")
 
     @property
     def state_dim(self) -> int:
-        return len(self.state_scale["low"])
+        return len(self.state_scale.get("low", ()))
 
     @property
     def action_dim(self) -> int:
@@ -72,16 +77,20 @@ def waves(x: torch.Tensor) -> torch.Tensor:
 
 
 class RobotGPT(MultimodalGPT):
-    """Adds to MultimodalGPT: glances instead of grid cells, one token for the state, and an action head."""
+    """Adds to MultimodalGPT: glances instead of grid cells, one token for the state, and an action head.
+
+    Without a state (state_dim 0) the token stays in the prompt, with the embedding that it has as a word."""
 
     kind = "robot_gpt"
     config_class = RobotGPTConfig
 
     def __init__(self, config: RobotGPTConfig):
         super().__init__(config)
-        self.state_scale, self.action_scale = Scale(**config.state_scale), Scale(**config.action_scale)
+        self.state_scale = Scale(**config.state_scale) if config.state_dim else None
+        self.trained_states = Scale(**(config.state_range or config.state_scale)) if config.state_dim else None
+        self.action_scale = Scale(**config.action_scale)
         self.glances = Glances(config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim)
-        self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd)
+        self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd) if config.state_dim else None
         self.action_head: nn.Module = HEADS[config.action_head](config)
 
     @property
@@ -105,17 +114,31 @@ class RobotGPT(MultimodalGPT):
         return "outputs" if name.startswith("action_head.") else super().param_group(name, parameter)
 
     @torch.inference_mode()
-    def act(self, prompts: Sequence[Sequence[int]], images: torch.Tensor, states: np.ndarray) -> np.ndarray:
+    def act(self, prompts: Sequence[Sequence[int]], images: torch.Tensor, states: np.ndarray | None) -> np.ndarray:
         """Chunks of actions in physical units, (B, chunk, action_dim) float32, as the network gives them: not clipped.
 
         prompts: of `conversation.action_message`, rendered, each with one picture and one state. images: (B, N, D) from `look`.
-        states: (B, state_dim) in physical units. Raises ValueError where their numbers or shapes do not match.
+        states: (B, state_dim) in physical units; None for a policy without a state. Raises UserError where their numbers or
+        shapes do not match, and for states far outside of the training data's range (see `actions.check_states`).
         """
-        states = np.asarray(states, np.float32)
-        if not len(prompts) == len(images) == len(states) or states.shape[1:] != (self.config.state_dim,):
-            raise UserError(
-                f"{len(prompts)} prompts, {len(images)} pictures and states of shape {states.shape}: expected as many of "
-                f"each, and {self.config.state_dim} numbers a state"
-            )
-        normalised = torch.from_numpy(self.state_scale.normalize(states)).to(self.device)
+        if len(prompts) != len(images):
+            raise UserError(f"{len(prompts)} prompts and {len(images)} pictures: expected as many of each")
+        normalised = self.normalised_states(states, len(prompts))
         return self.action_head.act(self, [list(prompt) for prompt in prompts], images.to(self.device), normalised)
+
+    def normalised_states(self, states: np.ndarray | None, n: int) -> torch.Tensor | None:
+        """(n, state_dim) float32 for `Inputs`; None for a policy without a state."""
+        dim = self.config.state_dim
+        if dim == 0:
+            if states is not None and np.size(states):
+                raise UserError(f"this policy was trained without a state, got {described(states)}: pass None")
+            return None
+        if states is None:
+            raise UserError(f"this policy reads a state of {dim} numbers, got none")
+        values = number_array(states, f"states must be {dim} finite numbers for each prompt")
+        if len(values.shape) != 2 or values.shape[1] != dim or len(values) != n:
+            raise UserError(
+                f"{n} prompts and pictures, and states of shape {values.shape}: expected as many of each, and {dim} numbers a state"
+            )
+        check_states(values, self.trained_states)
+        return torch.from_numpy(self.state_scale.normalize(values)).to(self.device)

@@ -310,6 +310,14 @@ def test_only_the_video_that_is_read_must_be_there(tmp_path):
     assert open_demonstrations(tmp_path / "robot", "front").read("all", SIZE).images([9]).shape == (1, SIZE, SIZE, 3)
 
 
+def test_pictures_of_videos_are_letterboxed_as_others_are(tmp_path):
+    path = video_dataset(tmp_path / "robot")
+    write_video(path, 10, "10")
+    whole = RobotDataset(tmp_path / "robot").episode(1, ["front"]).images["front"]
+    small = open_demonstrations(tmp_path / "robot", "front").read("all", SIZE).images([6, 9])
+    np.testing.assert_array_equal(small, [square(whole[n], SIZE)[0] for n in (0, 3)])
+
+
 def test_a_broken_video_is_named(tmp_path):
     path = video_dataset(tmp_path / "robot")
     write_video(path, 10, "10")

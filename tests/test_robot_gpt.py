@@ -1,6 +1,6 @@
 """The robot's model: glances, states, action heads, each against plain forward passes."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from nanochat.agent import Agent
 from nanochat.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nanochat.conversation import action_message, render
 from nanochat.engine import pad_rows
+from nanochat.errors import UserError
 from nanochat.fusion import Glances
 from nanochat.gpt import Inputs
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
@@ -228,8 +229,55 @@ def test_none_is_a_masked_picture(model, tokenizer):
 
 @settings(max_examples=20)
 @given(hnp.arrays(np.float32, (1, 2), elements=st.floats(-1e6, 1e6, width=32)))
-def test_any_state_gives_finite_actions(values):
-    assert np.isfinite(AGENT.act(inputs(1)[0], values, ["open"])).all()
+def test_any_state_gives_finite_actions_or_is_refused(values):
+    if (np.abs(values - 0.5) <= 3.5).all():  # trained on 0..1; three times that range is accepted on both sides
+        assert np.isfinite(AGENT.act(inputs(1)[0], values, ["open"])).all()
+    else:
+        with pytest.raises(UserError, match=r"lay between 0 and 1 in the training data \(accepted: -3 to 4\)"):
+            AGENT.act(inputs(1)[0], values, ["open"])
+
+
+@pytest.mark.parametrize(
+    "states",
+    [[["1", "0"]], [[True, 0.5]], np.array([[True, False]]), [[0.5, None]], [[0.5]], [[1e300, 0.5]], "text", None],
+)
+def test_what_is_no_state_is_refused(states):
+    with pytest.raises(UserError, match="finite numbers|numbers a state|state of 2 numbers|in the training data"):
+        AGENT.act(inputs(1)[0], states, ["open"])
+
+
+def test_the_state_may_lie_where_it_did_in_training(tokenizer):
+    config = make_model(tokenizer, "continuous").config
+    rare = {"low": [0.0, 0.0], "high": [1.0, 90.0]}  # beyond the percentiles, as a number that is rarely not 0
+    agent = Agent(RobotGPT(replace(config, state_range=rare)), tokenizer)
+    agent.model.normalised_states(np.array([[0.5, 89.0]]), 1)
+    with pytest.raises(UserError, match="number 1 of 2 of the state is 57.3, but lay between 0 and 1"):
+        agent.model.normalised_states(np.array([[57.3, 89.0]]), 1)
+
+
+@pytest.mark.parametrize("head", ["continuous", "bins"])
+def test_a_policy_without_a_state_reads_none(tokenizer, head, tmp_path):
+    config = make_model(tokenizer, head).config
+    model = RobotGPT(replace(config, state_scale={}, targets="absolute"))
+    model.init_weights()
+    model.attach_encoder(AGENT.model.vision_encoder)
+    save_checkpoint(tmp_path / "c", model, tokenizer, {})
+    agent = Agent.load(tmp_path / "c")
+    assert (agent.metadata["state_dim"], agent.metadata["targets"]) == (0, "absolute")
+    images = inputs(2)[0]
+    actions = agent.act(images, None, ["open", "close"])
+    np.testing.assert_array_equal(agent.act(images, np.zeros((2, 0)), ["open", "close"]), actions)
+    with pytest.raises(UserError, match="trained without a state, got shape"):
+        agent.act(images, np.zeros((2, 1)), ["open", "close"])
+
+
+def test_targets_of_older_checkpoints_are_relative(tokenizer):
+    config = make_model(tokenizer, "continuous").config
+    assert config.targets == "relative" and config.state_range == {}
+    with pytest.raises(UserError, match="targets must be one of relative, absolute, got 'both'"):
+        replace(config, targets="both")
+    with pytest.raises(UserError, match="state_range must have 2 numbers, got 1"):
+        replace(config, state_range={"low": [0.0], "high": [1.0]})
 
 
 def build_agent():

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.data.columns import fill_template, is_feature, natural_number, pa, pc, pq, read_parquet, to_numpy
+from nanochat.data.pictures import encode_png
 from nanochat.data.sample import check_text
-from nanochat.data.video import video_frames
+from nanochat.data.video import Encode, video_frames
 from nanochat.files import DataError, existing_file, json_lines, json_object, path_inside, short_repr
 
 VERSIONS = ("v3.0", "v2.1")
@@ -176,8 +177,10 @@ class RobotDataset:
             )
         return path, start
 
-    def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
+    def episode(self, i: int, cameras: Sequence[str] | None = None, encode: Encode = encode_png) -> Episode:
         """Read the frames of episode `i`: its numeric columns, and the images of `cameras` (all by default).
+
+        encode: for the pictures of videos, (H, W, 3) uint8 RGB -> bytes; those of other cameras are encoded already.
 
         Raises:
             IndexError: there is no such episode.
@@ -200,7 +203,9 @@ class RobotDataset:
         images = {camera: self._stills(table[camera], where) for camera in stills}
         for camera in [camera for camera in cameras if camera not in stills]:
             path, start = self.video(i, camera)
-            images[camera] = video_frames(path, start, self._times(table, where), self.fps, f"episode {i}, {camera}")
+            images[camera] = video_frames(
+                path, start, self._times(table, where), self.fps, f"episode {i}, {camera}", encode
+            )
         numbers = {key: self._column(table[key], key, f"{where}: {key!r}") for key in columns}
         frame_tasks = self._frame_tasks(table, info, where)
         images = {camera: images[camera] for camera in cameras}

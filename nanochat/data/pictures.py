@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from nanochat.files import DataError
-from nanochat.vision.images import open_image, square
+from nanochat.vision.images import letterbox, open_image, square
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -14,6 +14,11 @@ def encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def encode_square(image: np.ndarray, size: int) -> bytes:
+    """(H, W, 3) uint8 RGB -> a PNG file of `size` x `size` pixels, letterboxed."""
+    return encode_png(letterbox(image, size)[0])
 
 
 def encoded_square(picture: bytes, size: int) -> bytes:

@@ -1,20 +1,26 @@
 """Frames of video files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 
+Encode = Callable[[np.ndarray], bytes]
 TOLERANCE = 0.75  # of the time between two frames: how far from its time stamp a picture may be
 DRIFT = 0.002  # seconds per second: a video of 29.97 frames per second that is described as 30 differs by half of this
 
 
-def video_frames(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> list[bytes]:
-    """The pictures of a video that are nearest to `times`, as PNG files.
+def video_frames(
+    path: Path, start: float, times: Sequence[float], fps: float, where: str, encode: Encode = encode_png
+) -> list[bytes]:
+    """The pictures of a video that are nearest to `times`, encoded.
 
     start: second at which the episode begins in the video. times: T seconds from there, in increasing order. fps: of the
-    dataset; the rate of the video itself may differ. where: episode and camera, for messages.
+    dataset; the rate of the video itself may differ. where: episode and camera, for messages. encode: (H, W, 3) uint8 RGB ->
+        the bytes of a picture.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -25,25 +31,26 @@ def video_frames(path: Path, start: float, times: Sequence[float], fps: float, w
     for now, frame in decoded(path, start, where, pictures):
         while len(pictures) < len(times) and (wanted := times[len(pictures)]) <= now:
             nearest = last if last is not None and wanted - last[0] < now - wanted else (now, frame)
-            add_picture(pictures, *nearest, wanted, fps, (path, start, where, len(times)))
+            check_near(nearest[0], wanted, fps, len(pictures), (path, start, where, len(times)))
+            pictures.append(encode(nearest[1].to_ndarray(format="rgb24")))
         if len(pictures) == len(times):
             return pictures
         last = (now, frame)
     while len(pictures) < len(times):  # times behind the last picture
         now, frame = last or (float("inf"), None)
-        add_picture(pictures, now, frame, times[len(pictures)], fps, (path, start, where, len(times)))
+        check_near(now, times[len(pictures)], fps, len(pictures), (path, start, where, len(times)))
+        pictures.append(encode(frame.to_ndarray(format="rgb24")))
     return pictures
 
 
-def add_picture(pictures: list[bytes], now: float, frame, wanted: float, fps: float, names: tuple) -> None:
-    """Append the picture of the time `now`. Raises DataError if it is too far from the wanted time."""
-    if abs(now - wanted) > TOLERANCE / fps + DRIFT * wanted:
+def check_near(found: float, wanted: float, fps: float, done: int, names: tuple) -> None:
+    """Raises DataError if the picture of the second `found` is too far from the wanted one. done: how many were found before."""
+    if abs(found - wanted) > TOLERANCE / fps + DRIFT * wanted:
         path, start, where, length = names
         raise DataError(
-            f"{path}: {where}: must have {length} frames from {start:g} s on at {fps:g} fps, found {len(pictures)}: the video "
-            f"has no picture at {start + wanted:.3f} s"
+            f"{path}: {where}: must have {length} frames from {start:g} s on at {fps:g} fps, found {done}: the video has no "
+            f"picture at {start + wanted:.3f} s"
         )
-    pictures.append(encode_png(frame.to_ndarray(format="rgb24")))
 
 
 def decoded(path: Path, start: float, where: str, done: list) -> Iterator[tuple[float, object]]:

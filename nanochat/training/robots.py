@@ -8,6 +8,8 @@ Questions and positions need the state of a simulator. The positions teach the e
 model: a policy reads pictures, its own state, and text.
 """
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +19,28 @@ import torch
 from rich.progress import track
 
 from nanochat.action_heads import ActionBatch
-from nanochat.actions import ACT, BINS, STATE, Scale
-from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.actions import ACT, BINS, STATE, TARGETS, Scale, span
+from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import conditions
-from nanochat.metaworld.questions import draw_asked, has_scene, object_positions, task_name, tokenizer_texts
+from nanochat.metaworld.questions import (
+    ENVIRONMENT_STATE,
+    SCENE_COLUMNS,
+    draw_asked,
+    has_scene,
+    object_positions,
+    task_name,
+    tokenizer_texts,
+)
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import PositionsHead
 from nanochat.training.batches import exactly_right, mask_images, reduce_gradient, with_images
+from nanochat.training.fingerprint import demonstrations_fingerprint
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import QuestionBatch, action_batch, question_batch, shift_pictures
+from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, shaped_like
 from nanochat.vision.pixels import to_pixels
 
@@ -43,6 +56,14 @@ class RobotTask(Task):
     def __init__(self, recipe: Robot):
         super().__init__(recipe)
         self.data, self.val = read_data(recipe)
+        self.targets, reason = find_targets(self.data)
+        if recipe.targets != "auto":
+            self.targets, reason = recipe.targets, "--targets"
+        other = next(name for name in TARGETS if name != self.targets)
+        console.print(f"actions are {self.targets} ({reason}); if that is wrong: --targets {other}", markup=False)
+        if has_scene(self.data):
+            for data in (self.data, self.val):
+                data.check_finite(ENVIRONMENT_STATE)
 
     def new_model(self) -> tuple[RobotGPT, Tokenizer]:
         recipe, tokenizer = self.recipe, make_tokenizer(self.recipe, self.data)
@@ -55,6 +76,7 @@ class RobotTask(Task):
             state_token_id=tokenizer.special(STATE),
             act_token_id=tokenizer.special(ACT),
             bin_token_id=tokenizer.special(BINS[0]),
+            targets=self.targets,
             **self.scales(),
             **model_shape(recipe, tokenizer),
         )
@@ -65,20 +87,14 @@ class RobotTask(Task):
 
     def adopt(self, model: RobotGPT) -> RobotGPT:
         """The same weights with the scales of this data, and a new action head if the recipe asks for another one."""
-        recipe, config, scales = self.recipe, model.config, self.scales()
+        recipe, config = self.recipe, model.config
         if not isinstance(model, RobotGPT):
             raise UserError(
                 f"the checkpoint {recipe.start_from} is a {type(model).__name__}, not a robot policy: choose another one"
             )
-        for name, scale in scales.items():
-            expected, found = len(getattr(config, name)["low"]), len(scale["low"])
-            if found != expected:
-                raise UserError(
-                    f"{recipe.start_from} has a {name} of {expected} numbers, but the data has {found}: "
-                    "train a new model without --start-from"
-                )
+        self.check_fits(model, recipe.start_from, "train a new model without --start-from")
         self.recipe = replace(shaped_like(recipe, model), chunk=config.chunk, glance_dim=config.vision_embedding_dim)
-        adopted = RobotGPT(replace(config, action_head=recipe.action_head, **scales))
+        adopted = RobotGPT(replace(config, action_head=recipe.action_head, targets=self.targets, **self.scales()))
         adopted.init_weights()
         adopted.attach_encoder(model.vision_encoder)
         weights = model.state_dict()
@@ -89,12 +105,27 @@ class RobotTask(Task):
 
     def scales(self) -> dict[str, dict]:
         """The ranges of the data's states and actions, for a model's config."""
+        state, has_state = self.data.state, self.data.state.shape[1] > 0
         return {
-            "state_scale": asdict(Scale.fit(self.data.state)),
+            "state_scale": asdict(Scale.fit(state)) if has_state else {},
+            "state_range": span(state) if has_state else {},
             "action_scale": asdict(Scale.fit(self.data.action)),
         }
 
+    def check_fits(self, model: RobotGPT, name: str, advice: str) -> None:
+        """Raises UserError if the data has states or actions of another size than the model."""
+        for kind, expected, found in (
+            ("state", model.config.state_dim, self.data.state.shape[1]),
+            ("action", model.config.action_dim, self.data.action.shape[1]),
+        ):
+            if found != expected:
+                raise UserError(
+                    f"{name} has a{'n' if kind == 'action' else ''} {kind} of {expected} numbers, but that of the data in "
+                    f"{self.recipe.data} has {found}: {advice}"
+                )
+
     def prepare(self, model: RobotGPT, tokenizer: Tokenizer) -> None:
+        self.check_fits(model, self.recipe.out or "the run", "resume it with its own data, or choose another --out")
         super().prepare(model, tokenizer)
         self.steps, self.unit, config = self.recipe.steps, model.action_head.unit, model.config
         if self.recipe.scene_loss and has_scene(self.data):
@@ -107,6 +138,24 @@ class RobotTask(Task):
     def learnt(self) -> dict[str, bool]:
         asked = bool(has_scene(self.data) and self.recipe.questions_per_step and self.recipe.question_loss)
         return {"questions": asked, "captions": asked, "actions": True}  # one of the questions asks for a description
+
+    def fingerprint(self) -> dict[str, dict]:
+        return {
+            "training": demonstrations_fingerprint(self.data),
+            "validation": demonstrations_fingerprint(self.val),
+        }
+
+    def pixel_batches(self) -> Iterator[torch.Tensor]:
+        rng, size = np.random.default_rng([self.recipe.seed, 0, 1]), self.recipe.images_per_step
+        for _ in range(-(-min(MAX_PICTURES, len(self.data)) // size)):
+            images = shift_pictures(self.data.images(self.data.draw(size, rng)), self.recipe.shift, rng)
+            yield to_pixels(images, self.model.device, torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def next_commands(self, out: Path) -> list[str]:
+        commands = [["policy-server", str(out)]]
+        if has_scene(self.val):
+            commands = [["eval", str(out), self.recipe.data], ["rollout", str(out)], *commands]
+        return [shlex.join(["nanochat", *words]) for words in commands]
 
     # ---- steps
 
@@ -181,10 +230,27 @@ class RobotTask(Task):
 def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
     """(training, validation) demonstrations of the recipe."""
     folder = open_demonstrations(recipe.data, recipe.camera, task_name)
-    if len(folder.cameras) > 1:
-        console.print(f"camera {folder.camera}; the data has {', '.join(folder.cameras)}")
+    for line in describe_columns(folder):
+        console.print(line, markup=False)
     reading = partial(track, description="reading episodes", console=console)
     return folder.read("fit", recipe.image_size, reading), folder.read("val", recipe.image_size, reading)
+
+
+def describe_columns(folder: DemonstrationFolder) -> list[str]:
+    """What is read of the data and what is left out, as lines for the screen."""
+    used = ["observation.state", "action"]
+    if all(column in folder.columns for column in SCENE_COLUMNS):
+        used += SCENE_COLUMNS
+    numbers = {name: f"{name} ({width} number{'s' * (width != 1)})" for name, width in folder.columns.items()}
+    read = [f"camera {folder.camera}"] * bool(folder.camera) + [numbers[name] for name in used if name in numbers]
+    left = [f"camera {name}" for name in folder.cameras if name != folder.camera]
+    left += [text for name, text in numbers.items() if name not in used] + folder.unreadable
+    lines = [f"reads {', '.join(read) or 'nothing'}; leaves out {', '.join(left) or 'nothing'}"]
+    if "observation.state" not in numbers:
+        lines.append(
+            "the data has no column observation.state: the policy reads no state, only pictures and instructions"
+        )
+    return lines
 
 
 def make_tokenizer(recipe: Robot, data: Demonstrations) -> Tokenizer:
