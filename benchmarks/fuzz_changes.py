@@ -9,8 +9,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 
 import msgpack
+from PIL import Image
 
 from nanochat.data.columns import pa, pq
 
@@ -172,11 +174,12 @@ def change_lines(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 def change_csv(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     """A cell becomes another text; it is quoted or not."""
-    rows = [line.split(b",") for line in data.splitlines()]
+    mark = next((mark for mark in (b"\t", b";") if mark in data), b",")
+    rows = [line.split(mark) for line in data.splitlines()]
     row = rng.choice(rows)
     at, new = rng.randrange(len(row)), rng.choice([*TEXTS, *map(str, NUMBERS)])
     row[at] = json.dumps(new).encode() if rng.random() < 0.5 else new.encode("utf-8", "surrogatepass")
-    return b"\n".join(map(b",".join, rows)), f"a cell = {ascii(new)[:40]}"
+    return b"\n".join(map(mark.join, rows)), f"a cell = {ascii(new)[:40]}"
 
 
 def change_parquet(data: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -210,6 +213,7 @@ CHANGES: dict[str, Change] = {
     ".json": change_json_file,
     ".jsonl": change_lines,
     ".csv": change_csv,
+    ".tsv": change_csv,
     ".parquet": change_parquet,
 }
 
@@ -220,3 +224,18 @@ def change_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     changed, what = change_json(json.loads(data[8 : 8 + size]), rng)
     header = to_json(changed).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(header)) + header + data[8 + size :], what
+
+
+# ---- files of valid inputs
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)

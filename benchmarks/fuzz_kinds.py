@@ -2,41 +2,35 @@
 they are accepted; case(rng) returns what is tried, as text, and a function without arguments that tries it."""
 
 import hashlib
-import io
 import json
 import random
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from fuzz_changes import (
-    CHANGES,
     change_bytes,
     change_json,
     change_json_file,
     change_safetensors,
+    encoded,
     times,
     to_json,
     to_msgpack,
     with_checksums,
-    write_parquet,
+    write_files,
 )
+from fuzz_data import Data
 from PIL import Image
 
 from nanochat.actions import ACT, BINS, STATE, Scale
 from nanochat.agent import Agent
 from nanochat.checkpoint import RESUME, load_resume, save_checkpoint
 from nanochat.conversation import render
-from nanochat.data import load_dataset
-from nanochat.data.bridge import bridge_episodes
-from nanochat.data.columns import pq
-from nanochat.data.demonstrations import open_demonstrations
-from nanochat.data.lerobot import Episode, RobotDataset
-from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
@@ -154,12 +148,6 @@ class Messages:
 # ---- pictures
 
 
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
 class Pictures:
     def __init__(self, folder: Path):
         pixels = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
@@ -183,6 +171,10 @@ class Pictures:
             "tiff jpeg": encoded(rgb, "TIFF", compression="jpeg"), "tiff 16": encoded(wide, "TIFF"),
             "tiff float": encoded(Image.fromarray(pixels[..., 0] / np.float32(255)), "TIFF"),
         }  # fmt: skip
+        self.large = {  # a few kilobytes that decode to 100 million pixels; "beyond" is more than is allowed
+            name: encoded(Image.new(mode, (10_000, height)), "PNG", compress_level=1)
+            for name, mode, height in (("RGBA", "RGBA", 10_000), ("16 bit", "I;16", 10_000), ("beyond", "L", 11_000))
+        }
         refused = [name for name in self.files if not self.opens(name)]
         assert set(refused) <= {"gif animated", "tiff float"}, refused
 
@@ -194,149 +186,16 @@ class Pictures:
         return True
 
     def case(self, rng: random.Random) -> Case:
-        name, other = rng.choice(list(self.files)), rng.choice(list(self.files.values()))
-        data, done = self.files[name], []
-        for _ in times(rng):
+        large = rng.random() < 0.01
+        files = self.large if large else self.files
+        name, other = rng.choice(list(files)), rng.choice(list(self.files.values()))
+        data, done = files[name], []
+        for _ in times(rng) if not large or rng.random() < 0.5 else ():
             data, what = change_bytes(data, rng, other)
             done.append(what)
-        if name.startswith("png") and rng.random() < 0.6:
+        if data[:4] == b"\x89PNG" and rng.random() < 0.6:
             data = with_checksums(data)
         return f"{name}: {'; '.join(done)}", lambda: np.asarray(open_image(data))
-
-
-# ---- data files
-
-
-@dataclass
-class Source:
-    """files: path -> content of a dataset. read: what a run does with the folder. damaged: the files that are changed."""
-
-    files: dict[str, bytes]
-    read: Callable[[Path, str], None]
-    damaged: tuple[str, ...]
-
-
-def read_pictures(name: str) -> Callable[[Path, str], None]:
-    def read(folder: Path, split: str) -> None:
-        dataset = load_dataset(folder / name if name else folder, split)
-        for sample in dataset.samples[:10]:
-            assert sample.question and sample.answer and sample.references
-            for image in sample.images:
-                open_image(image)
-
-    return read
-
-
-def read_robot(folder: Path, split: str) -> None:
-    dataset = RobotDataset(folder)
-    for episode in dataset.episodes[:3]:
-        dataset.episode(episode.index)
-    open_demonstrations(folder).read(split, 32)
-
-
-def read_bridge(folder: Path, split: str) -> None:
-    list(bridge_episodes(folder))
-    open_demonstrations(folder).read(split, 32)
-
-
-class Data:
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.sources = picture_sources() | robot_sources(folder)
-        for name, source in self.sources.items():
-            try:
-                self.read(source, source.files, "train")
-            except Exception as error:
-                raise RuntimeError(f"the valid source {name}") from error
-
-    def case(self, rng: random.Random) -> Case:
-        name = rng.choice(list(self.sources))
-        source = self.sources[name]
-        path = rng.choice(source.damaged)
-        data, done, change = source.files[path], [], CHANGES[Path(path).suffix]
-        for _ in times(rng):
-            with suppress(Exception):  # after a change that left no valid file
-                data, what = change(data, rng)
-                done.append(what)
-        if rng.random() < 0.25 or not done:
-            data, what = change_bytes(data, rng, rng.choice(list(source.files.values())))
-            done.append(what)
-        split = rng.choice(["train", "fit", "val"])
-        return f"{name}, {path}: {'; '.join(done)}", lambda: self.read(source, source.files | {path: data}, split)
-
-    def read(self, source: Source, files: dict[str, bytes], split: str) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            write_files(Path(folder), files)
-            source.read(Path(folder), split)
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def lines(*rows: dict) -> bytes:
-    return "\n".join(map(json.dumps, rows)).encode()
-
-
-def picture_sources() -> dict[str, Source]:
-    png = [encoded(Image.new("RGB", (9, 8), (40 * i, 0, 0)), "PNG") for i in range(4)]
-    images = {f"images/{i}.png": content for i, content in enumerate(png)}
-    names = list(images)
-    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
-    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
-    parquet = [
-        {"images": [{"bytes": content, "path": None}], "messages": messages, "references": ["red"]} for content in png
-    ]
-    plain = [
-        {"image": {"bytes": content, "path": name}, "question": "what?", "answer": "red"}
-        for name, content in images.items()
-    ]
-    contents = {
-        "captions.csv": "\n".join(["file,caption", *(f"{name},a red one" for name in names)]).encode(),
-        "questions.csv": "\n".join(["file,question,answer", *(f"{name},what?,red" for name in names)]).encode(),
-        "questions.jsonl": lines(*({"image": name, "question": "what?", "answer": "red"} for name in names)),
-        "captions.jsonl": lines(*({"image": name, "captions": ["a red one", "red"]} for name in names)),
-        "llava.json": json.dumps([{"id": name, "image": name, "conversations": turns} for name in names]).encode(),
-        "messages.parquet": write_parquet(parquet), "plain.parquet": write_parquet(plain),
-    }  # fmt: skip
-    sources = {}
-    for name, content in contents.items():
-        path = "captions.csv" if name.endswith(".csv") else name
-        reader = read_pictures("" if name.endswith(".csv") else name)
-        sources[name] = Source(images | {path: content}, reader, (path,))
-    return sources
-
-
-def robot_sources(folder: Path) -> dict[str, Source]:
-    rng = np.random.default_rng(0)
-    png = encoded(Image.new("RGB", (9, 8)), "PNG")
-    episodes = []
-    for i in range(3):
-        columns = {"observation.state": rng.random((4, 2), np.float32), "action": rng.random((4, 3), np.float32)}
-        episodes.append(Episode(f"open {i % 2}", columns, {"observation.images.front": [png] * 4}, {"seed": i}))
-    write_dataset(folder / "robot", episodes, 10, "arm", (8, 9, 3))
-    v3 = {
-        str(path.relative_to(folder / "robot")): path.read_bytes() for path in sorted((folder / "robot").rglob("*.*"))
-    }
-    info = json.loads(v3["meta/info.json"]) | {"codebase_version": "v2.1"}
-    info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    rows = pq.read_table(folder / "robot/data/chunk-000/file-000.parquet").to_pylist()
-    v2 = {f"data/chunk-000/episode_{i:06d}.parquet": write_parquet(rows[4 * i : 4 * i + 4]) for i in range(3)}
-    v2["meta/info.json"] = json.dumps(info).encode()
-    v2["meta/tasks.jsonl"] = lines(*({"task_index": i, "task": f"open {i}"} for i in range(2)))
-    v2["meta/episodes.jsonl"] = lines(
-        *({"episode_index": i, "tasks": [f"open {i % 2}"], "length": 4} for i in range(3))
-    )
-    frame = {"image": "0.png", "instruction": "open", "rephrasings": ["a", "b"], "action": [0.1] * 7}
-    frames = lines(*(frame | {"episode": i // 2, "step": i % 2} for i in range(6)))
-    return {
-        "LeRobot v3.0": Source(v3, read_robot, tuple(path for path in v3)),
-        "LeRobot v2.1": Source(v2, read_robot, tuple(path for path in v2)),
-        "BridgeData": Source({"0.png": png, "frames.jsonl": frames}, read_bridge, ("frames.jsonl",)),
-    }
 
 
 # ---- checkpoints
@@ -371,7 +230,7 @@ class Checkpoints:
         data, done = files[path], []
         for _ in times(rng):
             with suppress(Exception):  # after a change that left no valid file
-                data, what = (change_safetensors if path.endswith(".safetensors") else change_json_file)(data, rng)
+                data, what = self.change(path, data, rng)
                 done.append(what)
         if rng.random() < 0.15 or not done:
             data, what = change_bytes(data, rng, files["config.json"])
@@ -380,6 +239,28 @@ class Checkpoints:
         if path != "manifest.json" and rng.random() < 0.95:
             files["manifest.json"] = self.listed(files, path)
         return f"{name}, {path}: {'; '.join(done)}", lambda: self.use(files)
+
+    def change(self, path: str, data: bytes, rng: random.Random) -> tuple[bytes, str]:
+        if path.endswith(".safetensors"):
+            return change_safetensors(data, rng)
+        if path == "tokenizer.json" or rng.random() < 0.8:
+            return change_json_file(data, rng)
+        content, number = json.loads(data), rng.choice([10**4, 10**6, 2**31 - 1, 2**62])
+        if path == "manifest.json":
+            name = rng.choice(["/etc/passwd", "../../../etc/passwd", "/dev/zero", ".", "a" * 300, "\ud800", "a\0b"])
+            content["files"][name] = {"size": rng.choice([0, number, "1"]), "sha256": "0" * 64}
+            return json.dumps(content).encode(), f"it lists {name[:30]!a}"
+        fields = [name for name, value in content.get("config", {}).items() if type(value) is int]
+        if not fields:
+            return change_json_file(data, rng)
+        name = rng.choice([*fields, "encoder"])
+        if name != "encoder" or not content["encoder"]:
+            content["config"][rng.choice(fields)] = number
+        elif rng.random() < 0.5:
+            rng.choice(content["encoder"]["yaml"]["backbone"])[rng.choice([0, 1])] = number
+        else:
+            rng.choice(content["encoder"]["yaml"]["backbone"])[3][rng.choice([0, 1])] = number
+        return json.dumps(content).encode(), f"{name}: {number}"
 
     def listed(self, files: dict[str, bytes], path: str) -> bytes:
         """The manifest with the hash of the changed file: otherwise the change would not get past it."""
