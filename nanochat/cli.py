@@ -21,7 +21,7 @@ from nanochat.cli_chat import chat
 from nanochat.cli_pictures import ask, caption, detect, embed, written_rows
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
-from nanochat.flags import Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step
+from nanochat.flags import Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 
 # ---- checkpoints ----
@@ -54,7 +54,7 @@ def evaluate(
         raise UserError(f"--limit must be at least 1, got {limit}")
     if json_out is not None:
         check_out(json_out)
-    if (Path(dataset).expanduser() / "meta" / "info.json").is_file():
+    if os.path.isfile(os.path.join(dataset, "meta", "info.json")):
         from nanochat.evaluation.questions import evaluate_questions
 
         n_frames = 1000 if limit is None else limit
@@ -63,6 +63,7 @@ def evaluate(
         from nanochat.evaluation.pictures import evaluate_dataset
 
         evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
+    say_where(json_out)
 
 
 def models(json_rows: JsonRows = None) -> None:
@@ -123,17 +124,25 @@ def tokenizer(
     Args:
         vocab_size: Maximum number of tokens: bytes, merges and special tokens together.
     """
+    from rich.console import Console
+
     from nanochat.tokenizer import Tokenizer
 
     if not texts:
         raise UserError("tokenizer needs at least one text file: nanochat tokenizer FILE... -o tokenizer.json")
     check_out(out)
-    trained = Tokenizer.train(
-        (line for path in texts for line in path.read_text(encoding="utf-8").splitlines()), vocab_size
-    )
+    with Console(stderr=True).status("training the tokenizer"):
+        trained = Tokenizer.train((line for path in texts for line in lines_of(path)), vocab_size)
     trained.save(out)
     print(f"{trained.vocab_size} tokens in {out}")
     next_step(f"nanochat train folder --data DATA --tokenizer {shlex.quote(str(out))}")
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def import_upstream(
@@ -252,7 +261,9 @@ def plain_words(words: list[str]) -> list[str]:
     expanded = []
     for word in words:
         flag, value = re.fullmatch(r"(--?[\w-]+=)?(.*)", word, re.S).groups("")
-        expanded.append(flag + os.path.expanduser(value))
+        path = os.path.expanduser(value)
+        unknown_user = re.fullmatch(r"~[\w.-]*(/\S*)?", path)  # as in a shell, it is a plain name then
+        expanded.append(flag + (f"./{path}" if unknown_user else path))
     if words[0] in WITH_JSON_ROWS:
         for i in reversed([i for i, word in enumerate(expanded) if word == "--json"]):
             if not re.fullmatch(r"-|.*\.jsonl?", "".join(expanded[i + 1 : i + 2]), re.S | re.I):

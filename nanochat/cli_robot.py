@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nanochat.errors import UserError
-from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out, next_step
+from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out, next_step, say_where
 
 
 def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0, device: Device = "auto") -> None:
@@ -28,6 +28,7 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
     if len(names := task_list([task])) != 1:
         raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
     run_demo(out, names[0], seed, pick_device(device))
+    next_step('nanochat ask PICTURE "QUESTION", or nanochat train folder --data YOUR_PICTURES')
 
 
 def record(
@@ -106,6 +107,8 @@ def rollout(
         checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, n_processes,
         gifs, json_out, pick_device(device), protocol,
     )  # fmt: skip
+    say_where(json_out)
+    say_where(gifs)
 
 
 def policy_server(

@@ -115,3 +115,8 @@ def check_out(out: Path, *suffixes: str) -> None:
 def next_step(hint: str) -> None:
     """Say what to do with a result. On the standard error, so that the standard output has results only."""
     print(f"next: {hint}", file=sys.stderr)
+
+
+def say_where(out: Path | None) -> None:
+    if out is not None:
+        print(f"results in {out}")

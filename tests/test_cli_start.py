@@ -79,6 +79,7 @@ def test_home_folders_are_found_behind_an_equals_sign(nanochat, tmp_path, monkey
         (["train", "robot", "--data=~/d", "--out", "~/r"], ["train", "robot", "--data=HOME/d", "--out", "HOME/r"]),
         (["detect", "~/a.png", "-o=~/b.png"], ["detect", "HOME/a.png", "-o=HOME/b.png"]),
         (["ask", "./~", "a ~/b?"], ["ask", "./~", "a ~/b?"]),
+        (["ask", "~nobody-of-that-name/a.png", "~5 cars?"], ["ask", "./~nobody-of-that-name/a.png", "~5 cars?"]),
         (["ask", "a.png", "q", "--json"], ["ask", "a.png", "q", "--json", "-"]),
         (["ask", "--json", "a.png", "q"], ["ask", "--json", "-", "a.png", "q"]),
         (["ask", "--json", "a.JSONL", "q"], ["ask", "--json", "a.JSONL", "q"]),

@@ -42,11 +42,15 @@ def test_the_demo_is_the_default_and_is_installed_once(run):
     [
         ("record", "[robot]"), ("demos", "[robot]"), ("rollout", "[robot]"), ("policy-server", "[robot]"),
         ("train", "[train,eval]"), ("eval", "[train,eval]"), ("import-upstream", "[upstream]"),
-        ("ask", ""), ("pack", ""), ("export", ""),
+        ("ask", ""), ("pack", ""), ("export", ""), ("models", ""), ("chat", ""),
     ],
 )  # fmt: skip
 def test_a_command_installs_what_it_needs(run, command, extras):
     assert run(command, "a b") == [f"{INSTALL}.{extras}", f"nanochat {command} a b"]
+
+
+def test_training_a_robot_installs_what_reads_its_data(run):
+    assert run("train", "robot", "--data", "d")[0] == f"{INSTALL}.[train,eval,robot]"
 
 
 @pytest.mark.parametrize(
