@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from nanochat.errors import UserError
+from nanochat.vision.mending import mended
 
 MAX_PIXELS = 100_000_000  # larger than any camera image; a small file can declare more (a decompression bomb)
 MAX_BYTES = 1_000_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGB; also stops endless files such as /dev/zero
@@ -26,6 +27,12 @@ MIN_SIDE = 2  # pixels
 PAD = 114  # grey value of the letterbox's borders, as in YOLO training
 # Image formats that are accepted. Pillow knows more, and opens some of them by running a program (Ghostscript, for EPS).
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI"}
+# EXIF orientation -> how to turn an image upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -42,6 +49,10 @@ ImageSource = Image.Image | np.ndarray | TensorLike | str | Path | bytes | bytea
 
 class ImageError(UserError):
     """An image that cannot be used. The message says what was found and what was expected."""
+
+
+class DamagedImage(ImageError):
+    """An image whose bytes cannot be decoded."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -125,6 +136,21 @@ def decode(data: bytes, name: str) -> Image.Image:
     """Encoded bytes -> 8-bit RGB. name: of the image in error messages."""
     if not data:
         raise ImageError(f"{name} is empty (0 bytes), expected an image")
+    try:
+        return decode_exactly(data, name)
+    except DamagedImage:
+        with image_errors(name):
+            better = mended(data)
+        if better is None:
+            raise
+        data, missing = better
+        image = decode_exactly(data, name)
+        if missing:
+            warnings.warn(f"{name}: {missing}", stacklevel=2)
+        return image
+
+
+def decode_exactly(data: bytes, name: str) -> Image.Image:
     with image_errors(name):
         image = Image.open(io.BytesIO(data))
         if image.format not in FORMATS:
@@ -142,13 +168,13 @@ def image_errors(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except (UnidentifiedImageError, ImportError):  # ImportError: from ultralytics' replacement of Image.open
-        raise ImageError(
+        raise DamagedImage(
             f"{name} is not an image in a format that Pillow knows (JPEG, PNG, WebP, BMP, TIFF, ...)"
         ) from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} is far larger than the limit of {MAX_PIXELS:,} pixels: scale it down first") from None
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"{name} is damaged or truncated: {' '.join(str(error).split()) or repr(error)}") from error
+        raise DamagedImage(f"{name} is damaged or truncated: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -164,9 +190,23 @@ def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} is animated or has pages ({frames} frames), expected one image: extract one first")
     image.load()
     in_memory = type(image) is Image.Image  # an image still tied to its file would keep the encoded bytes alive
-    if not in_memory or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # copies
+    turn = TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # opened again, it is not turned again
+            image.info.pop(key, None)
+    elif not in_memory:
+        image = image.copy()
     return to_rgb(image, name)
+
+
+def orientation(image: Image.Image) -> int:
+    """The orientation in the image's EXIF data, 1..8; 1, upright, where the data is damaged, as viewers take it."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a parser's: SyntaxError, struct.error, ...
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
