@@ -1,5 +1,5 @@
-"""Robot data and what training makes of it: tasks of frames, pixels, broken numbers and pictures, videos by time stamps, absolute
-and relative actions."""
+"""Robot data and what training makes of it: tasks of frames, pixels, broken numbers and pictures, videos by time
+stamps."""
 
 import io
 import json
@@ -17,7 +17,6 @@ from nanochat.data.demonstrations import Demonstrations, open_demonstrations
 from nanochat.data.lerobot import EPISODES_PATH, TASKS_PATH, Episode, RobotDataset
 from nanochat.data.lerobot_writer import DATA_PATH, write_dataset
 from nanochat.data.pictures import encode_png
-from nanochat.data.targets import find_targets
 from nanochat.data.video import video_frames
 from nanochat.files import DataError
 from nanochat.metaworld.questions import task_name
@@ -195,10 +194,51 @@ def test_a_number_that_is_not_finite_is_named(tmp_path, column, value):
         open_demonstrations(tmp_path / "robot").read("fit", SIZE)
 
 
-def test_an_unused_column_may_have_gaps():
-    episode = make_episode(3, 0)
-    episode.columns["torque"] = np.array([1, np.nan, 2], np.float32)
-    assert len(Demonstrations([episode], SIZE)) == 3
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("action", lambda rows: rows[:7] + [None] + rows[8:], "'action': rows must be lists .* the first in frame 3"),
+        ("action", lambda rows: rows[:7] + [[0.5]] + rows[8:], "found 3 numbers in frame 0 and 1 in frame 3"),
+        (
+            "action",
+            lambda rows: rows[:7] + [[0, None, 0]] + rows[8:],
+            "episode 1: 'action' of frame 3 has nan as number 2",
+        ),
+        ("action", lambda rows: [["1", "2", "3"]] * 15, "episode 0: 'action': must be numbers, found string"),
+        ("action", lambda rows: [[1e300, 0, 0]] * 15, "'action' of frame 0 has "),
+    ],
+)
+def test_missing_numbers_are_named(tmp_path, name, change, message):
+    write_dataset(tmp_path / "robot", [make_episode(n, n) for n in (4, 5, 6)], 10, "arm", SHAPE)
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, name, change(t[name].to_pylist())))
+    with pytest.raises(ValueError, match=message):
+        open_demonstrations(tmp_path / "robot").read("fit", SIZE)
+
+
+def test_an_unused_column_may_have_gaps(tmp_path):
+    write_dataset(tmp_path / "robot", [make_episode(n, n) for n in (4, 5, 6)], 10, "arm", SHAPE)
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, "next.success", [None] * 15))
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, "count", [[1], [2, 3], None] * 5))
+    assert len(open_demonstrations(tmp_path / "robot").read("all", SIZE)) == 15
+
+
+def test_a_missing_picture_file_is_named(tmp_path):
+    write_dataset(tmp_path / "robot", [make_episode(3, n) for n in range(2)], 10, "arm", SHAPE)
+    images = [{"bytes": None, "path": f"{n}.png"} for n in range(6)]
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, CAMERA, images))
+    for n in (0, 1, 2, 3, 5):
+        (tmp_path / f"robot/{n}.png").write_bytes(picture_files()["rgb"])
+    with pytest.raises(FileNotFoundError, match=f"episode 1: frame 1 of the camera {CAMERA}: .*4.png is missing"):
+        open_demonstrations(tmp_path / "robot").read("all", SIZE)
+
+
+@pytest.mark.parametrize("action", [["1"] * 7, [True] * 7, 3, [0.5] * 6, None])
+def test_actions_of_bridge_are_numbers(tmp_path, action):
+    (tmp_path / "0.png").write_bytes(picture_files()["rgb"])
+    row = {"image": "0.png", "rephrasings": [], "action": action, "episode": 0, "step": 0, "instruction": "go"}
+    write_lines(tmp_path / "frames.jsonl", row)
+    with pytest.raises(DataError, match="episode 0 must have an instruction, rephrasings, 7-D actions"):
+        open_demonstrations(tmp_path)
 
 
 def test_columns_that_change_their_size_are_named():
@@ -229,8 +269,8 @@ def test_unread_columns_and_cameras_are_known(tmp_path):
 # ---- videos
 
 
-def write_video(path, n: int, fps: str, skip: tuple[int, ...] = ()):
-    """A video of n pictures; each is a little brighter than the one before."""
+def write_video(path, n: int, fps: str, skip: tuple[int, ...] = (), noise: bool = False):
+    """A video of n pictures; each is a little brighter than the one before, or all are noise."""
     av = pytest.importorskip("av")
     from fractions import Fraction
 
@@ -239,7 +279,10 @@ def write_video(path, n: int, fps: str, skip: tuple[int, ...] = ()):
         stream = container.add_stream("mpeg4", rate=Fraction(fps))
         stream.width, stream.height, stream.bit_rate = 48, 32, 10_000_000
         for number in range(n):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), round(10 + 240 * number / n), np.uint8), "rgb24")
+            pixels = np.full((32, 48, 3), round(10 + 240 * number / n), np.uint8)
+            if noise:
+                pixels = np.random.default_rng(number).integers(0, 256, pixels.shape, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             frame.pts = number
             if number not in skip:
                 container.mux(stream.encode(frame))
@@ -326,6 +369,16 @@ def test_a_broken_video_is_named(tmp_path):
         RobotDataset(tmp_path / "robot").episode(1, ["front"])
 
 
+def test_a_damaged_picture_of_a_video_is_named(tmp_path):
+    path, rng = video_dataset(tmp_path / "robot"), np.random.default_rng(0)
+    write_video(path, 10, "10", noise=True)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 200] = rng.integers(0, 256, 200, np.uint8).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"file-000.mp4: episode 0, front, frame [2345]: the picture is damaged"):
+        RobotDataset(tmp_path / "robot").episode(0, ["front"])
+
+
 def test_a_missing_pyav_names_the_command(tmp_path, monkeypatch):
     path = video_dataset(tmp_path / "robot")
     path.parent.mkdir(parents=True)
@@ -333,63 +386,3 @@ def test_a_missing_pyav_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match="reading videos needs the library PyAV: pip install av"):
         RobotDataset(tmp_path / "robot").episode(0, ["front"])
-
-
-# ---- absolute and relative actions
-
-
-def recorded(
-    kind: str, state: str = "observation.state", seed: int = 0, n: int = 4, length: int = 60
-) -> Demonstrations:
-    """A robot whose three joints and gripper move smoothly; actions of some kind."""
-    rng, episodes = np.random.default_rng(seed), []
-    for _ in range(n):
-        phase, speed, middle = rng.uniform(0, 6, 4), rng.uniform(0.02, 0.2, 4), rng.uniform(-0.3, 0.3, 4)
-        states = middle + np.sin(phase + speed * np.arange(length + 1)[:, None])
-        motion = np.diff(states, axis=0)
-        actions = {
-            "targets": states[1:], "now": states[:-1], "noisy": states[1:] + rng.normal(0, 0.2, motion.shape),
-            "degrees": np.rad2deg(states[1:]), "motion": motion, "scaled motion": 20 * motion, "velocity": 30 * motion,
-            "far pose": states[1:, ::-1] + 5, "noise": rng.normal(size=motion.shape),
-        }[kind]  # fmt: skip
-        columns = {"action": actions.astype(np.float32)}
-        if state:
-            columns[state] = states[:-1].astype(np.float32)
-        images = {CAMERA: [encode_png(np.zeros((8, 8, 3), np.uint8))] * length}
-        episodes.append(Episode("go", columns, images))
-    return Demonstrations(episodes, 8)
-
-
-@pytest.mark.parametrize(
-    "kind, targets",
-    [
-        ("targets", "absolute"),
-        ("now", "absolute"),
-        ("noisy", "absolute"),
-        ("degrees", "absolute"),
-        ("far pose", "absolute"),
-        ("motion", "relative"),
-        ("scaled motion", "relative"),
-        ("velocity", "relative"),
-        ("noise", "relative"),
-    ],
-)
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("state", ["observation.state", "observation.joint_positions"])
-def test_absolute_targets_are_found(kind, targets, state, seed):
-    found, reason = find_targets(recorded(kind, state, seed))
-    assert found == targets and reason
-
-
-def test_without_a_state_zero_must_be_possible():
-    assert find_targets(recorded("far pose", ""))[0] == "absolute"
-    found, reason = find_targets(recorded("motion", ""))
-    assert found == "relative" and reason.startswith("a guess")
-
-
-def test_short_and_constant_data_is_no_error():
-    for n, length in ((1, 1), (2, 2)):
-        assert find_targets(recorded("motion", n=n, length=length))[0] in ("relative", "absolute")
-    still = recorded("motion")
-    still.action[:] = 0
-    assert find_targets(still)[0] == "relative"

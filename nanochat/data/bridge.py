@@ -8,7 +8,7 @@ import numpy as np
 
 from nanochat.data.lerobot import Episode, only_if_mixed
 from nanochat.data.sample import check_text
-from nanochat.files import DataError, existing_file, json_lines, path_inside
+from nanochat.files import DataError, existing_file, json_lines, path_inside, short_repr
 
 FIELDS = ("image", "episode", "step", "instruction", "rephrasings", "action")
 CAMERA = "observation.images.image_0"
@@ -29,7 +29,7 @@ def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
         if [row.get("step") for row in frames] != list(range(len(frames))):
             raise DataError(f"{where} must have the steps 0 to {len(frames) - 1}, in order")
         try:
-            actions = np.array([row["action"] for row in frames], np.float32).reshape(len(frames), 7)
+            actions = np.array([numbers(row["action"]) for row in frames], np.float32).reshape(len(frames), 7)
             tasks = [row["instruction"] for row in frames]
             extra = {"rephrasings": "\n".join(frames[0]["rephrasings"])}
         except (KeyError, TypeError, ValueError) as error:
@@ -40,6 +40,13 @@ def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
         images = {CAMERA: [path.read_bytes() for path in paths]}
         extra = {"name": f"bridge-{number}"} | extra
         yield Episode(tasks[0], {"action": actions}, images, extra, only_if_mixed(tasks), where)
+
+
+def numbers(action: list) -> list:
+    """The same list. Raises TypeError for text and booleans, which numpy would make numbers."""
+    if not isinstance(action, list) or not all(type(value) in (int, float) for value in action):
+        raise TypeError(f"found {short_repr(action)}")
+    return action
 
 
 def other_fields(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Parquet columns as numpy arrays, and checks of what a robot dataset says about them: such files are not trusted."""
 
+import math
 import re
 from pathlib import Path
 
@@ -61,16 +62,27 @@ def to_arrow(column: np.ndarray) -> pa.Array:
 
 
 def to_numpy(values: pa.ChunkedArray, where: str = "") -> np.ndarray:
-    """T numbers or T (nested) lists of equal length -> (T, ...), a copy."""
+    """T numbers or T (nested) lists of equal length -> (T, ...), a copy. Missing floats become NaN."""
     array = values.combine_chunks()
     shape = [len(array)]
     array = array.storage if isinstance(array, pa.ExtensionArray) else array  # Array2D of the datasets library
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         lengths = pc.list_value_length(array)
         if array.null_count or len(lengths.unique()) != 1:
-            raise DataError(f"{where}: rows must be lists of the same length, found {lengths.unique().to_pylist()[:9]}")
+            raise DataError(f"{where}: rows must be lists of the same length, found {other_row(array, lengths)}")
         shape.append(lengths[0].as_py())
         array = array.flatten()
-    if array.null_count or not (pa.types.is_primitive(array.type) or pa.types.is_boolean(array.type)):
-        raise DataError(f"{where}: must be numbers, found {array.type} with {array.null_count} missing")
+    if not (pa.types.is_primitive(array.type) or pa.types.is_boolean(array.type)):
+        raise DataError(f"{where}: must be numbers, found {array.type}")
+    if array.null_count and not pa.types.is_floating(array.type):  # a missing float becomes NaN
+        frame = array.is_null().index(True).as_py() // max(1, math.prod(shape[1:]))
+        raise DataError(f"{where}: must be numbers, found {array.null_count} missing, the first in frame {frame}")
     return np.array(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def other_row(lists: pa.Array, lengths: pa.Array) -> str:
+    """What differs in a column of lists, for messages."""
+    if lists.null_count:
+        return f"{lists.null_count} rows without a list, the first in frame {lists.is_null().index(True).as_py()}"
+    frame = pc.not_equal(lengths, lengths[0]).index(True).as_py()
+    return f"{lengths[0].as_py()} numbers in frame 0 and {lengths[frame].as_py()} in frame {frame}"

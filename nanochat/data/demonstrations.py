@@ -57,8 +57,7 @@ class Demonstrations:
         lengths = []
         for episode in episodes:
             if "action" not in episode.columns or not episode.images:
-                found = ", ".join([*episode.columns, *episode.images])
-                raise UserError(f'imitation learning needs a camera and a column "action"; the data has {found}')
+                raise missing([*episode.columns, *episode.images])
             self.names.append(episode.name or f"episode {len(lengths)}")
             self.pictures += read_pictures(episode, size, self.names[-1])
             lengths.append(len(episode.columns["action"]))
@@ -134,6 +133,10 @@ class Demonstrations:
         return self.action[np.where(inside, index, end - 1)], inside
 
 
+def missing(names: Sequence[str]) -> UserError:
+    return UserError(f'imitation learning needs a camera and a column "action"; the data has {", ".join(names)}')
+
+
 def read_pictures(episode: Episode, size: int, where: str) -> list[bytes]:
     """The encoded squares of the episode's first camera. Raises ImageError that names episode, frame and camera."""
     camera, pictures = next(iter(episode.images.items()))
@@ -204,7 +207,8 @@ class DemonstrationFolder:
                 dataset.video(number, self.camera)
         self.columns, self.unreadable = dataset.columns, dataset.unreadable()
         self.tasks = [self.task_name(episode) for episode in dataset.episodes]
-        self._read = lambda number, encode: dataset.episode(number, self.cameras and [self.camera], encode)
+        columns = [key for key in self.columns if key == "action" or key.startswith("observation.")]
+        self._read = lambda number, encode: dataset.episode(number, [self.camera], encode, columns)
 
     def numbers(self, split: str) -> list[int]:
         """The episodes of a split: "val" for the held-out ones, "fit" for the others, "all" for both.
@@ -219,6 +223,8 @@ class DemonstrationFolder:
 
     def read(self, split: str, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter) -> Demonstrations:
         """The episodes of a split. track: wraps the episode numbers, to show progress. Raises as `Demonstrations`."""
+        if "action" not in self.columns or not self.camera:
+            raise missing([*self.columns, *self.cameras])
         # a video's pictures are made small before they are encoded: the same pixels, in a fraction of the time
         episodes = (self._read(number, partial(encode_square, size=size)) for number in track(self.numbers(split)))
         return Demonstrations(episodes, size, self.task_name)

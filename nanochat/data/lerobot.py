@@ -177,10 +177,17 @@ class RobotDataset:
             )
         return path, start
 
-    def episode(self, i: int, cameras: Sequence[str] | None = None, encode: Encode = encode_png) -> Episode:
-        """Read the frames of episode `i`: its numeric columns, and the images of `cameras` (all by default).
+    def episode(
+        self,
+        i: int,
+        cameras: Sequence[str] | None = None,
+        encode: Encode = encode_png,
+        columns: Sequence[str] | None = None,
+    ) -> Episode:
+        """Read the frames of episode `i`: its numeric columns, and the images of cameras.
 
-        encode: for the pictures of videos, (H, W, 3) uint8 RGB -> bytes; those of other cameras are encoded already.
+        cameras, columns: which of `self.cameras` and `self.columns`; None for all. encode: for the pictures of videos, (H, W, 3)
+            uint8 RGB -> bytes; those of other cameras are encoded already.
 
         Raises:
             IndexError: there is no such episode.
@@ -191,7 +198,7 @@ class RobotDataset:
             raise IndexError(f"there is no episode {i} in {self.folder}, which has {len(self)}")
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
-        columns = list(self.columns)
+        columns = list(self.columns) if columns is None else list(columns)
         cameras = self.cameras if cameras is None else cameras
         stills = [camera for camera in cameras if self.features[camera]["dtype"] == "image"]
         known = read_parquet(pq.read_schema, info.path).names
@@ -200,7 +207,7 @@ class RobotDataset:
         table = read_parquet(pq.read_table, info.path, columns=wanted, filters=only, partitioning=None)
         if len(table) != info.length or (to_numpy(table["frame_index"], where) != np.arange(info.length)).any():
             raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
-        images = {camera: self._stills(table[camera], where) for camera in stills}
+        images = {camera: self._stills(table[camera], camera, where) for camera in stills}
         for camera in [camera for camera in cameras if camera not in stills]:
             path, start = self.video(i, camera)
             images[camera] = video_frames(
@@ -240,17 +247,26 @@ class RobotDataset:
         column, shape = to_numpy(values, where), tuple(self.features[key]["shape"])
         if column.shape[1:] != shape and (column.shape[1:], shape) != ((), (1,)):
             raise DataError(f"{where} must be of shape {shape} as in meta/info.json, found {column.shape[1:]}")
-        return column.astype(self.features[key]["dtype"], copy=False)
+        with np.errstate(over="ignore"):  # a number that is too large becomes infinite
+            return column.astype(self.features[key]["dtype"], copy=False)
 
-    def _stills(self, values: pa.ChunkedArray, where: str) -> list[bytes]:
+    def _stills(self, values: pa.ChunkedArray, camera: str, where: str) -> list[bytes]:
         """The images in the table, or in the files of the folder that it names."""
-        rows = values.to_pylist()
-        if not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{where}: images must be {IMAGE_TYPE}, found {values.type}")
-        return [row.get("bytes") or self._image_file(row.get("path"), where) for row in rows]
+        pictures = []
+        for frame, row in enumerate(values.to_pylist()):
+            place = f"{where}: frame {frame} of the camera {camera}"
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{place}: images must be {IMAGE_TYPE}, found {values.type if row is not None else 'nothing'}"
+                )
+            pictures.append(row.get("bytes") or self._image_file(row.get("path"), place))
+        return pictures
 
     def _image_file(self, name: object, where: str) -> bytes:
-        return existing_file(path_inside(self.folder, name, where)).read_bytes()
+        path = path_inside(self.folder, name, where)
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: {path} is missing")
+        return path.read_bytes()
 
 
 def only_if_mixed(frame_tasks: list[str]) -> list[str]:

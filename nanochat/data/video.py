@@ -31,6 +31,7 @@ def video_frames(
     for now, frame in decoded(path, start, where, pictures):
         while len(pictures) < len(times) and (wanted := times[len(pictures)]) <= now:
             nearest = last if last is not None and wanted - last[0] < now - wanted else (now, frame)
+            check_whole(nearest[1], len(pictures), path, where)
             check_near(nearest[0], wanted, fps, len(pictures), (path, start, where, len(times)))
             pictures.append(encode(nearest[1].to_ndarray(format="rgb24")))
         if len(pictures) == len(times):
@@ -53,6 +54,14 @@ def check_near(found: float, wanted: float, fps: float, done: int, names: tuple)
         )
 
 
+def check_whole(frame, number: int, path: Path, where: str) -> None:
+    """Raises DataError for a picture that the decoder could only guess."""
+    if frame.is_corrupt:
+        raise DataError(
+            f"{path}: {where}, frame {number}: the picture is damaged: copy the video again, or remove the episode"
+        )
+
+
 def decoded(path: Path, start: float, where: str, done: list) -> Iterator[tuple[float, object]]:
     """(seconds after `start`, picture) of a video, from the key frame before `start` on. done: what has been read."""
     try:
@@ -60,7 +69,7 @@ def decoded(path: Path, start: float, where: str, done: list) -> Iterator[tuple[
     except ImportError as error:
         raise ImportError(f"{path}: reading videos needs the library PyAV: pip install av") from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:  # a relative "concat:a.mp4" would be a protocol of FFmpeg
             stream = container.streams.video[0]
             container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):
