@@ -58,7 +58,7 @@ def recipe_for(pictures, tmp_path, **changes):
 
 def test_twenty_pictures_are_answered_right_as_saved(pictures, tmp_path):
     """BatchNorm's running averages would still be far off after so few steps."""
-    recipe = recipe_for(pictures, tmp_path, steps=120, images_per_step=20)
+    recipe = recipe_for(pictures, tmp_path, steps=120, images_per_step=20, layer="4", n_embd=64)
     out = Run(recipe).train()
     agent, task = Agent.load(str(out)), Run(replace(recipe, out=str(tmp_path / "other"))).task
     samples = task.samples
