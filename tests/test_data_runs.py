@@ -1,6 +1,7 @@
 """What a user sees of the data when training and evaluating: notes, the held-out part, errors that name the row."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +129,13 @@ def test_too_few_pictures(tmp_path, n):
     (folder / "captions.csv").write_text("file,caption\n" + "images/1.png,a\nimages/1.png,b\n" * n)
     with pytest.raises(DataError, match=["no usable rows: there are none", "found 1 usable picture, .* at least 2"][n]):
         PictureTask(Folder(**SMALL, data=str(folder), out=str(folder / "run")))
+
+
+def test_extensions_of_encoders_are_case_blind(tmp_path):
+    import ultralytics
+
+    from nanochat.vision.encoder import open_encoder
+
+    text = (Path(ultralytics.__file__).parent / "cfg/models/v9/yolov9t.yaml").read_text()
+    (tmp_path / "MINE.YAML").write_text(text)
+    assert open_encoder(str(tmp_path / "MINE.YAML"), image_size=64).channels("p3") == 64

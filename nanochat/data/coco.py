@@ -30,17 +30,23 @@ def rows(file: Path, found: dict, folder: Path) -> Iterator[tuple[str, dict]]:
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             raise DataError(f"{file}: image {number} must have 'id' and 'file_name', found {short_repr(image)}")
-        names[str(image.get("id"))] = image["file_name"]
+        names[as_id(image.get("id"))] = image["file_name"]
+    names.pop(None, None)
     folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     for number, row in enumerate(annotations):
         where = f"{file}: annotation {number}"
         if not isinstance(row, dict) or "caption" not in row:
             kind = field_names(row) if isinstance(row, dict) else short_repr(row)
             raise DataError(f"{where}: expected a caption (boxes and masks are not read), found {kind}")
-        name = names.get(str(row.get("image_id")))
+        name = names.get(as_id(row.get("image_id")))
         if name is None:
             raise DataError(f"{where}: there is no image with the id {short_repr(row.get('image_id'))}")
         yield where, {"image": located(folder, name, folders), "caption": row["caption"]}
+
+
+def as_id(value: object) -> str | None:
+    """7 and "7" are one id; None for what is none."""
+    return str(value) if isinstance(value, (int, str)) else None
 
 
 def located(folder: Path, name: str, folders: list[str]) -> str:

@@ -239,9 +239,13 @@ def read_beside(reader: RowReader, folder: Path, files: list[Path]) -> None:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones."""
+    """All files below a folder, sorted, without hidden ones. Raises OSError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)

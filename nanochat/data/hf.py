@@ -8,6 +8,7 @@ memory. Local files are opened by pyarrow: the datasets library would take a pat
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.data.rows import read_rows
@@ -61,13 +62,9 @@ def hub_splits(name: str) -> list[str]:
 def rows(file: Path) -> Iterator[tuple[str, dict]]:
     """("file: row n", row) of a parquet file."""
     pyarrow = _pyarrow()
-    try:
-        with open(file, "rb") as opened:
-            yield from _numbered(file, pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE))
-    except DataError:
-        raise
-    except (pyarrow.lib.ArrowException, ValueError, OSError, OverflowError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {_one_line(error)}") from error
+    with open(file, "rb") as opened, _arrow_errors(file, "parquet"):
+        batches = pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=ROWS_AT_ONCE)
+        yield from _numbered(file, batches)
 
 
 def saved_rows(folder: Path) -> Iterator[tuple[str, dict]]:
@@ -80,23 +77,28 @@ def saved_rows(folder: Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{state}: '_data_files' must list the files of the dataset")
     number = 0
     for name in names:
-        file = folder / name
-        try:
-            with open(file, "rb") as opened:
-                for batch in pyarrow.ipc.open_stream(opened):
-                    for row in batch.to_pylist():
-                        yield f"{folder}: row {number}", row
-                        number += 1
-        except (pyarrow.lib.ArrowException, ValueError, OSError, OverflowError) as error:
-            raise DataError(f"{file}: cannot be read as an Arrow file: {_one_line(error)}") from error
+        with _arrow_errors(folder / name, "an Arrow stream"), open(folder / name, "rb") as opened:
+            for where, row in _numbered(folder, pyarrow.ipc.open_stream(opened), number):
+                yield where, row
+                number += 1
 
 
-def _numbered(source: object, batches) -> Iterator[tuple[str, dict]]:
-    number = 0
+def _numbered(source: object, batches, number: int = 0) -> Iterator[tuple[str, dict]]:
     for batch in batches:
         for row in batch.to_pylist():
             yield f"{source}: row {number}", row
             number += 1
+
+
+@contextmanager
+def _arrow_errors(file: Path, kind: str) -> Iterator[None]:
+    """Makes a DataError of what pyarrow raises for a damaged file: its own errors, and many of Python's."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"{file}: cannot be read as {kind}: {_one_line(error)}") from error
 
 
 def _pyarrow():

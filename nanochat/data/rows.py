@@ -95,7 +95,7 @@ class RowReader:
     def notes(self) -> list[str]:
         """What is read and what is left out, one line each."""
         read, other = ([name for name, used in self.fields.items() if used == wanted] for wanted in (True, False))
-        notes = [f"fields read: {', '.join(read)}" + (f"; not read: {_listed(other)}" if other else "")] if read else []
+        notes = [f"fields read: {_listed(read)}" + (f"; not read: {_listed(other)}" if other else "")] if read else []
         for reason, rows in self.left_out.items():
             plural = "row" if len(rows) == 1 else "rows"
             notes.append(f"{len(rows)} {plural} left out: {reason} (first: {rows[0]})")
@@ -231,5 +231,5 @@ def _placed(turns: list) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    shown = [name if name.isprintable() and len(name) < 40 else short_repr(name) for name in names[:10]]
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -32,7 +32,7 @@ def rows(file: Path) -> Iterator[tuple[str, dict]]:
     with open(file, encoding="utf-8-sig", newline="") as text:
         line = 1
         try:
-            first = text.readline()
+            first = text.readline(100_000)
             text.seek(0)
             # a space before a quote does not make the quote a part of the text
             reader = csv.reader(text, delimiter=delimiter(first), strict=True, skipinitialspace=True)

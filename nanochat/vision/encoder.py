@@ -71,7 +71,7 @@ def open_encoder(
     path = Path(name).expanduser() if name else None
     if path is not None and path.is_dir():
         raise FileNotFoundError(f"{name} is a folder, expected an encoder file (.pt or .yaml)")
-    if path is not None and path.suffix not in (".pt", ".yaml", ".yml") and not path.is_file():
+    if path is not None and path.suffix.lower() not in (".pt", ".yaml", ".yml") and not path.is_file():
         raise FileNotFoundError(
             f"there is no encoder {str(name)!r}: expected an official YOLOv9 name (yolov9t.pt, yolov9s.pt, yolov9m.pt, "
             "yolov9c.pt, yolov9e.pt), a .pt file, a .yaml for random weights (yolov9t.yaml), or a nanochat checkpoint"

@@ -114,7 +114,7 @@ def load_weights(name: str, trust_pickle: bool) -> tuple[dict, dict[int, str] | 
 
     Raises FileNotFoundError for a file that does not exist, WeightsError for one that holds no detector.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.lower().endswith((".yaml", ".yml")):
         return read_yaml(name), None, None
     path = find_weights(name)
     import_ultralytics()
@@ -127,7 +127,7 @@ def read_yaml(name: str) -> dict:
     Raises FileNotFoundError for an unknown name, WeightsError for a file that is not YAML.
     """
     package = import_ultralytics()
-    from ultralytics.utils import YAML
+    import yaml  # comes with ultralytics, whose own YAML.load refuses the extension .YAML
 
     path = Path(name).expanduser()
     if not path.is_file():
@@ -138,7 +138,9 @@ def read_yaml(name: str) -> dict:
             )
         path = Path(package.__file__).parent / "cfg/models/v9" / name
     try:
-        return json.loads(json.dumps(YAML.load(path)))  # must be JSON: it becomes part of a checkpoint's config.json
+        return json.loads(
+            json.dumps(yaml.safe_load(path.read_bytes()))
+        )  # must be JSON: it becomes part of a checkpoint's config.json
     except OSError:
         raise
     except Exception as error:  # of the YAML library, which only ultralytics imports
