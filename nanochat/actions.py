@@ -96,15 +96,17 @@ def has_bool(values: object) -> bool:
     return isinstance(values, (bool, np.bool_))
 
 
-def check_states(states: np.ndarray, trained: Scale) -> None:
+def check_states(states: np.ndarray, trained: Scale, name: str = "the state") -> None:
     """Raises UserError for (B, D) states far outside of the training data's range: another unit, or another order of numbers.
-    trained: the range. Accepted are MARGIN times its width on both sides, and at least MARGIN units, since a robot may start
-    where no demonstration was."""
+
+    trained: the range. name: of the states in the message. Accepted are MARGIN times its width on both sides, and at least
+    MARGIN units, since a robot may start where no demonstration was.
+    """
     low, high = np.asarray(trained.low), np.asarray(trained.high)
     margin = MARGIN * np.maximum(high - low, 1)
     for row, number in np.argwhere((states < low - margin) | (states > high + margin)):
         raise UserError(
-            f"number {number + 1} of {states.shape[1]} of the state is {states[row, number]:.6g}, but lay between "
+            f"{name}: number {number + 1} of {states.shape[1]} is {states[row, number]:.6g}, but lay between "
             f"{low[number]:.6g} and {high[number]:.6g} in the training data (accepted: {low[number] - margin[number]:.6g} to "
             f"{high[number] + margin[number]:.6g}): send the same numbers, in the same order and in the same units, "
             "such as radians or degrees, metres or millimetres"

@@ -119,9 +119,18 @@ class Agent:
             "chunk": config.chunk,
             "action_dim": config.action_dim,
             "state_dim": config.state_dim,  # 0: the policy reads no state
+            "state_range": self.state_range,  # low and high of each number in the training data
             "targets": config.targets,  # relative or absolute
             "image_size": config.vision_image_size,
         }
+
+    @property
+    def state_range(self) -> tuple[list[float], list[float]]:
+        """The range of each number of the state in the training data, in physical units; empty lists for a policy without one.
+        States far outside are refused, see `actions.check_states`."""
+        self.check_can_act()
+        trained = self.model.trained_states
+        return ([], []) if trained is None else (trained.low, trained.high)
 
     @property
     def action_range(self) -> tuple[list[float], list[float]]:

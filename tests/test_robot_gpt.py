@@ -251,7 +251,7 @@ def test_the_state_may_lie_where_it_did_in_training(tokenizer):
     rare = {"low": [0.0, 0.0], "high": [1.0, 90.0]}  # beyond the percentiles, as a number that is rarely not 0
     agent = Agent(RobotGPT(replace(config, state_range=rare)), tokenizer)
     agent.model.normalised_states(np.array([[0.5, 89.0]]), 1)
-    with pytest.raises(UserError, match="number 1 of 2 of the state is 57.3, but lay between 0 and 1"):
+    with pytest.raises(UserError, match="the state: number 1 of 2 is 57.3, but lay between 0 and 1"):
         agent.model.normalised_states(np.array([[57.3, 89.0]]), 1)
 
 

@@ -12,6 +12,7 @@ from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
+from nanochat.evaluation.rollout import acting
 from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch
@@ -60,7 +61,7 @@ def test_a_run_says_what_it_reads_and_leaves_out(tmp_path, capsys):
     observation = {"observation/image": image, "prompt": "lift"}
     assert policy.session()(observation | {"observation/state": [2.0] * 4})["actions"].shape == (3, 4)
     with pytest.raises(
-        UserError, match=r"number 1 of 4 of the state is 114.592, but lay between .* in the training data"
+        UserError, match=r'"observation/state": number 1 of 4 is 114.592, but lay between .* in the training data'
     ):
         policy.session()(observation | {"observation/state": np.rad2deg([2.0] * 4)})
 
@@ -126,3 +127,16 @@ def test_a_broken_state_of_the_simulator_is_named(tmp_path):
     pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(values.tolist())), path)
     with pytest.raises(UserError, match=f"episode 1: '{name}' of frame 1 has nan as number 6 of 39"):
         RobotTask(Robot(data=str(tmp_path / "toy"), **TINY))
+
+
+def test_rollouts_give_no_state_to_a_policy_without_one():
+    class Fake:
+        metadata = {"state_dim": 0}
+
+        def act(self, images, states, instructions):
+            return images, states, instructions
+
+    agent = Fake()
+    assert acting(agent)(["frame"], np.zeros((1, 4)), ["go"]) == (["frame"], None, ["go"])
+    agent.metadata = {"state_dim": 4}
+    assert acting(agent) == agent.act

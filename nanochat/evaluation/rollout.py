@@ -181,7 +181,14 @@ def load_here(checkpoint: str, device: str) -> None:
 
 
 def run_job_here(job: Job) -> list[Outcome]:
-    return run_job(job, worker_agent.act)
+    return run_job(job, acting(worker_agent))
+
+
+def acting(agent: Agent) -> Act:
+    """`agent.act`; a policy that was trained without a state does not get the arm's."""
+    if agent.metadata["state_dim"]:
+        return agent.act
+    return lambda images, states, instructions: agent.act(images, None, instructions)
 
 
 class Episode:

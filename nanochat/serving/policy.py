@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nanochat.actions import described, number_array
+from nanochat.actions import Scale, check_states, described, number_array
 from nanochat.errors import UserError
 from nanochat.safety import SafeActions, hold_last, hold_still
 
@@ -17,7 +17,8 @@ class ActingAgent(Protocol):
     """What serving needs from an agent (see nanochat/agent.py).
 
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
-        (0 for a policy that reads no state), and "targets" where the actions are absolute targets.
+        (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, and "state_range",
+        (low, high) of the training data's states.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
     act: B images, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, not limited yet.
     """
@@ -59,8 +60,11 @@ def read_state(state: object, state_dim: int) -> np.ndarray:
 
 
 def act_on(agent: ActingAgent, observation: dict) -> np.ndarray:
-    """One observation (see `read_observation`) -> (chunk, action_dim) float32, not limited yet."""
+    """One observation (see `read_observation`) -> (chunk, action_dim) float32, not limited yet. Raises ValueError for a wrong
+    observation, also for a state far outside of the training data's range."""
     image, state, prompt = read_observation(observation, agent.metadata["state_dim"])
+    if state is not None and "state_range" in agent.metadata:
+        check_states(state[None], Scale(*agent.metadata["state_range"]), '"observation/state"')
     return agent.act([image], None if state is None else state[None], [prompt])[0]
 
 
