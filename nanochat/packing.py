@@ -1,13 +1,21 @@
 """Publishing a checkpoint: a copy that is small and without the paths of the machine that trained it, and its upload."""
 
+import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanochat import hub
-from nanochat.checkpoint import PUBLISHED, load_checkpoint, locate, save_checkpoint, verify
+from nanochat.checkpoint import PUBLISHED, load_checkpoint, locate, save_checkpoint
+from nanochat.verify import read_manifest, read_training, sha256, verify
 
-PATHS = ("data", "encoder", "start_from", "tokenizer")  # fields of a recipe that can hold a path
+PATHS = ("data", "encoder", "start_from", "tokenizer", "out")  # fields of a recipe that can hold a relative path
+# An absolute path, or one from a home folder: its folders, and its name where that is not the name of an address
+FOLDERS = re.compile(r"(?<![\w/:.~-])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^/\\\n'\":,;|<>]+[/\\]+)*(?=[^/\\\s])")
 
 
 def pack_checkpoint(name: str, out: Path, half: bool = True) -> tuple[int, int]:
@@ -19,15 +27,44 @@ def pack_checkpoint(name: str, out: Path, half: bool = True) -> tuple[int, int]:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another name for the packed checkpoint")
     model, tokenizer, training = load_checkpoint(name)
-    for recipe in (training.get("recipe", {}), *training.get("earlier", [])):
-        recipe |= {field: Path(recipe[field]).name for field in PATHS if recipe.get(field)}
-    save_checkpoint(out, model, tokenizer, training, dtype=torch.float16 if half else None)
+    save_checkpoint(out, model, tokenizer, without_paths(training), dtype=torch.float16 if half else None)
     return model.num_parameters(), sum(path.stat().st_size for path in out.iterdir())
 
 
 def push_checkpoint(name: str | Path, repo_id: str, private: bool = True) -> str:
-    """Verify a checkpoint and upload it to the Hugging Face hub; returns its address. Raises CheckpointError if it is damaged,
-    OSError where the hub cannot be reached or refuses it."""
+    """Verify a checkpoint and upload it to the Hugging Face hub, with file names instead of paths in training.json; returns its
+    address. Raises CheckpointError if it is damaged, OSError where the hub cannot be reached or refuses it."""
     folder = locate(name)
     verify(folder)
-    return hub.upload(folder, repo_id, PUBLISHED, private)
+    with tempfile.TemporaryDirectory(prefix="nanochat-push-") as copy:
+        public_copy(folder, Path(copy))
+        return hub.upload(Path(copy), repo_id, PUBLISHED, private)
+
+
+def public_copy(folder: Path, copy: Path) -> None:
+    """Make in `copy` what may be published of a verified checkpoint: its weights are not copied but linked."""
+    manifest = {"format_version": 1, "files": read_manifest(folder)}
+    manifest["files"].pop("resume.safetensors", None)
+    for name in manifest["files"]:
+        if name != "training.json":
+            try:
+                (copy / name).symlink_to((folder / name).resolve())
+            except OSError:  # a system without links
+                shutil.copyfile(folder / name, copy / name)
+    path = copy / "training.json"
+    path.write_text(json.dumps(without_paths(read_training(folder)), indent=1))
+    manifest["files"]["training.json"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (copy / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def without_paths(value: Any, key: str = "") -> Any:
+    """JSON with the last name only of every path in it: absolute paths anywhere, relative ones in the fields PATHS."""
+    if isinstance(value, dict):
+        return {without_paths(name): without_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if key in PATHS or re.match(r"[/\\~]|[A-Za-z]:[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return FOLDERS.sub("", value)

@@ -5,6 +5,7 @@ is encoded as ordinary text, so a user cannot type an image or another speaker's
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_path
+from nanochat.files import atomic_path, json_value, short_repr
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -33,6 +34,8 @@ SPLIT = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+
+MAX_PATTERN = 1000  # characters of a regular expression; GPT-4o's has 300
 
 # Code points 0..255 and a few wider ones: a compatible tokenizer must decode these unchanged.
 PROBE = "".join(map(chr, range(256))) + "Ωж東\u0301👍🏽 A  a\r\n"
@@ -97,12 +100,24 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """A tokenizer from its JSON. Raises ValueError for other text, or for a tokenizer of another kind."""
+        """A tokenizer from its JSON, which may come from a stranger. Raises ValueError for other text, for a tokenizer of another
+        kind, and for a pattern that could take for ever."""
+        check_patterns(json_value(text, "not the JSON of a tokenizer"))
         try:
             bpe = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception for bad JSON
-            raise UserError(f"not the JSON of a tokenizer: {error}") from error
-        return cls(bpe)
+            if not isinstance(bpe.model, models.BPE):
+                raise UserError(f"this tokenizer is a {type(bpe.model).__name__}, expected byte-level BPE")
+            bpe.no_padding()  # to a length that a stranger chose
+            bpe.no_truncation()
+            bpe.model.dropout = None  # the same text always gets the same tokens
+            return cls(bpe)
+        except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except (
+            BaseException
+        ) as error:  # bare Exception for bad JSON; for a bug of the library PanicException, no Exception
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"not the JSON of a tokenizer: {reason}") from error
 
     def to_json(self) -> str:
         return self.bpe.to_str(pretty=False)
@@ -146,7 +161,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises ValueError for a lone surrogate (as from a broken file name): it has no UTF-8 form."""
         try:
-            return self.bpe.encode(text).ids
+            return self.bpe.encode(text, add_special_tokens=False).ids
         except TypeError as error:
             raise UserError(f"expected text that can be encoded as UTF-8, found {ascii(text)[:80]}") from error
 
@@ -162,6 +177,57 @@ class Tokenizer:
         shown = frozenset() if skip_special else self.special_ids
         parts = (self.bpe.id_to_token(i).encode() if i in shown else self.bytes_of(i) for i in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def check_patterns(value: object) -> None:
+    """Raises UserError for a regular expression anywhere in a tokenizer's JSON whose search could take for ever."""
+    if isinstance(value, dict):
+        pattern = value.get("Regex")
+        if isinstance(pattern, str) and (problem := slow_pattern(pattern)):
+            raise UserError(
+                f"this tokenizer splits text by the pattern {short_repr(pattern)}, which {problem}: its search could take for "
+                "ever; expected one like nanochat's or GPT-4's"
+            )
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            if isinstance(inner, (dict, list)):
+                check_patterns(inner)
+
+
+def slow_pattern(pattern: str) -> str:
+    """Why a regular expression may need more than quadratic time, or "". Patterns that split text need little: alternatives of
+    a few classes of characters, of which one or two are repeated, and no repeated groups."""
+    if len(pattern) > MAX_PATTERN:
+        return f"has {len(pattern)} characters, the limit is {MAX_PATTERN}"
+    if re.search(r"\\[1-9kgKG]|\(\?(?!:|=|!|i:)", pattern):
+        return "has references or conditions"
+    pieces = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)  # escapes count as one character
+    pieces = re.sub(r"\[\^?\]?(?:\[[^\]]*\]|[^\]\[])*\]", "x", pieces)  # and so do classes
+    if "[" in pieces:
+        return "has nested classes"
+    if re.search(r"[)*+?}][*{]|\)\+", pieces):
+        return "repeats a group"
+    pieces = re.sub(
+        r"([*+?}])[+?]", r"\1", pieces.replace("(?", "(")
+    )  # possessive and lazy ones search like the plain ones
+    if any(int(count) > 9 for counts in re.findall(r"\{([\d,]*)\}", pieces) for count in re.findall(r"\d+", counts)):
+        return "repeats something more than nine times"
+    for alternative in alternatives(pieces):
+        if len(re.findall(r"[*+]|\{\d*,\d*\}", alternative)) > 2 or alternative.count("?") > 3:
+            return "repeats too many things in a row"
+    return ""
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The parts of a pattern between the | outside of groups."""
+    parts, depth = [""], 0
+    for character in pattern:
+        depth += (character == "(") - (character == ")")
+        if character == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 class StreamDecoder:

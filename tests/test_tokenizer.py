@@ -1,10 +1,19 @@
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, byte_alphabet
+from nanochat.errors import UserError
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT,
+    StreamDecoder,
+    Tokenizer,
+    byte_alphabet,
+    slow_pattern,
+)
 
 TEXTS = ["is there a red circle in the image?", "a dog runs on the beach.", "Zwei Boxkämpfer jagen Eva, 東京 👍🏽"] * 3
 TOKENIZER = Tokenizer.train(TEXTS, 400)
@@ -139,3 +148,119 @@ def test_bad_input_is_refused():
     for i in (-1, TOKENIZER.vocab_size):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             TOKENIZER.decode([i])
+
+
+# ---- files of strangers
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def with_pattern(pattern):
+    made = json.loads(TOKENIZER.to_json())
+    made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    return json.dumps(made)
+
+
+@pytest.mark.parametrize("pattern", [SPLIT, GPT2, GPT4, GPT4O, r"\s+", "."])
+def test_the_usual_patterns_are_read(pattern):
+    assert slow_pattern(pattern) == ""
+    made = Tokenizer.from_json(with_pattern(pattern))
+    assert made.decode(made.encode(TEXTS[0])) == TEXTS[0]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a*)*b", "(.|.)*!", "(a|aa)+$", "(?:a?){25}a{25}", "a?" * 30 + "a" * 30, r"(.+)+\1", r".*.*.*x", "(?<=a*)b",
+     "(?>a+)b", "a{1,9}a{1,9}a{1,9}x", "[[a]+]+*", "(a+|b)c+(d+|e)f+", "x" * 2000, "(?i:a+)+", "a{1,100000}", "(?R)"],
+)  # fmt: skip
+def test_patterns_that_could_take_for_ever_are_refused(pattern):
+    with pytest.raises(UserError, match="splits text by the pattern .*for ever"):
+        Tokenizer.from_json(with_pattern(pattern))
+
+
+@given(st.text(alphabet="ab.()[]{}|*+?\\^$!:=<>0123456789,pPLNkx-&", max_size=30))
+@settings(max_examples=300)
+def test_any_pattern_is_read_or_refused(pattern):
+    start = time.process_time()
+    try:
+        Tokenizer.from_json(with_pattern(pattern)).encode("a" * 300 + "b" * 300)
+    except UserError as error:
+        assert len(str(error)) < 500
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+            "WordLevel|not the JSON",
+        ),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "changes text"),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
+            "not the JSON of a tokenizer",
+        ),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "*"}),
+            "not the JSON of a tokenizer",
+        ),
+    ],
+)
+def test_files_of_other_kinds_are_refused(change, message):
+    made = json.loads(TOKENIZER.to_json())
+    change(made)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.from_json(json.dumps(made))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "a"}},
+        {"truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}},
+                            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [3], "tokens": ["<|bos|>"]}}}},
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_tokens_of_a_text_are_left_out(change):
+    made = Tokenizer.from_json(json.dumps(json.loads(TOKENIZER.to_json()) | change))
+    assert made.encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
+
+
+def test_dropout_is_left_out():
+    made = json.loads(TOKENIZER.to_json())
+    made["model"]["dropout"] = 0.9
+    assert Tokenizer.from_json(json.dumps(made)).encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
+
+
+def test_a_panic_of_the_library_is_one_line(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panic(text):
+        raise Panic("called `Result::unwrap()`\non an `Err` value")
+
+    monkeypatch.setattr(
+        "nanochat.tokenizer.tokenizers", type("Library", (), {"Tokenizer": type("T", (), {"from_str": panic})})
+    )
+    with pytest.raises(UserError, match=r"^not the JSON of a tokenizer: called .* on an `Err` value$"):
+        Tokenizer.from_json(TOKENIZER.to_json())
+
+
+def test_one_bad_text_file_of_several_is_named(tmp_path):
+    from nanochat.cli import tokenizer
+
+    (tmp_path / "a.txt").write_text("fine\n")
+    (tmp_path / "b.txt").write_bytes(b"first\nsec\xffond\n")
+    with pytest.raises(UserError, match=r"b.txt is not UTF-8 text"):
+        tokenizer((tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()

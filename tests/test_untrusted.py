@@ -237,3 +237,9 @@ def test_any_json_in_any_field_is_read_or_refused(stranger, model, file, data):
         assert time.process_time() - start < 2
     finally:
         shutil.copytree(SHIPPED[model], folder, dirs_exist_ok=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    shutil.copy(SHIPPED["robot"] / "tokenizer.json", copied(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match="tokenizer.json has 1160 tokens, the model's vocab_size is 320"):
+        load_checkpoint(sign(tmp_path / "m"))
