@@ -72,6 +72,18 @@ def test_several_images_without_a_place_come_first(pictures):
     assert any("1 rows do not say where their pictures stand" in note for note in data.notes)
 
 
+def test_a_question_about_several_images(pictures):
+    row = {"images": ["images/0.png", "images/1.png"], "question": "Same?", "answer": "no"}
+    (sample,) = load_dataset(write_lines(pictures / "a.jsonl", row)).samples
+    assert sample.messages[0]["content"] == [IMAGE, IMAGE, {"type": "text", "text": "Same?"}] and sample.answer == "no"
+
+
+def test_a_missing_picture_is_named_with_the_folder(pictures):
+    row = {"image": "train2017/0.jpg", "question": "q", "answer": "a"}
+    with pytest.raises(DataError, match=f"a.jsonl:1: 'train2017/0.jpg' below {pictures}"):
+        load_dataset(write_lines(pictures / "a.jsonl", row))
+
+
 def test_encoded_images_in_the_rows(pictures):
     text = base64.b64encode(png()).decode()
     rows = [

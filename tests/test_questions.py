@@ -12,6 +12,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
+from nanochat.errors import UserError
 from nanochat.evaluation.questions import answer_questions, balanced, evaluate_questions, open_source, score, table
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metaworld.instructions import INSTRUCTIONS
@@ -149,6 +150,11 @@ def test_only_held_out_episodes_are_asked_about(checkpoint, folder, tmp_path, ca
     assert "was trained on" not in capsys.readouterr().out
     evaluate(checkpoint, folder, "all")
     assert "was trained on these episodes" in capsys.readouterr().out
+    assert evaluate(checkpoint, folder, None, 200).keys() == found.keys()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "split val, the part that training held out" in text and "was trained on" not in text
+    with pytest.raises(UserError, match="no split 'vall'; demonstrations have: all, fit, val"):
+        evaluate(checkpoint, folder, "vall")
 
 
 def test_pictures_are_of_the_camera_that_was_trained_with(tmp_path, capsys):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat.data.conversations import LeftOut, count_images, left_out, normal_messages
+from nanochat.data.conversations import LeftOut, count_images, images_first, left_out, normal_messages
 from nanochat.data.image_files import find_image
 from nanochat.data.sample import (
     Dataset,
@@ -52,6 +52,7 @@ class RowReader:
         self.left_out: dict[str, list[str]] = {}
         self.fields: dict[str, bool] = {}  # name -> whether it is read
         self.unplaced = 0
+        self.first_missing = ""
         self.merged: dict[str, int] = {}
 
     def add(self, where: str, row: dict) -> None:
@@ -98,7 +99,8 @@ class RowReader:
         notes = [f"fields read: {_listed(read)}" + (f"; not read: {_listed(other)}" if other else "")] if read else []
         for reason, rows in self.left_out.items():
             plural = "row" if len(rows) == 1 else "rows"
-            notes.append(f"{len(rows)} {plural} left out: {reason} (first: {rows[0]})")
+            detail = self.first_missing if reason == MISSING else ""
+            notes.append(f"{len(rows)} {plural} left out: {reason} (first: {rows[0]}{detail})")
         if self.unplaced:
             notes.append(
                 f"{self.unplaced} rows do not say where their pictures stand: put before the first question (mark them with "
@@ -140,13 +142,20 @@ class RowReader:
             texts = tuple(check_text(text, "references", where) for text in references)
             return "messages", Sample(self._find(values + embedded, where), messages, texts, where)
         task, sample = self._one_question(row, original, where)
+        if task == "vqa" and len(values) > 1:
+            turns = [{"role": "user", "content": sample.question}, sample.messages[-1]]
+            self.unplaced += 1
+            return task, Sample(self._find(values, where), images_first(turns, len(values)), where=where)
         if len(values) != 1:
             found = f"found {len(values)} images" if values else f"found no image in {field_names(original)}"
             raise DataError(f"{where}: expected one image for a question or a caption, {found}")
         return task, replace(sample, images=self._find(values, where), where=where)
 
     def _find(self, values: list, where: str) -> tuple:
-        return tuple(find_image(self.root, value, where, self.strict) for value in values)
+        found = tuple(find_image(self.root, value, where, self.strict) for value in values)
+        if None in found and not self.first_missing:
+            self.first_missing = f": {short_repr(values[found.index(None)])} below {self.root}"
+        return found
 
     def _images(self, row: dict, where: str) -> list:
         found = [name for name in IMAGE_FIELDS if name in row]

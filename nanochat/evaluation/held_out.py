@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.data import DataError, Sample, image_key, load_dataset, own_splits
-from nanochat.data.splits import VALIDATION
+from nanochat.data.splits import VALIDATION, WHOLE
 
 HELD_OUT = "the part that training held out (--split chooses another)"
 
@@ -29,7 +29,9 @@ def default_split(dataset: str, recipe: dict) -> tuple[str, str]:
     if "test" in own:
         return "test", "its test split"
     if same_data(dataset, recipe.get("data") or ""):
-        return recipe.get("val_split") or "val", HELD_OUT
+        split = recipe.get("val_split") or "val"
+        is_held_out = split not in (recipe.get("train_split"), *WHOLE)
+        return split, HELD_OUT if is_held_out else "the split that training validated with"
     named = next((name for name in (*VALIDATION, "dev") if name in own), None)
     if named:
         return named, "its validation split"
