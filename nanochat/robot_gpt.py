@@ -47,6 +47,8 @@ class RobotGPTConfig(MultimodalGPTConfig):
         if self.targets not in TARGETS:
             raise UserError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
         for scale in (self.state_scale, self.state_range, self.action_scale):
+            if not isinstance(scale, dict):
+                raise UserError(f"a scale must be an object with low and high, got {scale!r:.80}")
             if (scale or scale is self.action_scale) and len(Scale(**scale).low) > MAX_DIMENSIONS:
                 raise UserError(f"a state or an action has at most {MAX_DIMENSIONS} numbers, got {len(scale['low'])}")
         if self.state_range and len(self.state_range["low"]) != self.state_dim:
@@ -138,7 +140,8 @@ class RobotGPT(MultimodalGPT):
         values = number_array(states, f"states must be {dim} finite numbers for each prompt")
         if len(values.shape) != 2 or values.shape[1] != dim or len(values) != n:
             raise UserError(
-                f"{n} prompts and pictures, and states of shape {values.shape}: expected as many of each, and {dim} numbers a state"
+                f"{n} prompts and pictures, and states of shape {values.shape}: expected as many of each, and {dim} numbers "
+                "a state"
             )
         check_states(values, self.trained_states)
         return torch.from_numpy(self.state_scale.normalize(values)).to(self.device)

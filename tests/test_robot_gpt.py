@@ -276,6 +276,10 @@ def test_targets_of_older_checkpoints_are_relative(tokenizer):
     assert config.targets == "relative" and config.state_range == {}
     with pytest.raises(UserError, match="targets must be one of relative, absolute, got 'both'"):
         replace(config, targets="both")
+    for name in ("state_scale", "state_range", "action_scale"):
+        for wrong in ([], None, 3, "low"):
+            with pytest.raises(UserError, match="a scale must be an object with low and high"):
+                replace(config, **{name: wrong})
     with pytest.raises(UserError, match="state_range must have 2 numbers, got 1"):
         replace(config, state_range={"low": [0.0], "high": [1.0]})
 

@@ -1,5 +1,7 @@
 """SafePolicy between a fake agent and a robot: what it reads and what it sends."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -151,9 +153,16 @@ def test_relative_actions_are_replaced_by_no_motion():
     assert SafePolicy(agent).hold == "still" and SafePolicy(agent, hold="last").hold == "last"
 
 
-def test_a_policy_without_a_state_asks_for_none():
+def test_a_policy_without_a_state_asks_for_none(caplog):
     agent = Scripted(0.5, 0.5)
     agent.metadata = Scripted.metadata | {"state_dim": 0}
     act_on(agent, {key: value for key, value in GOOD.items() if key != "observation/state"})
     act_on(agent, GOOD)
     assert [states for _, states, _ in agent.calls] == [None, None]
+    with caplog.at_level(logging.INFO):
+        agent.values = iter([0.5, 0.5])
+        act = SafePolicy(agent).session()
+        act(GOOD), act(GOOD)
+    assert [record.message for record in caplog.records] == [
+        "this policy reads no state: the one that was sent is not read"
+    ]

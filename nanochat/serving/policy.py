@@ -1,5 +1,6 @@
 """From an agent to a robot: reads observations, and limits the actions that leave. Imports no torch."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from nanochat.actions import Scale, check_states, described, number_array
 from nanochat.errors import UserError
 from nanochat.safety import SafeActions, hold_last, hold_still
 
+logger = logging.getLogger(__name__)
 HOLDS = ("auto", "still", "last")
 MAX_PROMPT = 500  # characters of an instruction
 
@@ -109,9 +111,13 @@ class SafePolicy:
     def session(self) -> Callable[[dict], dict]:
         """A function for one robot: observation -> {"actions": (execute, action_dim) float32}. It raises ValueError for a wrong
         observation, and where there is no usable action and no previous one to repeat."""
-        limits = self.limits()
+        limits, noted = self.limits(), self.agent.metadata["state_dim"] > 0
 
         def act(observation: dict) -> dict:
+            nonlocal noted
+            if not noted and {"observation/state", "observation.state"} & observation.keys():
+                logger.info("this policy reads no state: the one that was sent is not read")
+                noted = True
             chunk = act_on(self.agent, observation)[: self.execute]
             if self.hold == "last" and limits.last is None and not np.isfinite(chunk[0]).all():
                 raise UserError("the model's first action is not finite, and there is no previous action to repeat")
