@@ -183,6 +183,35 @@ def test_alpha_over_white():
     assert (values(keyed) == 255).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I"])
+def test_large_images_are_converted_in_strips(mode, monkeypatch):
+    """Whole, a 390 kB PNG of 100 million transparent pixels took 1.9 GB."""
+    noise = np.random.default_rng(0).integers(0, 256, (31, 20, 4), np.uint8)
+    if mode.startswith("I"):
+        image = Image.fromarray(
+            noise[..., 0].astype(np.uint16) * 257 if mode == "I;16" else noise[..., 0].astype(np.int32) * 257
+        )
+    else:
+        image = Image.fromarray(noise).convert(mode)
+        image.info |= {"transparency": 3} if mode == "P" else {}
+    whole, sizes, compose = values(image), [], Image.alpha_composite
+    monkeypatch.setattr("nanochat.vision.images.STRIP_PIXELS", 100)
+    monkeypatch.setattr(Image, "alpha_composite", lambda a, b: sizes.append(b.size) or compose(a, b))
+    np.testing.assert_array_equal(values(image), whole)
+    assert set(sizes) == (set() if mode.startswith("I") else {(20, 5), (20, 1)})
+
+
+@pytest.mark.parametrize("format, refused", [("WEBP", True), ("PNG", False)])
+def test_formats_whose_decoders_need_much_memory_have_a_lower_limit(format, refused, monkeypatch):
+    monkeypatch.setattr("nanochat.vision.images.MAX_PIXELS", 100)
+    data = encoded(Image.new("RGB", (8, 8)), format)
+    if refused:
+        with pytest.raises(ImageError, match="8 x 8 pixels, the limit is 50"):
+            open_image(data)
+    else:
+        open_image(data)
+
+
 def test_grey_and_black_and_white():
     ramp = np.arange(20, dtype=np.uint8).reshape(4, 5)
     np.testing.assert_array_equal(values(encoded(Image.fromarray(ramp))), np.repeat(ramp[..., None], 3, 2))

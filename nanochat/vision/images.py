@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from nanochat.vision.mending import mended
 MAX_PIXELS = 100_000_000  # larger than any camera image; a small file can declare more (a decompression bomb)
 MAX_BYTES = 1_000_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGB; also stops endless files such as /dev/zero
 MIN_SIDE = 2  # pixels
+STRIP_PIXELS = 2**20  # that are converted at once
 PAD = 114  # grey value of the letterbox's borders, as in YOLO training
 # Image formats that are accepted. Pillow knows more, and opens some of them by running a program (Ghostscript, for EPS).
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI"}
@@ -33,6 +34,12 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+HUNGRY = {
+    "WEBP",
+    "AVIF",
+    "JPEG2000",
+}  # decoders that take three times the memory of the image: half as many pixels are read
 
 
 @runtime_checkable
@@ -64,7 +71,7 @@ def open_image(source: ImageSource) -> Image.Image:
     such as this function's own result, is returned as it is, without a copy.
 
     Raises ImageError for a source of another type and for an image that is missing, empty, damaged, animated, smaller
-    than 2 x 2 pixels or larger than 100 million pixels.
+    than 2 x 2 pixels or larger than 100 million pixels (50 million for WebP, AVIF and JPEG 2000).
     """
     if isinstance(source, dict):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
@@ -152,10 +159,15 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 def decode_exactly(data: bytes, name: str) -> Image.Image:
     with image_errors(name):
-        image = Image.open(io.BytesIO(data))
-        if image.format not in FORMATS:
-            raise ImageError(f"{name} is a {image.format} file, expected an image: JPEG, PNG, WebP, BMP, TIFF, ...")
-        return to_upright_rgb(image, name)
+        return to_upright_rgb(opened(data, name), name)  # held by one name only: it is freed when it is copied
+
+
+def opened(data: bytes, name: str) -> Image.Image:
+    """The image, not decoded yet."""
+    image = Image.open(io.BytesIO(data))
+    if image.format not in FORMATS:
+        raise ImageError(f"{name} is a {image.format} file, expected an image: JPEG, PNG, WebP, BMP, TIFF, ...")
+    return image
 
 
 @contextmanager
@@ -180,8 +192,9 @@ def image_errors(name: str) -> Iterator[None]:
 def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """8-bit RGB, rotated upright. Size and frames are checked from the header, before anything is decoded."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} has {width} x {height} pixels, the limit is {MAX_PIXELS:,}: scale it down first")
+    limit = MAX_PIXELS if image.format not in HUNGRY else MAX_PIXELS // 2
+    if width * height > limit:
+        raise ImageError(f"{name} has {width} x {height} pixels, the limit is {limit:,}: scale it down first")
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{name} has {width} x {height} pixels, expected at least {MIN_SIDE} x {MIN_SIDE}")
     # an MPO file is a camera's JPEG followed by a preview or a stereo view: its first frame is the photo
@@ -189,15 +202,21 @@ def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if frames > 1:
         raise ImageError(f"{name} is animated or has pages ({frames} frames), expected one image: extract one first")
     image.load()
-    in_memory = type(image) is Image.Image  # an image still tied to its file would keep the encoded bytes alive
+    in_memory = type(image) is Image.Image
     turn = TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)
-        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # opened again, it is not turned again
+        for key in (
+            "exif",
+            "Raw profile type exif",
+            "xmp",
+            "XML:com.adobe.xmp",
+        ):  # opened again, it is not turned again
             image.info.pop(key, None)
-    elif not in_memory:
-        image = image.copy()
-    return to_rgb(image, name)
+    rgb = to_rgb(image, name)
+    return (
+        rgb.copy() if rgb is image and not in_memory and turn is None else rgb
+    )  # tied to its file, it keeps the bytes alive
 
 
 def orientation(image: Image.Image) -> int:
@@ -211,18 +230,43 @@ def orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """A loaded image of any mode -> 8-bit RGB."""
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int32)
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            raise ImageError(f"{name} has 32-bit pixels in {low}..{high}, expected 16 bit at most: convert it to 8 bit")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 * 255
     if image.mode == "F":
         raise ImageError(f"{name} has float pixels of unknown range: convert it to 8 bit, or pass an array in 0..1")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        ranges = [(values.min(), values.max()) for values in (np.asarray(strip) for _, strip in strips(image))]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if low < 0 or high > 65535:
+            raise ImageError(f"{name} has 32-bit pixels in {low}..{high}, expected 16 bit at most: convert it to 8 bit")
+        return in_strips(image, narrowed)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return in_strips(image, on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """convert(image), an RGB image of the same size. Whole, the steps in between need 1.5 GB for 100 million pixels."""
+    rgb = Image.new("RGB", image.size)
+    for top, strip in strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
+
+
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(top, the rows from there on), about STRIP_PIXELS at a time."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def narrowed(strip: Image.Image) -> Image.Image:
+    """16-bit grey -> RGB."""
+    values = np.asarray(strip).astype(np.int32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 * 255
+
+
+def on_white(strip: Image.Image) -> Image.Image:
+    strip = strip.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB")
 
 
 def as_uint8(source: np.ndarray | TensorLike) -> np.ndarray:
