@@ -13,12 +13,14 @@ import torch
 
 from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
+from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.engine import Engine, KVCache
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import StreamDecoder
 
 DEFAULT_NEW_TOKENS = 64
+LEARNT = ("questions", "captions", "actions")
 
 
 class Agent:
@@ -40,6 +42,27 @@ class Agent:
         """Whether the model was trained on conversations of several turns."""
         return self.training.get("multi_turn", False)
 
+    @property
+    def learnt(self) -> dict[str, bool]:
+        """What the model was trained for: "questions" about pictures, "captions" (answers to `CAPTION_PROMPT`), "actions"."""
+        return learnt_by(self.training)
+
+    def check_learnt(self, question: str) -> None:
+        """Raises UserError for a question of a kind that the model was never trained to answer: what it says would be noise."""
+        caption = question.strip() == CAPTION_PROMPT
+        wanted, other = ("captions", "questions") if caption else ("questions", "captions")
+        if self.learnt[wanted]:
+            return
+        does = {"questions": 'answers questions (nanochat ask IMAGE "QUESTION")', "captions": "describes pictures (nanochat "
+                "caption IMAGE)", "actions": "acts (nanochat rollout, nanochat policy-server)"}  # fmt: skip
+        can = [text for name, text in does.items() if self.learnt[name]]
+        lacks = "to describe pictures" if caption else "to answer questions about pictures"
+        shipped = "robot" if caption or self.learnt[other] else "default"
+        raise UserError(
+            f"this model was not trained {lacks}; it {' and '.join(can) or 'has learnt nothing yet'}: choose another "
+            f"--checkpoint, such as {shipped}, or train one with nanochat train folder"
+        )
+
     def look(self, images) -> torch.Tensor:
         """One picture or a list of n -> (n, N, D) float32 vision vectors. Raises ValueError for a text model, ImageError for
         what is not a picture."""
@@ -58,8 +81,10 @@ class Agent:
     ) -> Iterator[str]:
         """Stream the answer to one question about the pictures behind `vectors` (n, N, D), in whole characters.
 
-        Raises ValueError for a question that does not fit the context.
+        Raises ValueError for a question that does not fit the context, and for one of a kind that the model never learnt to
+        answer (see `learnt`).
         """
+        self.check_learnt(question)
         ids = self.prompt([user_message(question, 0 if vectors is None else len(vectors))])
         return self.answer(ids, vectors, max_new_tokens, sampling)
 
@@ -178,6 +203,7 @@ class Chat:
         """Stream the answer to the next turn. An interrupted answer (Ctrl-C) is not remembered. Raises ValueError for a question
         that does not fit the context even alone."""
         agent, turns = self.agent, self.turns
+        agent.check_learnt(question)
         ids = self.prompt(turns, question)
         # an answer of unknown length gets at least a quarter of the context
         context = agent.model.config.sequence_len
@@ -203,6 +229,22 @@ class Chat:
         messages.append(user_message(question))
         messages[0]["content"] = [{"type": "image"}] * n_images + messages[0]["content"]
         return self.agent.prompt(messages)
+
+
+def learnt_by(training: dict) -> dict[str, bool]:
+    """What training.json says that the model learnt: {"questions", "captions", "actions"} -> bool. Older ones do not say it: then
+    it follows from the recipes of the run and of those before it; a recipe that can be either counts as both."""
+    if training.get("learnt"):
+        return {name: bool(training["learnt"].get(name)) for name in LEARNT}
+    recipe = training.get("recipe") or {}
+    asked = bool(recipe.get("questions_per_step", 1) and recipe.get("question_loss", 1))
+    by_recipe = {
+        "easy_vqa": {"questions"}, "daquar": {"questions"}, "flickr8k": {"captions"}, "upstream": {"questions"},
+        "robot": {"actions", "questions", "captions"} if asked else {"actions"},
+    }  # fmt: skip
+    runs = [training, *training.get("earlier", [])]
+    found = [by_recipe.get(str(run.get("recipe_name")), set(LEARNT)) for run in runs]
+    return {name: any(name in learnt for learnt in found) for name in LEARNT}
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:
