@@ -362,7 +362,7 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
     ]
     Image.open(PICTURE).save(tmp_path / "0.png")
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "1 rows left out" in nanochat("eval", "default", tmp_path).out
+    assert "1 row left out" in nanochat("eval", "default", tmp_path).out
     assert "gone.png" in nanochat("eval", "default", tmp_path, "--strict", code=2).err
 
 
