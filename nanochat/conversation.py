@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nanochat.actions import STATE
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 
 IMAGE = "<|image|>"
 
@@ -96,7 +97,7 @@ def checked_turns(messages: Sequence[dict], for_completion: bool) -> list[tuple[
 def message_role(i: int, message: dict) -> str:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ("system", "user", "assistant"):
-        raise UserError(f'message {i} needs a "role" of system, user or assistant, got {role!r}')
+        raise UserError(f'message {i} needs a "role" of system, user or assistant, got {short_repr(role)}')
     return role
 
 
@@ -117,7 +118,7 @@ def message_parts(i: int, message: dict) -> list[tuple[str, str]]:
             parts.append(("text", part["text"]))
         else:
             raise UserError(
-                f'message {i} has a part {part!r}, expected {{"type": "image"}}, {{"type": "state"}} or '
+                f'message {i} has a part {short_repr(part)}, expected {{"type": "image"}}, {{"type": "state"}} or '
                 f'{{"type": "text", "text": ...}}'
             )
     return parts

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from nanochat.actions import STATE
 from nanochat.conversation import action_message, render, user_message
+from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from tests.test_tokenizer import TOKENIZER
 
@@ -100,6 +101,15 @@ def test_pictures_and_learnt_tokens_are_exactly_those_of_the_messages(conversati
 def test_broken_conversations_are_refused(messages, message):
     with pytest.raises(ValueError, match=message):
         render(TOKENIZER, messages, 1)
+
+
+@pytest.mark.parametrize("value", ["x" * 9999, ["x"] * 9999])
+@pytest.mark.parametrize("role", [None, "user"])
+def test_what_is_refused_is_quoted_in_part(role, value):
+    message = {"role": role or value, "content": [{"type": value}]}
+    with pytest.raises(UserError) as error:
+        render(TOKENIZER, [message], 1)
+    assert len(str(error.value)) < 250
 
 
 def test_only_a_question_can_be_answered():
