@@ -17,6 +17,7 @@ from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
+from nanochat.errors import UserError
 from nanochat.gpt import IGNORE_INDEX
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, task_name
@@ -202,6 +203,38 @@ def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, dtype):
     assert expected.keys() == found.keys() and "helper.linear.weight" in found
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
+
+
+def test_a_short_run_acts_as_saved_as_it_did_in_training(folder, tmp_path):
+    """BatchNorm's running averages would still be far off after so few steps."""
+    recipe = Robot(**TINY | dict(data=str(folder), out=str(tmp_path / "run"), layer="4", steps=40, blind_share=0.0))
+    run = Run(recipe)
+    model = Agent.load(str(run.train())).model
+    frames = run.task.data.draw(64, np.random.default_rng(1))
+    batch = action_batch(run.task.data, frames, model, run.tokenizer, None)
+    losses = []
+    for training in (False, True):  # the saved statistics, those of the batch
+        model.train(training)
+        run.task.model = model
+        with torch.no_grad():
+            losses.append(run.task.action_loss(batch, run.task.see(run.task.data.images(frames))).item())
+    assert losses[0] < 1.2 * losses[1], losses
+
+
+def test_a_robots_run_is_not_resumed_with_other_data(folder, tmp_path):
+    recipe = Robot(data=str(folder), out=str(tmp_path / "run"), steps=2, **TINY)
+    train_robot(recipe)
+    fewer = tmp_path / "fewer"
+    write_dataset(fewer, (toy_episode(n, length=6) for n in range(159)), 10, "toy", (SIZE, SIZE, 3))
+    with pytest.raises(UserError, match="924 training frames then, .* now"):
+        Run(replace(recipe, data=str(fewer), resume=True))
+    other = tmp_path / "other"
+    write_dataset(other, (toy_episode(n + (n == 3) * 200, length=6) for n in range(160)), 10, "toy", (SIZE, SIZE, 3))
+    with pytest.raises(UserError, match="other .*actions.* in the training data"):
+        Run(replace(recipe, data=str(other), resume=True))
+    moved = tmp_path / "moved"
+    write_dataset(moved, (toy_episode(n, length=6) for n in range(160)), 10, "toy", (SIZE, SIZE, 3))
+    assert Run(replace(recipe, data=str(moved), resume=True)).step == 2
 
 
 @pytest.mark.parametrize("head", ["continuous", "bins"])

@@ -216,6 +216,26 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(pictures, tmp_pa
         assert "decoding" not in done.stdout and "step" not in done.stdout
 
 
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root writes everywhere")
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_encoded(pictures, tmp_path):
+    recipe = recipe_for(
+        pictures, tmp_path, steps=1, train_encoder=False, batchnorm="frozen", cache=str(tmp_path / "cache")
+    )
+    Run(recipe).train()
+    (place,) = (tmp_path / "cache").iterdir()
+    for path in place.iterdir():
+        path.unlink()
+    place.chmod(0o555)
+    as_user = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
+    again = replace(recipe, out=str(tmp_path / "again"), encoder_lr=SMALL["encoder_lr"])
+    done = subprocess.run(
+        [*as_user, *command(again), "--start-from", recipe.out], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "cannot be written: Permission denied: choose another --cache" in done.stderr, (
+        done.stderr
+    )
+
+
 def test_an_empty_folder_can_be_trained_in(pictures, tmp_path):
     (tmp_path / "run").mkdir()
     assert Run(recipe_for(pictures, tmp_path, steps=1)).train() == tmp_path / "run"
@@ -282,6 +302,16 @@ def test_data_may_move(tmp_path):
     moved = folder.rename(tmp_path / "elsewhere")
     out = Run(replace(recipe, data=str(moved))).train()
     assert load_checkpoint(out)[2]["step"] == 4
+
+
+def test_deleted_rows_are_named_also_where_they_change_the_length(tmp_path):
+    """The number of steps follows from the data, if it is given in epochs."""
+    folder = make_pictures(tmp_path / "pictures", 24)
+    recipe = recipe_for(folder, tmp_path, epochs=2, min_steps=1)
+    Run(recipe).train()
+    make_pictures(folder, 24, skip=range(6))
+    with pytest.raises(UserError, match="training conversations then"):
+        Run(replace(recipe, resume=True))
 
 
 # ---- signals
@@ -384,6 +414,8 @@ def test_advice_tells_more_pictures_from_more_steps():
     ]
     (more_pictures,) = advice({"aligned": 1.0, "train_right": 20, "train_asked": 20, "aligned_accuracy": 0.5}, 100)
     assert "more pictures will help, more steps will not" in more_pictures
+    robots = [advice({"aligned": 0.3, "train": train}, 100)[0] for train in (0.1, 0.29)]
+    assert "more episodes will help" in robots[0] and "--steps 200" in robots[1]
     (neither,) = advice({"aligned": 1.0, "train_right": 20, "train_asked": 20, "aligned_accuracy": 1.0}, 100)
     assert "more" not in neither and advice({"aligned": 1.0}, 100) == []
 

@@ -15,6 +15,7 @@ pictures share vectors.
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,9 +75,14 @@ def cached_features(
         raise UserError("there are no images to compute features of")
     digests = [source_digest(image) for image in images]
     place = Path(folder).expanduser() / cache_key(model)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the cache {place} cannot be made: {error.strerror}: choose another --cache") from error
     cached = {digest for path in place.glob("*.json") for digest in read_index(path)["images"]}
     missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in cached}
+    if missing:
+        check_writable(place)
     compute(model, missing, place, batch_size, progress)
     parts: list[np.ndarray] = []
     rows: dict[str, tuple[int, int]] = {}
@@ -86,6 +92,14 @@ def cached_features(
             rows |= {digest: (len(parts), row) for row, digest in enumerate(index["images"])}
             parts.append(read_vectors(path.with_suffix(".npy"), index))
     return Features(parts, [rows[digest] for digest in digests])
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made in the folder: before the work, not after it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"the cache {folder} cannot be written: {error.strerror}: choose another --cache") from error
 
 
 def cache_key(model: MultimodalGPT) -> str:

@@ -6,6 +6,7 @@ import json
 from nanochat.evaluation.controls import CONDITIONS
 
 LEARNT = 0.9  # share of the training questions from which on they count as learnt
+OVERFITTED = 1.5  # ratio of the held-out loss and the training loss
 GAP = 0.1  # between the shares of training and held-out questions
 
 
@@ -37,6 +38,12 @@ def advice(last: dict, steps: int) -> list[str]:
             )
         else:
             lines.append(f"{learnt}.")
+    if "train" in last and "aligned" in last and last["train"] > 0:
+        losses = f"the loss is {last['train']:.3f} on training frames and {last['aligned']:.3f} on held-out ones"
+        if last["aligned"] > OVERFITTED * last["train"]:
+            lines.append(f"{losses}: more episodes will help, more steps will not.")
+        else:
+            lines.append(f"{losses}: if that is not good enough, train longer, for instance with --steps {2 * steps}.")
     return lines
 
 

@@ -74,10 +74,9 @@ def started_recipe(recipe: Recipe) -> Recipe:
     return type(recipe)(**{name: value for name, value in saved.items() if name in known}, out=recipe.out, resume=True)
 
 
-def check_same(task: Task, started: Recipe, state: dict) -> None:
-    """A resumed run must continue what it was started with. It may become longer or shorter until its learning rates begin to
-    fall: up to there both are the same run. state: training.json. Raises ValueError naming what changed."""
-    recipe, free, out = task.recipe, {*PLACES, *HOW, *LENGTH}, out_folder(task.recipe)
+def check_settings(recipe: Recipe, started: Recipe) -> None:
+    """A resumed run must continue what it was started with. Raises UserError naming the settings that changed."""
+    free, out = {*PLACES, *HOW, *LENGTH}, out_folder(recipe)
     old, new = asdict(started), asdict(recipe)
     changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
     if changed:
@@ -85,13 +84,19 @@ def check_same(task: Task, started: Recipe, state: dict) -> None:
             f"these settings differ from those of the run in {out}: {'; '.join(changed)}. Omit them to resume it, or choose "
             "another --out"
         )
+
+
+def check_length(task: Task, started: Recipe, state: dict) -> None:
+    """A resumed run may become longer or shorter until its learning rates begin to fall: up to there both are the same run.
+    state: training.json. Raises UserError after that."""
+    recipe = task.recipe
     now, before = task.steps - task.reward_steps, state["steps"] - getattr(started, "reward_steps", 0)
     falling = int((1 - recipe.cooldown) * min(now, before))
     if now != before and state["step"] > falling:
         raise UserError(
-            f"the run in {out} is at step {state['step']} and was started with {before} steps, now {now}: its learning rates "
-            f"depend on that from step {falling} on, so it would be another run. Finish it with: {resume_command(recipe)}; "
-            f"then train on from it with: {start_from_command(recipe, '--steps', max(1, now - before))}"
+            f"the run in {out_folder(recipe)} is at step {state['step']} and was started with {before} steps, now {now}: its "
+            f"learning rates depend on that from step {falling} on, so it would be another run. Finish it with: "
+            f"{resume_command(recipe)}; then train on from it with: {start_from_command(recipe, '--steps', max(1, now - before))}"
         )
 
 

@@ -198,6 +198,15 @@ class RobotTask(Task):
 
     # ---- validation
 
+    @torch.no_grad()
+    def check_training(self) -> dict[str, float]:
+        self.model.eval()
+        frames, size, losses = self.data.draw(VAL_FRAMES, np.random.default_rng(0)), self.recipe.images_per_step, []
+        for part in (frames[i : i + size] for i in range(0, VAL_FRAMES, size)):
+            batch = action_batch(self.data, part, self.model, self.tokenizer, None)
+            losses.append(self.action_loss(batch, self.see(self.data.images(part))).item())
+        return {"train": float(np.mean(losses))}
+
     def validate(self) -> dict[str, float]:
         """The loss of the actions and the share of questions that are answered exactly right, in each condition. Shuffled takes
         the pictures of another episode."""

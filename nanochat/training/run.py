@@ -38,8 +38,9 @@ from nanochat.training.recipes import Recipe, Robot, recipe_name
 from nanochat.training.resuming import (
     PLACES,
     all_learnt,
-    check_same,
+    check_length,
     check_same_data,
+    check_settings,
     first_state,
     out_folder,
     resume_command,
@@ -90,12 +91,13 @@ class Run:
             self.recipe = task.recipe
             self.model.to(device).set_compute_dtype(DTYPES[recipe.dtype])
             self.model.vision_encoder.requires_grad_(recipe.train_encoder)
-            task.prepare(self.model, self.tokenizer)
             if started is not None:
-                check_same(task, started, state)
+                check_settings(self.recipe, started)
+            task.prepare(self.model, self.tokenizer)
             self.fingerprint = task.fingerprint()
             if started is not None:
                 check_same_data(recipe, state.get("fingerprint"), self.fingerprint)
+                check_length(task, started, state)
             task.load_images(self.out)
             self.optimizers = make_optimizers(self.model, self.recipe, task.auxiliary)
         self.set_state(state)

@@ -107,9 +107,9 @@ class Task:
         """Pixels (B, 3, S, S) of training pictures as steps have them, the same at every call, for BatchNorm's statistics."""
         raise NotImplementedError
 
-    def check_training(self) -> dict[str, int]:
-        """How much of the training data is learnt, after the last step: "train_right" of "train_asked" questions. Empty where
-        that is not counted."""
+    def check_training(self) -> dict[str, float]:
+        """How well the training data are learnt, after the last step: "train_right" of "train_asked" answers, or the loss
+        "train". Empty where neither is measured."""
         return {}
 
     def next_commands(self, out: Path) -> list[str]:
