@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from nanochat.actions import N_BINS, Scale
 from nanochat.engine import Engine, pad_rows
+from nanochat.errors import UserError
 from nanochat.gpt import Inputs, Linear
 from nanochat.sampling import Sampling
 
@@ -69,6 +70,9 @@ class ContinuousHead(Linear):
         return self(hidden[idx == self.act_token_id]).float().unflatten(-1, self.shape)
 
     def act(self, model, prompts, images, states):
+        longest, fits = max(map(len, prompts), default=0) + 1, model.config.sequence_len
+        if longest > fits:
+            raise UserError(f"{longest} tokens do not fit the context of {fits}: shorten the instruction")
         # a row is padded with its own start, which is no placeholder
         idx = pad_rows([[*prompt, self.act_token_id] for prompt in prompts], prompts[0][0]).to(model.device)
         inputs = Inputs(idx, idx == model.config.vision_token_id, images.flatten(0, 1), states)

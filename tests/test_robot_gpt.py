@@ -192,6 +192,12 @@ def test_pictures_states_and_instructions_must_match_in_number(model, tokenizer)
         agent.act(images, np.zeros((2, 3)), texts)
 
 
+def test_an_instruction_that_does_not_fit_the_context_is_a_users_error(model, tokenizer):
+    images, states, _ = inputs(1)
+    with pytest.raises(UserError, match="do not fit the context"):
+        Agent(model, tokenizer).act(images, states, ["zq" * 60])
+
+
 def test_a_checkpoint_brings_the_same_policy_back(model, tokenizer, tmp_path):
     save_checkpoint(tmp_path / "c", model, tokenizer, {})
     again, one = Agent.load(tmp_path / "c"), Agent(model, tokenizer)
