@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,19 @@ try:  # other modules take these from here, so that the message stands in one pl
 except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
-__all__ = ["fill_template", "is_feature", "natural_number", "pa", "pc", "pq", "read_parquet", "to_arrow", "to_numpy"]
+__all__ = [
+    "column_names", "fill_template", "is_feature", "natural_number", "pa", "parquet_errors", "pc", "pq", "read_parquet",
+    "read_rows", "to_arrow", "to_numpy",
+]  # fmt: skip
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Makes DataErrors of what pyarrow raises for a broken file, also while its values are converted."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
 
 
 def read_parquet(read, path: Path, **options):
@@ -26,10 +40,23 @@ def read_parquet(read, path: Path, **options):
         DataError: it cannot be read as parquet.
     """
     existing_file(path)
-    try:
-        return read(path, **options)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
+    with parquet_errors(path):
+        try:
+            return read(path, **options)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file. Raises as `read_parquet`."""
+    with parquet_errors(path):
+        return read_parquet(pq.read_schema, path).names
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:
+    """The rows of a file. Raises as `read_parquet`."""
+    with parquet_errors(path):
+        return read_parquet(pq.read_table, path, columns=columns, partitioning=None).to_pylist()
 
 
 def is_feature(value: object) -> bool:

@@ -12,7 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.data.columns import fill_template, is_feature, natural_number, pa, pc, pq, read_parquet, to_numpy
+from nanochat.data.columns import (
+    column_names,
+    fill_template,
+    is_feature,
+    natural_number,
+    pa,
+    parquet_errors,
+    pc,
+    pq,
+    read_parquet,
+    read_rows,
+    to_numpy,
+)
 from nanochat.data.pictures import encode_png
 from nanochat.data.sample import check_text
 from nanochat.data.video import Encode, video_frames
@@ -106,7 +118,7 @@ class RobotDataset:
     def unreadable(self) -> list[str]:
         """The columns that `episode` does not read: those that are not numbers, and those in the first file of frames that
         meta/info.json does not describe."""
-        files = read_parquet(pq.read_schema, self.episodes[0].path).names if self.episodes else []
+        files = column_names(self.episodes[0].path) if self.episodes else []
         known = {*self.columns, *self.cameras, *BOOKKEEPING}
         return [key for key in dict.fromkeys([*self.features, *files]) if key not in known]
 
@@ -119,8 +131,7 @@ class RobotDataset:
             return [row for _, row in json_lines(self.folder / "meta/episodes.jsonl")]
         rows = []
         for path in sorted(self.folder.glob("meta/episodes/*/*.parquet")) or [self.folder / EPISODES_PATH]:
-            names = [name for name in read_parquet(pq.read_schema, path).names if not name.startswith("stats/")]
-            rows += read_parquet(pq.read_table, path, columns=names, partitioning=None).to_pylist()
+            rows += read_rows(path, [name for name in column_names(path) if not name.startswith("stats/")])
         return rows
 
     def _episode_info(self, row: dict, number: int) -> EpisodeInfo:
@@ -145,7 +156,7 @@ class RobotDataset:
             rows = list(json_lines(path)) if path.is_file() else []
         else:
             path = self.folder / TASKS_PATH
-            table = read_parquet(pq.read_table, path, partitioning=None).to_pylist() if path.is_file() else []
+            table = read_rows(path) if path.is_file() else []
             rows = [(f"{path}: row {n}", row) for n, row in enumerate(table)]
         tasks = {}
         for where, row in rows:  # pandas writes an index without a name as __index_level_0__
@@ -201,13 +212,14 @@ class RobotDataset:
         columns = list(self.columns) if columns is None else list(columns)
         cameras = self.cameras if cameras is None else cameras
         stills = [camera for camera in cameras if self.features[camera]["dtype"] == "image"]
-        known = read_parquet(pq.read_schema, info.path).names
+        known = column_names(info.path)
         numbering = [key for key in ("timestamp", "task_index") if key in known]
         wanted, only = ["frame_index", *columns, *stills, *numbering], pc.field("episode_index") == i
         table = read_parquet(pq.read_table, info.path, columns=wanted, filters=only, partitioning=None)
-        if len(table) != info.length or (to_numpy(table["frame_index"], where) != np.arange(info.length)).any():
+        if len(table) != info.length or (one_number(table, "frame_index", where) != np.arange(info.length)).any():
             raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
-        images = {camera: self._stills(table[camera], camera, where) for camera in stills}
+        with parquet_errors(info.path):
+            images = {camera: self._stills(table[camera], camera, where) for camera in stills}
         for camera in [camera for camera in cameras if camera not in stills]:
             path, start = self.video(i, camera)
             images[camera] = video_frames(
@@ -222,7 +234,7 @@ class RobotDataset:
         """(T,) seconds from the episode's start at which its frames were taken: those of the dataset, or T / fps."""
         if "timestamp" not in table.column_names:
             return np.arange(len(table)) / self.fps
-        times = to_numpy(table["timestamp"], f"{where}: 'timestamp'").astype(np.float64).reshape(len(table))
+        times = one_number(table, "timestamp", where).astype(np.float64)
         times = times - times[0]
         if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
             raise DataError(f"{where}: 'timestamp' must be seconds that increase from frame to frame")
@@ -237,7 +249,7 @@ class RobotDataset:
                     "frames belong to which: add them, or make an episode of each task"
                 )
             return [info.task] * info.length
-        numbers = to_numpy(table["task_index"], f"{where}: 'task_index'").reshape(len(table)).tolist()
+        numbers = one_number(table, "task_index", where).tolist()
         for frame, number in enumerate(numbers):
             if number not in self.tasks:
                 raise DataError(f"{where}: frame {frame} has the task_index {number}, but meta/ has no such task")
@@ -267,6 +279,14 @@ class RobotDataset:
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path} is missing")
         return path.read_bytes()
+
+
+def one_number(table: pa.Table, key: str, where: str) -> np.ndarray:
+    """(T,), a column with one number per frame."""
+    column = to_numpy(table[key], f"{where}: {key!r}")
+    if column.size != len(table):
+        raise DataError(f"{where}: {key!r} must be one number per frame, found the shape {column.shape[1:]}")
+    return column.reshape(len(table))
 
 
 def only_if_mixed(frame_tasks: list[str]) -> list[str]:
