@@ -159,6 +159,12 @@ def test_rows_with_a_video_are_left_out_and_counted(pictures, row):
         load_dataset(write_lines(pictures / "b.jsonl", row))
 
 
+def test_an_image_with_the_name_of_its_video_is_read(pictures):
+    row = {"image": "images/0.png", "question": "q", "answer": "a", "video": "trip.mp4"}
+    data = load_dataset(write_lines(pictures / "a.jsonl", row))
+    assert len(data.samples) == 1 and "not read: video" in data.notes[0]
+
+
 def test_absolute_paths_below_the_folder(pictures, tmp_path_factory):
     link = tmp_path_factory.mktemp("links") / "link"
     link.symlink_to(pictures)
@@ -261,6 +267,18 @@ def test_coco_captions(pictures):
         assert one_per_reference(data.samples)[1].where == f"{file}: annotation 3"
 
 
+def test_coco_pictures_in_several_folders(pictures):
+    file = coco(pictures)
+    (pictures / "other").mkdir()
+    (pictures / "other/0.png").write_bytes(png())
+    with pytest.raises(DataError, match="annotation 0: found both images/0.png and other/0.png"):
+        load_dataset(file)
+    file = file.rename(pictures / "captions_other.json")  # its name says which
+    assert load_dataset(file).samples[0].images == (pictures / "other/0.png",)
+    with pytest.raises(DataError, match="expected a list of rows, or captions as in COCO"):
+        load_dataset(write_json(pictures / "b.json", {"data": []}))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -301,6 +319,15 @@ def test_parquet_folders_have_their_splits_in_names(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     answers = {split: [s.answer for s in load_dataset(tmp_path, split).samples] for split in ("train", "dev", "test")}
     assert answers == {"train": ["0", "1"], "dev": ["2"], "test": ["3"]}
+    assert (
+        load_dataset(tmp_path).notes[-1].startswith("2 files read: data/train-00000-of-00002.parquet, data/train-00001")
+    )
+
+
+def test_a_folder_without_a_usual_file_names_those_that_it_has(pictures):
+    coco(pictures / "annotations")
+    with pytest.raises(DataError, match="name one of its files, such as annotations/captions.json"):
+        load_dataset(pictures)
 
 
 def test_other_layouts_in_a_folder_are_named(pictures):

@@ -2,6 +2,7 @@
 [{"image_id", "caption"}]}."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def rows(file: Path, found: dict, folder: Path) -> Iterator[tuple[str, dict]]:
         names[as_id(image.get("id"))] = image["file_name"]
     names.pop(None, None)
     folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    folders = [name for name in folders if name in re.split(r"[\W_]+", file.stem)] or folders  # train2017 of captions_train2017.json
     for number, row in enumerate(annotations):
         where = f"{file}: annotation {number}"
         if not isinstance(row, dict) or "caption" not in row:
@@ -41,7 +43,7 @@ def rows(file: Path, found: dict, folder: Path) -> Iterator[tuple[str, dict]]:
         name = names.get(as_id(row.get("image_id")))
         if name is None:
             raise DataError(f"{where}: there is no image with the id {short_repr(row.get('image_id'))}")
-        yield where, {"image": located(folder, name, folders), "caption": row["caption"]}
+        yield where, {"image": located(folder, name, folders, where), "caption": row["caption"]}
 
 
 def as_id(value: object) -> str | None:
@@ -49,9 +51,15 @@ def as_id(value: object) -> str | None:
     return str(value) if isinstance(value, (int, str)) else None
 
 
-def located(folder: Path, name: str, folders: list[str]) -> str:
-    """The path of a picture below `folder`: as it is named, or in one of the folders there."""
-    for path in (name, *(f"{inner}/{name}" for inner in folders)):
-        if os.path.isfile(folder / path):
-            return path
-    return name
+def located(folder: Path, name: str, folders: list[str], where: str) -> str:
+    """The path of a picture below `folder`: as it is named, or in one of the folders there.
+
+    Raises:
+        DataError: it is in several of them.
+    """
+    if os.path.isfile(folder / name):
+        return name
+    found = [f"{inner}/{name}" for inner in folders if os.path.isfile(folder / inner / name)]
+    if len(found) > 1:
+        raise DataError(f"{where}: found both {' and '.join(found[:2])}: write the folder into 'file_name'")
+    return found[0] if found else name

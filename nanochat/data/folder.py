@@ -66,6 +66,8 @@ def load(path: str | Path, split: str | None = None, strict: bool = False) -> Da
             reader.add(where, row)
     reader.root = folder
     data = reader.dataset(name, part)
+    if len(files) > 1 and layout.name != "text files":
+        data.notes.append(f"{len(files)} files read: {', '.join(str(file.relative_to(folder)) for file in files[:5])}")
     data.notes += [f"also in {folder}, not read: {other.name}" for other in others]
     return data
 
@@ -253,7 +255,13 @@ def walk(folder: Path) -> list[Path]:
 
 def unknown(folder: Path) -> str:
     """Why a folder cannot be read."""
-    pictures = sum(is_picture(file.name) for file in walk(folder))
+    files = walk(folder)
+    pictures = sum(is_picture(file.name) for file in files)
+    data = [
+        str(file.relative_to(folder)) for file in files if file.suffix.lower() in KINDS and file.name not in NO_DATA
+    ]
+    if data:
+        return f"it has no file of a usual name: name one of its files, such as {', '.join(data[:3])}"
     if pictures:
         return (
             f"it has {pictures} pictures but no text about them: write captions.csv with the header file,caption or "

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat.data.conversations import LeftOut, count_images, images_first, left_out, normal_messages
+from nanochat.data.conversations import IMAGE_TAG, LeftOut, count_images, images_first, left_out, normal_messages
 from nanochat.data.image_files import find_image
 from nanochat.data.sample import (
     Dataset,
@@ -125,11 +125,11 @@ class RowReader:
 
     def _sample(self, row: dict, original: dict, where: str) -> tuple[str, Sample]:
         """(task, sample); an image of it is None if it does not exist. row: `original` without its nulls."""
-        for kind in ("video", "audio"):
-            if any(row.get(name) for name in (kind, f"{kind}s")):
-                raise left_out(kind)
         turns = self._turns(row, where)
         values = self._images(row, where)
+        for kind in ("video", "audio"):  # where an image shows all, the name of its video is one more field
+            if any(row.get(name) for name in (kind, f"{kind}s")) and (not values or _has_tag(turns, f"<{kind}>")):
+                raise left_out(kind)
         if turns is not None:
             embedded: list = []
             messages = normal_messages(turns, len(values), where, embedded)
@@ -228,15 +228,16 @@ def read_rows(
     return reader.dataset(name, split)
 
 
+def _has_tag(turns: list | None, tag: str) -> bool:
+    contents = [turn.get("content", turn.get("value")) for turn in turns or [] if isinstance(turn, dict)]
+    return any(tag in content for content in contents if isinstance(content, str))
+
+
 def _placed(turns: list) -> bool:
     """Whether turns as they are written say where an image stands."""
-    contents = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
-    return any(
-        "<image>" in content
-        if isinstance(content, str)
-        else isinstance(content, list) and any(isinstance(p, dict) and p.get("type") != "text" for p in content)
-        for content in contents
-    )
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return _has_tag(turns, IMAGE_TAG) or any(isinstance(part, dict) and part.get("type") != "text" for part in parts)
 
 
 def _listed(names: list[str]) -> str:
