@@ -24,6 +24,9 @@ from nanochat.errors import UserError
 from nanochat.flags import Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 
+MAX_VOCAB = 2**20  # tokens
+
+
 # ---- checkpoints ----
 
 
@@ -131,6 +134,8 @@ def tokenizer(
     if not texts:
         raise UserError("tokenizer needs at least one text file: nanochat tokenizer FILE... -o tokenizer.json")
     check_out(out)
+    if vocab_size > MAX_VOCAB:
+        raise UserError(f"--vocab-size must be at most {MAX_VOCAB:,}, got {vocab_size}")
     with Console(stderr=True).status("training the tokenizer"):
         trained = Tokenizer.train((line for path in texts for line in lines_of(path)), vocab_size)
     trained.save(out)
@@ -263,7 +268,7 @@ def plain_words(words: list[str]) -> list[str]:
         flag, value = re.fullmatch(r"(--?[\w-]+=)?(.*)", word, re.S).groups("")
         path = os.path.expanduser(value)
         unknown_user = re.fullmatch(r"~[\w.-]*(/\S*)?", path)  # as in a shell, it is a plain name then
-        expanded.append(flag + (f"./{path}" if unknown_user else path))
+        expanded.append(flag + (os.path.abspath(path) if unknown_user else path))
     if words[0] in WITH_JSON_ROWS:
         for i in reversed([i for i, word in enumerate(expanded) if word == "--json"]):
             if not re.fullmatch(r"-|.*\.jsonl?", "".join(expanded[i + 1 : i + 2]), re.S | re.I):

@@ -25,6 +25,8 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
 
     out.parent.mkdir(parents=True, exist_ok=True)
     check_out(out, ".png")
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, got {seed}")
     if len(names := task_list([task])) != 1:
         raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
     run_demo(out, names[0], seed, pick_device(device))
