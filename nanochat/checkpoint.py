@@ -282,7 +282,7 @@ def build(folder: Path) -> GPT:
     unknown = sorted(set(config) - known)
     if unknown:
         raise CheckpointError(
-            f"{folder}: config.json has fields that this version does not know: {', '.join(unknown)[:200]}"
+            f"{folder}: config.json has fields that this version does not know: {', '.join(map(repr, unknown))[:200]}"
         )
     try:
         check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder))
@@ -318,7 +318,11 @@ def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
         )
     check_file(place, RESUME, files[RESUME])
     read_header(place / RESUME)  # a bounded number of tensors
-    return load_file(place / RESUME)
+    try:
+        return load_file(place / RESUME)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{place / RESUME} is damaged, training cannot go on from it: {reason}") from error
 
 
 def locate(name: str | Path) -> Path:

@@ -135,7 +135,7 @@ def check_header(path: Path, expected: dict) -> None:
     """
     found = read_header(path)
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [f"{short_repr(name)} is unknown" for name in found if name not in expected]
     for name, tensor in expected.items():
         dtype, shape = found.get(name, (None, None))
         if dtype is None:

@@ -149,6 +149,27 @@ def test_an_optimiser_of_a_million_tensors_is_refused(tmp_path):
         load_resume(sign(tmp_path / "m"))
 
 
+def test_a_damaged_optimiser_is_named(tmp_path):
+    text = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,99]}}'
+    (copied(tmp_path / "m") / "resume.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    manifest["files"]["resume.safetensors"] = {}
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="resume.safetensors is damaged"):
+        load_resume(sign(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 9999])
+def test_odd_names_are_quoted_on_one_line(tmp_path, name):
+    text = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (copied(tmp_path / "m") / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    field = with_config(tmp_path / "n", lambda c: c["config"].update({name: 1}))
+    for folder in (sign(tmp_path / "m"), field):
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
 def test_the_budget_counts_only_its_own_block():
     import torch
 
