@@ -351,3 +351,9 @@ def test_flickr8k():
     dev = load_dataset(REAL_DATA / "flickr8k", "dev", strict=True)
     assert (dev.task, len(dev.samples)) == ("caption", 1000)
     assert all(len(sample.references) == 5 for sample in dev.samples)
+
+
+def test_long_names_of_fields_are_quoted_in_part(tmp_path):
+    with pytest.raises(DataError, match="found the fields") as error:
+        load_dataset(write_lines(tmp_path / "a.jsonl", {"x" * 100_000: 1, "image": "a.png"}))
+    assert len(str(error.value)) < 600

@@ -150,6 +150,6 @@ def check_text(value: object, name: str, where: str) -> str:
 
 def field_names(row: dict) -> str:
     """The fields of a row for a message; those without a value are marked."""
-    shown = [f"{name!r}{' (null)' if value is None else ''}" for name, value in row.items()]
+    shown = [f"{short_repr(name)}{' (null)' if value is None else ''}" for name, value in row.items()]
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
     return f"the fields {', '.join(shown[:20])}{more}" if shown else "an empty row"
