@@ -94,7 +94,14 @@ class EncoderFlags:
         from nanochat.checkpoint import encoder_of
         from nanochat.devices import pick_device
 
+        name = self.weights or os.environ.get("NANOCHAT_YOLO_WEIGHTS") or ""
         encoder = encoder_of(self.weights, pick_device(self.device), self.trust_pickle)
+        if name.lower().endswith((".yaml", ".yml")):
+            print(
+                f"note: {name} describes a model without weights: they are random, so detections and embeddings mean nothing; "
+                "use --weights yolov9t.pt, another .pt file, or a checkpoint",
+                file=sys.stderr,
+            )
         if self.image_size is not None:
             encoder.image_size = self.image_size
         return encoder

@@ -238,7 +238,7 @@ def test_official_weights_offline_are_one_quick_error(monkeypatch, empty_cache):
     assert tried and not list(Path.cwd().rglob("*.p*t*")) and not empty_cache.exists()
 
 
-def test_official_weights_are_downloaded_once(monkeypatch, empty_cache, weights):
+def test_official_weights_are_downloaded_once(monkeypatch, empty_cache, weights, capsys):
     import_ultralytics()
     import ultralytics.utils.downloads
 
@@ -252,6 +252,11 @@ def test_official_weights_are_downloaded_once(monkeypatch, empty_cache, weights)
     monkeypatch.setattr(ultralytics.utils.downloads, "attempt_download_asset", fetch)
     assert YOLOv9Plus(image_size=64).names == NAMES
     assert YOLOv9Plus("yolov9t.pt", image_size=64).names == NAMES
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1 and notes[0].startswith(
+        "note: fetching yolov9t.pt from https://github.com/ultralytics/assets"
+    )
+    assert str(empty_cache) in notes[0] and "Offline, " in notes[0]
     assert asked == ["yolov9t.pt"] and [p.name for p in empty_cache.iterdir()] == ["yolov9t.pt"]
     with pytest.raises(FileNotFoundError, match="there is no file yolov9x.pt"):
         YOLOv9Plus("yolov9x.pt")
@@ -308,3 +313,35 @@ def test_import_and_build_touch_neither_home_nor_network_nor_stdout(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == "" and list(tmp_path.rglob("*")) == []
+
+
+def test_a_process_that_is_killed_leaves_no_folder(tmp_path):
+    """ultralytics writes its settings to a folder while it is imported. It is gone when a later SIGKILL comes, and one that an
+    earlier kill left is deleted."""
+    old, young, foreign = (tmp_path / name for name in ("nanochat-yolo-old", "nanochat-yolo-young", "mine"))
+    for folder in (old, young, foreign):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    os.utime(foreign, (0, 0))
+    code = (
+        "import os, signal; from nanochat.vision import YOLOv9Plus; YOLOv9Plus('yolov9t.yaml', image_size=32)\n"
+        "assert 'YOLO_CONFIG_DIR' not in os.environ\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == -9, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if "yolo" in path.name) == ["nanochat-yolo-young"]
+    assert foreign.exists()
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_random_weights_are_said(monkeypatch, capsys, by):
+    from nanochat.flags import EncoderFlags
+
+    monkeypatch.setenv("NANOCHAT_YOLO_WEIGHTS", "yolov9t.yaml" if by == "environment" else "elsewhere.pt")
+    EncoderFlags(weights="yolov9t.yaml" if by == "flag" else None, image_size=64, device="cpu").encoder()
+    assert "note: yolov9t.yaml describes a model without weights: they are random" in capsys.readouterr().err
+    EncoderFlags(weights="default", device="cpu").encoder()
+    assert capsys.readouterr().err == ""

@@ -4,12 +4,14 @@ ultralytics (AGPL-3.0) is imported only when an encoder is built, here and in yo
 training on them work without it.
 """
 
-import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from nanochat.vision.weights import WeightsError, check_architecture, grows_litt
 
 SIZES = "tsmce"  # of the official models: yolov9t ... yolov9e
 DEFAULT_WEIGHTS = "yolov9t.pt"
+SETTINGS_PREFIX = "nanochat-yolo-"
+SOURCE = "https://github.com/ultralytics/assets/releases"  # of the official weights
 
 
 def import_ultralytics():
@@ -34,13 +38,10 @@ def import_ultralytics():
     os.environ.setdefault("YOLO_OFFLINE", "true")
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_VERBOSE", "false")
-    if "YOLO_CONFIG_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="nanochat-yolo-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["YOLO_CONFIG_DIR"] = folder
     pillow_open = Image.open
     try:
-        import ultralytics.nn.tasks
+        with settings_folder():
+            import ultralytics.nn.tasks
     except ImportError as error:
         if any(name in str(error) for name in ("libGL", "libgthread", "libglib", "libxcb", "libX11")):
             raise ImportError(
@@ -53,6 +54,26 @@ def import_ultralytics():
     finally:
         Image.open = pillow_open  # theirs tries to install a package for every file that is not an image
     return ultralytics
+
+
+@contextmanager
+def settings_folder() -> Iterator[None]:
+    """A folder for the settings that ultralytics writes while it is imported, and never reads again. It is deleted at the end of
+    the block; those of processes that were killed inside the block are deleted by a later one."""
+    if "YOLO_CONFIG_DIR" in os.environ or "ultralytics" in sys.modules:
+        yield
+        return
+    for left in Path(tempfile.gettempdir()).glob(f"{SETTINGS_PREFIX}*"):
+        with suppress(OSError):
+            if left.is_dir() and not left.is_symlink() and time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=SETTINGS_PREFIX)
+    os.environ["YOLO_CONFIG_DIR"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["YOLO_CONFIG_DIR"]  # a child process makes its own
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(
@@ -171,6 +192,11 @@ def download(name: str) -> Path:
         import_ultralytics()
         from ultralytics.utils.downloads import attempt_download_asset
 
+        print(
+            f"note: fetching {name} from {SOURCE} to {folder}, once. Offline, copy the file there from another computer, set "
+            "NANOCHAT_YOLO_WEIGHTS to a YOLOv9 .pt file, or use the encoder of a checkpoint",
+            file=sys.stderr,
+        )
         try:
             attempt_download_asset(folder / name, retry=0, progress=False)  # retries take minutes without a network
         except (OSError, MemoryError):
