@@ -335,6 +335,26 @@ def test_a_lost_terminal_saves(pictures, tmp_path):
     assert 0 < load_checkpoint(recipe.out)[2]["step"] < 2000
 
 
+def test_several_signals_save_once_and_a_second_ctrl_c_does_not_wait(pictures, tmp_path):
+    for name, numbers, saved in (
+        ("shutdown", (signal.SIGTERM, signal.SIGTERM), True),
+        ("impatient", (signal.SIGINT, signal.SIGINT), False),
+    ):
+        run = Run(recipe_for(pictures, tmp_path, steps=9, out=str(tmp_path / name)))
+        backward = run.task.backward
+
+        def interrupted(step, backward=backward, numbers=numbers):
+            if step == 3:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return backward(step)
+
+        run.task.backward = interrupted
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 4 of 9" if saved else "stopped at once"):
+            run.train()
+        assert run.out.exists() is saved
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

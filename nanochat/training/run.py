@@ -244,10 +244,11 @@ class Run:
         return self.task.validate()
 
     def request_stop(self, number: int, frame) -> None:
-        """Breaking off in the middle of a step would leave half of it in the weights. A second signal does not wait."""
+        """Breaking off in the middle of a step would leave half of it in the weights. A second Ctrl-C does not wait; a second
+        signal of another kind does, since a shutdown sends several."""
         if number == signal.SIGHUP:
             console.quiet = True  # the terminal is gone: writing to it would be an error
-        elif self.stopping:
+        if self.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped at once: the steps since the last checkpoint are lost")
         self.stopping = True
 
