@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from nanochat.agent import Agent
-from nanochat.checkpoint import load_checkpoint, load_resume
+from nanochat.checkpoint import CheckpointError, load_checkpoint, load_resume
 from nanochat.errors import UserError
 from nanochat.training.history import advice
 from nanochat.training.recipes import Folder
+from nanochat.training.resuming import check_record, first_state
 from nanochat.training.run import Run, stop_signals
 from tests.test_train import COLOURS, ENVIRONMENT, SMALL, command, heed_ctrl_c, start
 
@@ -461,3 +462,17 @@ def test_a_finished_run_says_how_to_train_on(pictures, tmp_path, capsys):
     assert "has finished its 2 steps; to train on: nanochat train folder --data" in capsys.readouterr().out
     history = json.loads((tmp_path / "run" / "training.json").read_text())["history"]
     assert [line["step"] for line in history if "aligned" in line] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"recipe": None}, {"recipe_name": 3}, {"step": "2"}, {"history": {}}, {"steps": None}]
+    + [{"recipe": {"n_layer": "x"}}, {"recipe": {"seed": [1]}}, {"recipe": {"data": None}}, {"recipe": {"resume": 1}}],
+    ids=str,
+)
+def test_a_record_with_wrong_types_is_an_error_of_the_checkpoint(change):
+    training = {"recipe_name": "folder", "recipe": {}, "step": 1, "steps": 2, "seconds": 1.0, "history": []}
+    check_record(training, Folder(), Path("training.json"))
+    with pytest.raises(CheckpointError, match="training.json does not describe a run that can be resumed"):
+        check_record(training | change, Folder(), Path("training.json"))
+    first_state(training | change)

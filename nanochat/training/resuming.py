@@ -4,7 +4,7 @@ import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from nanochat.checkpoint import read_json, read_manifest, readable
+from nanochat.checkpoint import CheckpointError, read_json, read_manifest, readable
 from nanochat.errors import UserError
 from nanochat.training.fingerprint import changes
 from nanochat.training.recipes import Recipe, recipe_name
@@ -44,12 +44,16 @@ def first_state(training: dict | None = None) -> dict:
     so that a model records all of its training."""
     if training is None:
         return {"step": 0, "seconds": 0.0, "history": [], "earlier": []}
-    recipe = training.get("recipe", {})
+    recipe = training.get("recipe")
+    recipe = recipe if isinstance(recipe, dict) else {}  # packed by others
     run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
     run |= {key: recipe.get(key) for key in ("data", "seed")}
     # a checkpoint older than the record may have learnt anything
-    learnt = training.get("learnt", dict.fromkeys(("questions", "captions", "actions"), True))
-    return first_state() | {"earlier": [*training.get("earlier", []), run], "learnt": learnt}
+    learnt, earlier = training.get("learnt"), training.get("earlier")
+    if not isinstance(learnt, dict):
+        learnt = dict.fromkeys(("questions", "captions", "actions"), True)
+    earlier = earlier if isinstance(earlier, list) else []
+    return first_state() | {"earlier": [*earlier, run], "learnt": learnt}
 
 
 def all_learnt(before: dict[str, bool] | None, now: dict[str, bool]) -> dict[str, bool]:
@@ -64,6 +68,7 @@ def started_recipe(recipe: Recipe) -> Recipe:
     folder = readable(out.absolute())
     read_manifest(folder)  # raises where there is no checkpoint
     training = read_json(folder / "training.json")
+    check_record(training, recipe, folder / "training.json")
     if training["recipe_name"] != recipe_name(recipe):
         raise UserError(
             f"the run in {out} was started with the recipe {training['recipe_name']}, not {recipe_name(recipe)}; resume with: "
@@ -72,6 +77,29 @@ def started_recipe(recipe: Recipe) -> Recipe:
     known = {field.name for field in fields(recipe)}
     saved = {"min_steps": 1} | training["recipe"]  # release 0.1 had no least number of steps
     return type(recipe)(**{name: value for name, value in saved.items() if name in known}, out=recipe.out, resume=True)
+
+
+def check_record(training: dict, recipe: Recipe, file: Path) -> None:
+    """Raises CheckpointError unless training.json holds what a run is resumed from, with the right types."""
+    expected = {"recipe_name": str, "recipe": dict, "step": int, "steps": int, "seconds": (int, float), "history": list}
+    wrong = [name for name, kind in expected.items() if not isinstance(training.get(name), kind)]
+    if not wrong and training["recipe_name"] == recipe_name(recipe):
+        for name, default in asdict(type(recipe)()).items():
+            value = training["recipe"].get(name, default)
+            if not fits(value, default):
+                wrong.append(f"recipe.{name} ({value!r})"[:80])
+    if wrong:
+        raise CheckpointError(f"{file} does not describe a run that can be resumed, see its {', '.join(wrong)}")
+
+
+def fits(value: object, default: object) -> bool:
+    """Whether a field of a recipe may have this value, by its type."""
+    if value is None or default is None:
+        return default is None and isinstance(value, (str, int, float, type(None)))
+    number = (int, float)
+    if isinstance(default, number) and not isinstance(default, bool):
+        return isinstance(value, number) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def check_settings(recipe: Recipe, started: Recipe) -> None:
