@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.files import DataError, existing_file
+from nanochat.files import DataError, existing_file, short_repr
 
 try:  # other modules take these from here, so that the message stands in one place
     import pyarrow as pa
@@ -67,7 +67,7 @@ def is_feature(value: object) -> bool:
 def natural_number(row: dict, key: str, where: str) -> int:
     """row[key]. Raises DataError if it is not an integer of at least 0."""
     if type(row.get(key)) is not int or row[key] < 0:
-        raise DataError(f"{where}: {key!r} must be an integer, at least 0, found {row.get(key)!r}")
+        raise DataError(f"{where}: {key!r} must be an integer, at least 0, found {short_repr(row.get(key))}")
     return row[key]
 
 
@@ -79,7 +79,7 @@ def fill_template(template: object, values: dict) -> str:
     try:
         return re.sub(r"\{(\w+)(?::0(\d)d)?\}", lambda m: str(values[m[1]]).zfill(int(m[2] or 0)), template)
     except (KeyError, TypeError) as error:
-        raise DataError(f"the path template {template!r} must be text with the fields {', '.join(values)}") from error
+        raise DataError(f"the path template {short_repr(template)} must be text with the fields {', '.join(values)}") from error
 
 
 def to_arrow(column: np.ndarray) -> pa.Array:

@@ -98,10 +98,10 @@ class RobotDataset:
         self.info = json_object(existing_file(where).read_bytes(), where)
         if self.info.get("codebase_version") not in VERSIONS:
             found, known = self.info.get("codebase_version"), " and ".join(VERSIONS)
-            raise DataError(f"{where}: the version must be {known}, found {found!r}: convert it with LeRobot's scripts")
+            raise DataError(f"{where}: the version must be {known}, found {short_repr(found)}: convert it with LeRobot's scripts")
         self.fps, self.features = self.info.get("fps"), self.info.get("features")
         if type(self.fps) not in (int, float) or not 0 < self.fps < 1e6:
-            raise DataError(f"{where}: fps must be a number above 0, found {self.fps!r}")
+            raise DataError(f"{where}: fps must be a number above 0, found {short_repr(self.fps)}")
         if not isinstance(self.features, dict) or not all(map(is_feature, self.features.values())):
             raise DataError(f"{where}: features must be an object of columns, each with a dtype and a shape")
         self.cameras = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
@@ -225,7 +225,7 @@ class RobotDataset:
             images[camera] = video_frames(
                 path, start, self._times(table, where), self.fps, f"episode {i}, {camera}", encode
             )
-        numbers = {key: self._column(table[key], key, f"{where}: {key!r}") for key in columns}
+        numbers = {key: self._column(table[key], key, f"{where}: {short_repr(key)}") for key in columns}
         frame_tasks = self._frame_tasks(table, info, where)
         images = {camera: images[camera] for camera in cameras}
         return Episode(frame_tasks[0], numbers, images, dict(info.extra), only_if_mixed(frame_tasks), where)

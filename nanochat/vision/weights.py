@@ -104,7 +104,7 @@ def check_architecture(description: dict, layers) -> None:
     activation = description.get("activation")
     if activation is not None and not (isinstance(activation, str) and ACTIVATION.fullmatch(activation)):
         raise WeightsError(
-            f"refused encoder architecture: activation {activation!r} is not a plain torch.nn activation"
+            f"refused encoder architecture: activation {str(activation)[:80]!r} is not a plain torch.nn activation"
         )
     check_numbers(description)
     for row in description_rows(description):
