@@ -243,6 +243,8 @@ def main() -> None:
             raise
         if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
             fail("error: the GPU is out of memory: use fewer pictures, a lower --batch-size, or --device cpu", 2)
+        if "allocate memory" in str(error):  # a RuntimeError of torch's
+            fail("error: there is not enough memory: use a smaller model, smaller pictures or fewer at once", 2)
         if isinstance(error, (UserError, OSError, ImportError, MemoryError)):
             fail(f"error: {reason(error)}", 2)
         fail(

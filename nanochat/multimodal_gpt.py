@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import UserError, user_errors
 from nanochat.files import short_repr
 from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
@@ -39,7 +39,8 @@ class MultimodalGPTConfig(GPTConfig):
     vision_image_size: int = 640  # the encoder's square input, in pixels
 
     def __post_init__(self):
-        super().__post_init__()
+        with user_errors():
+            super().__post_init__()
         if self.vision_token_id is None:
             self.vision_token_id = self.vocab_size - 1
         check_integer("vision_token_id", self.vision_token_id, 0, self.vocab_size - 1)

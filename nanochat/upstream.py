@@ -7,7 +7,6 @@
 Later upstream models have other parts (value embeddings, smear, per-layer scalars, windows); they are refused.
 """
 
-import json
 import pickle
 import re
 from dataclasses import fields
@@ -18,8 +17,10 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.errors import UserError
+from nanochat.errors import UserError, user_errors
+from nanochat.files import json_object
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.meta import on_meta
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_alphabet
 
 # what a converted tokenizer must encode as the original does
@@ -51,11 +52,12 @@ def import_upstream(
         raise UpstreamError(f"{target_dir} exists: choose another target")
     step = last_step(source) if step is None else step
     config, meta = read_meta(source / f"meta_{step:06d}.json")
-    model = GPT(config)
-    load_weights(model, source / f"model_{step:06d}.pt")
+    state = read_weights(source / f"model_{step:06d}.pt", config)
     tokenizer = read_tokenizer(Path(tokenizer_path or source / "tokenizer.pkl"), trust_pickle)
     if tokenizer.vocab_size > config.vocab_size + 1:  # + 1: <|image|>, which upstream does not have
         raise UpstreamError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    model = GPT(config)
+    model.load_state_dict(state)
     training = {"recipe_name": "upstream", "step": step, "seconds": 0.0, "upstream_meta": meta, "history": []}
     training["multi_turn"] = True  # upstream's chat models are trained on conversations
     save_checkpoint(target_dir, model, tokenizer, training)
@@ -72,17 +74,17 @@ def last_step(source: Path) -> int:
 def read_meta(path: Path) -> tuple[GPTConfig, dict]:
     if not path.is_file():
         raise UpstreamError(f"there is no {path}, which holds the model's shape")
-    try:
-        meta = json.loads(path.read_text())
-        given = dict(meta["model_config"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UpstreamError(f'{path} holds no JSON object with "model_config"') from error
+    meta = json_object(path.read_bytes(), path)
+    given = meta.get("model_config")
+    if not isinstance(given, dict):
+        raise UpstreamError(f'{path} holds no JSON object with "model_config"')
     known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(set(given) - known):
         raise later_architecture(f"{path.name} has the settings {', '.join(unknown)}")
     if missing := sorted(known - set(given)):
         raise UpstreamError(f"{path}: model_config lacks {', '.join(missing)}")
-    return GPTConfig(**given), meta
+    with user_errors():
+        return GPTConfig(**given), meta
 
 
 def later_architecture(found: str) -> UpstreamError:
@@ -92,8 +94,8 @@ def later_architecture(found: str) -> UpstreamError:
     )
 
 
-def load_weights(model: GPT, path: Path) -> None:
-    """Copy the file's tensors (bfloat16 or float32) into the model's float32 ones, all names and shapes checked."""
+def read_weights(path: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
+    """The file's tensors (bfloat16 or float32), all names and shapes checked before a model of that size is built."""
     if not path.is_file():
         raise UpstreamError(f"there is no {path}")
     try:
@@ -109,7 +111,8 @@ def load_weights(model: GPT, path: Path) -> None:
             f"{path} must hold named floating-point tensors and nothing else: is it the file of a model?"
         )
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with on_meta():
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     if unknown := sorted(set(state) - set(expected)):
         raise later_architecture(
             f"{path.name} has the tensors {', '.join(unknown[:4])}" + (" ..." if unknown[4:] else "")
@@ -121,7 +124,7 @@ def load_weights(model: GPT, path: Path) -> None:
             raise UpstreamError(
                 f"{path}: {name} has the shape {tuple(state[name].shape)}, the meta file says {tuple(shape)}"
             )
-    model.load_state_dict(state)
+    return state
 
 
 def read_tokenizer(path: Path, trust_pickle: bool) -> Tokenizer:

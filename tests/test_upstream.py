@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.checkpoint import load_checkpoint
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.upstream import SPECIAL_TOKENS, from_tiktoken, import_upstream, load_weights
+from nanochat.upstream import SPECIAL_TOKENS, from_tiktoken, import_upstream, read_weights
 
 tiktoken = pytest.importorskip("tiktoken")
 
@@ -141,15 +141,20 @@ def test_later_settings_are_refused(upstream, tmp_path):
 
 
 def test_missing_tensors_and_wrong_shapes_are_named(upstream):
-    model = GPT(GPTConfig(**json.loads((upstream / "meta_000650.json").read_text())["model_config"]))
+    config = GPTConfig(**json.loads((upstream / "meta_000650.json").read_text())["model_config"])
     state = torch.load(upstream / "model_000100.pt")
     head = state.pop("lm_head.weight")
     torch.save(state, upstream / "a.pt")
     with pytest.raises(ValueError, match="lacks the tensors lm_head.weight"):
-        load_weights(model, upstream / "a.pt")
+        read_weights(upstream / "a.pt", config)
     torch.save(state | {"lm_head.weight": head[:5]}, upstream / "a.pt")
     with pytest.raises(ValueError, match=r"lm_head.weight has the shape \(5, 64\)"):
-        load_weights(model, upstream / "a.pt")
+        read_weights(upstream / "a.pt", config)
+
+
+def meta_of(**changes):
+    config = {"sequence_len": 64, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    return json.dumps({"model_config": config | changes}).encode()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,12 @@ def test_missing_tensors_and_wrong_shapes_are_named(upstream):
         ("tokenizer.pkl", pickle.dumps({"a": 1}), "holds a dict, expected a tiktoken.Encoding"),
         ("model_000650.pt", b"", "model_000650.pt is damaged"),
         ("model_000650.pt", b"hello", "model_000650.pt is damaged"),
-        ("meta_000650.json", b"[1]", "model_config"),
+        ("meta_000650.json", b"[1]", "meta_000650.json: expected a JSON object"),
+        ("meta_000650.json", b"{}", "model_config"),
+        ("meta_000650.json", b"[" * 100_000, "nested too deeply"),
+        ("meta_000650.json", meta_of(n_layer=10**6), "n_layer must be a positive integer up to 512"),
+        ("meta_000650.json", meta_of(n_embd="wide"), "n_embd must be a positive integer"),
+        ("meta_000650.json", meta_of(n_embd=49152, n_layer=400), "lacks the tensors"),
     ],
 )
 def test_damaged_files_are_named(upstream, tmp_path, name, content, message):
