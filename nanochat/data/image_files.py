@@ -64,8 +64,10 @@ def is_picture(name: str) -> bool:
 
 
 def short(path: object) -> str:
-    """A path, cut for messages."""
+    """A path for messages: one line, not too long."""
     text = str(path)
+    if not text.isprintable():
+        return short_repr(text)
     return text if len(text) <= 300 else f"{text[:40]}... ({len(text)} characters)"
 
 

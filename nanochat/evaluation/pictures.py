@@ -77,7 +77,7 @@ def evaluate_dataset(
     overlap = training_overlap(data.samples, recipe)
     print_notes(console, [f"{dataset}: split {split}, {reason}"] if reason else [], data.notes)
     if overlap.note:
-        console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False)
+        console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False, soft_wrap=True)
     with Progress(console=console) as progress:
         bar = progress.add_task("answering", total=None)
         answers = answer_dataset(
