@@ -151,6 +151,7 @@ def embed(
 
     from nanochat.files import atomic_path
     from nanochat.inputs import find_pictures, opened
+    from nanochat.vision.images import square
 
     if not images and camera is None:
         raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
@@ -177,7 +178,7 @@ def embed(
             if isinstance(image, Exception):
                 add({"file": picture.name, "error": str(image)})
                 continue
-            batch.append((picture.name, image))
+            batch.append((picture.name, square(image, encoder.image_size)[0]))  # a photograph may have 300 MB
             if len(batch) == EMBED_BATCH:
                 flush()
         flush()
