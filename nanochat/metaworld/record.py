@@ -23,7 +23,7 @@ from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
-from nanochat.files import atomic_path
+from nanochat.files import atomic_path, json_object
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.simulator import ACTION_DIM, FPS, MAX_STEPS, Arm
 from nanochat.metaworld.workers import in_processes
@@ -99,7 +99,7 @@ def open_work(work: Path, settings: dict) -> None:
     """Create the folder of blocks. Raises ValueError if it has blocks of other settings."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and json_object(path.read_bytes(), path) != settings:
         raise UserError(
             f"{work} has blocks of a stopped run with other settings, {path.read_text()}: use these settings to resume it, "
             "or delete that folder"
