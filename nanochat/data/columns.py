@@ -79,7 +79,9 @@ def fill_template(template: object, values: dict) -> str:
     try:
         return re.sub(r"\{(\w+)(?::0(\d)d)?\}", lambda m: str(values[m[1]]).zfill(int(m[2] or 0)), template)
     except (KeyError, TypeError) as error:
-        raise DataError(f"the path template {short_repr(template)} must be text with the fields {', '.join(values)}") from error
+        raise DataError(
+            f"the path template {short_repr(template)} must be text with the fields {', '.join(values)}"
+        ) from error
 
 
 def to_arrow(column: np.ndarray) -> pa.Array:

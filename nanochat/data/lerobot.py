@@ -98,7 +98,9 @@ class RobotDataset:
         self.info = json_object(existing_file(where).read_bytes(), where)
         if self.info.get("codebase_version") not in VERSIONS:
             found, known = self.info.get("codebase_version"), " and ".join(VERSIONS)
-            raise DataError(f"{where}: the version must be {known}, found {short_repr(found)}: convert it with LeRobot's scripts")
+            raise DataError(
+                f"{where}: the version must be {known}, found {short_repr(found)}: convert it with LeRobot's scripts"
+            )
         self.fps, self.features = self.info.get("fps"), self.info.get("features")
         if type(self.fps) not in (int, float) or not 0 < self.fps < 1e6:
             raise DataError(f"{where}: fps must be a number above 0, found {short_repr(self.fps)}")
