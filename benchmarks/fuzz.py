@@ -290,7 +290,7 @@ def run_one(kinds: dict, case: str, seed: int) -> None:
     with tempfile.TemporaryDirectory(prefix="nanochat-fuzz-") as folder:
         what, run = kinds[name](Path(folder)).case(rng_of(name, int(number), seed))
         print(what)
-        faulthandler.dump_traceback_later(CPU_S, exit=False)
+        faulthandler.dump_traceback_later(CPU_S, file=sys.__stderr__)
         try:
             run()
             print("accepted")

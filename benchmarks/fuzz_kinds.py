@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -171,12 +172,16 @@ class Pictures:
             "tiff jpeg": encoded(rgb, "TIFF", compression="jpeg"), "tiff 16": encoded(wide, "TIFF"),
             "tiff float": encoded(Image.fromarray(pixels[..., 0] / np.float32(255)), "TIFF"),
         }  # fmt: skip
-        self.large = {  # a few kilobytes that decode to 100 million pixels; "beyond" is more than is allowed
-            name: encoded(Image.new(mode, (10_000, height)), "PNG", compress_level=1)
-            for name, mode, height in (("RGBA", "RGBA", 10_000), ("16 bit", "I;16", 10_000), ("beyond", "L", 11_000))
-        }
         refused = [name for name in self.files if not self.opens(name)]
         assert set(refused) <= {"gif animated", "tiff float"}, refused
+
+    @cached_property
+    def large(self) -> dict[str, bytes]:
+        """A few kilobytes each that decode to 100 million pixels; "beyond" to more than is allowed."""
+        kinds = (("RGBA", "RGBA", 10_000), ("16 bit", "I;16", 10_000), ("beyond", "L", 11_000))
+        return {
+            name: encoded(Image.new(mode, (10_000, height)), "PNG", compress_level=1) for name, mode, height in kinds
+        }
 
     def opens(self, name: str) -> bool:
         try:
