@@ -218,7 +218,7 @@ class Checkpoints:
         ))  # fmt: skip
         seeing.attach_encoder(tiny_encoder())
         models = {"text model": text, "model with pictures": seeing, "policy": tiny_policy(tokenizer)}
-        training = {"recipe_name": "folder", "recipe": {"data": "/home/me/data", "steps": 3}, "step": 3, "multi_turn": False,
+        training = {"recipe_name": "folder", "recipe": {"data": "/srv/me/data", "steps": 3}, "step": 3, "multi_turn": False,
                     "earlier": [{"tokenizer": "/a/b.json"}], "best": 0.5, "skipped": 0}  # fmt: skip
         self.files = {}
         for name, model in models.items():

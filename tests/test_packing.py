@@ -23,15 +23,15 @@ def with_training(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("/home/ann/data", "data"),
-        ("/home/ann/data/", "data"),
+        ("/srv/ann/data", "data"),
+        ("/srv/ann/data/", "data"),
         ("~/secret/photos", "photos"),
         ("~ann/photos", "photos"),
         ("C:\\Users\\ann\\photos", "photos"),
-        ("/home/Ann Smith/my photos", "my photos"),
-        ("left out: /home/ann/data/7.jpg, 8.jpg", "left out: 7.jpg, 8.jpg"),
-        ("of '/home/ann/a.json' and \"/mnt/disk 2/b.json\"", "of 'a.json' and \"b.json\""),
-        ("in /home/Ann Smith/x.csv:7", "in x.csv:7"),
+        ("/srv/Ann Smith/my photos", "my photos"),
+        ("left out: /srv/ann/data/7.jpg, 8.jpg", "left out: 7.jpg, 8.jpg"),
+        ("of '/srv/ann/a.json' and \"/mnt/disk 2/b.json\"", "of 'a.json' and \"b.json\""),
+        ("in /srv/Ann Smith/x.csv:7", "in x.csv:7"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("owner/name", "owner/name"),
         ("2.14.1+cu130", "2.14.1+cu130"),
@@ -57,11 +57,11 @@ def test_relative_paths_are_left_out_of_the_fields_that_hold_paths():
 
 
 PRIVATE = {
-    "recipe": {"data": "/home/ann/photos", "start_from": "../ann/model", "steps": 3},
-    "earlier": [{"data": "/home/ann/first"}],
+    "recipe": {"data": "/srv/ann/photos", "start_from": "../ann/model", "steps": 3},
+    "earlier": [{"data": "/srv/ann/first"}],
     "data": {
-        "fingerprint": {"/home/ann/photos/captions.csv": "12ab"},
-        "left_out": ["/home/ann/photos/7.jpg is missing"],
+        "fingerprint": {"/srv/ann/photos/captions.csv": "12ab"},
+        "left_out": ["/srv/ann/photos/7.jpg is missing"],
     },
 }
 
@@ -90,7 +90,7 @@ def test_no_path_is_packed_or_pushed(tmp_path, monkeypatch):
         training = load_checkpoint(public)[2]
         assert training["recipe"] == {"data": "photos", "start_from": "model", "steps": 3}
         assert training["data"]["left_out"] == ["7.jpg is missing"]
-    assert "/home/ann" in (folder / "training.json").read_text()  # here it stays
+    assert "/srv/ann" in (folder / "training.json").read_text()  # here it stays
 
 
 @pytest.mark.parametrize(
