@@ -8,6 +8,8 @@ import atexit
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.checkpoint import readable
@@ -115,3 +117,12 @@ def check_new(out: Path, resume: str) -> None:
         raise FileExistsError(f"{out} exists: resume the run in it with: {resume}; or choose another --out")
     if place.exists() or place.is_symlink():
         raise FileExistsError(f"{out} exists and is no folder: choose another --out")
+
+
+@contextmanager
+def released_at_end(out: Path) -> Iterator[None]:
+    """The lock of `hold_folder` ends with the block, however the block ends."""
+    try:
+        yield
+    finally:
+        release_folder(out)

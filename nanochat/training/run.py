@@ -32,7 +32,7 @@ from nanochat.training.optimizers import (
     make_optimizers,
     optimizer_tensors,
 )
-from nanochat.training.out_folder import check_new, hold_folder, release_folder
+from nanochat.training.out_folder import check_new, hold_folder, release_folder, released_at_end
 from nanochat.training.pictures import PictureTask
 from nanochat.training.recipes import Recipe, Robot, recipe_name
 from nanochat.training.resuming import (
@@ -143,19 +143,11 @@ class Run:
         """Run to the end; returns the checkpoint folder. A first Ctrl-C (or SIGTERM, as schedulers send it, or SIGHUP, as a lost
         connection does) finishes the step, saves, and raises KeyboardInterrupt with the command to resume. MemoryError where the
         GPU is full, UserError where the run diverges."""
-        try:
-            with full_gpu_explained(self.task.memory_advice), stop_signals(self.request_stop):
-                self.run_steps()
-        finally:
-            release_folder(self.out)
-        self.report()
-        return self.out
-
-    def run_steps(self) -> None:
         recipe, meter = self.recipe, Meter()
+        advice, signals = full_gpu_explained(self.task.memory_advice), stop_signals(self.request_stop)
         if self.step >= self.steps:
             say(f"the run in {self.out} has finished its {self.steps} steps; to train on: {start_from_command(recipe)}")
-        with progress_bar(self.steps, self.step) as show:
+        with released_at_end(self.out), advice, signals, progress_bar(self.steps, self.step) as show:
             if not self.history:
                 self.check()  # where it started from; a curve needs two points
             while self.step < self.steps:
@@ -177,6 +169,8 @@ class Run:
                         f"stopped at step {self.step} of {self.steps} and saved; resume with: "
                         + resume_command(replace(recipe, out=str(self.out)))
                     )
+        self.report()
+        return self.out
 
     def take_step(self) -> StepResult:
         """Gradients from the task, then one step of the optimisers. A step whose loss or gradient is not finite is skipped.
@@ -188,7 +182,11 @@ class Run:
         parameters = list(self.model.parameters())
         if math.isfinite(result.value) and gradients_are_finite([*parameters, *self.auxiliary_parameters()]):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.update_weights()
+            factor = self.task.rate_factor(self.step)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
             self.skipped_in_a_row = 0
         else:
             self.skip_step(result.value)
@@ -196,13 +194,6 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return result
-
-    def update_weights(self) -> None:
-        factor = self.task.rate_factor(self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            optimizer.step()
 
     def skip_step(self, loss: float) -> None:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
