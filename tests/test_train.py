@@ -553,6 +553,32 @@ def spoil(run, steps, kind):
 SPOILT = dict(train_encoder=True, batchnorm="train", word_loss=1.0)
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(1000.0, 1.0), (1e-4, None)])
+def test_large_gradients_are_scaled_to_norm_one_and_small_ones_are_left_alone(pictures, tmp_path, scale, expected):
+    run = Run(recipe_for(pictures, tmp_path, steps=4))
+    randomize_zeros(run.model)
+    backward, norms = run.task.backward, {}
+
+    def norm():
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        return torch.stack([g.float().norm() for g in grads]).norm().item()
+
+    def scaled_backward(step):
+        result = backward(step)
+        for p in run.model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(scale)
+        norms["before"] = norm()
+        return result
+
+    run.task.backward = scaled_backward
+    hook = run.optimizers[0].register_step_pre_hook(lambda *args: norms.update(used=norm()))
+    run.take_step()
+    hook.remove()
+    assert (norms["before"] > 1) == (expected is not None)
+    assert norms["used"] == pytest.approx(expected or norms["before"], rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["loss", "auxiliary", "gradient", "infinite"])
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(pictures, tmp_path, kind, capsys):
     run = Run(recipe_for(pictures, tmp_path, steps=6, **SPOILT))
