@@ -46,7 +46,7 @@ def command(folder: Path, out: Path, steps: int) -> list[str]:
 
 
 def has_checkpoint(out: Path) -> bool:
-    """A kill between the two renames of a save leaves the checkpoint beside the folder; --resume finds it there."""
+    """A kill between the two renames of a save leaves the checkpoint next to the folder; --resume finds it there."""
     return any((folder / "manifest.json").is_file() for folder in (out, out.with_name(f".{out.name}.old")))
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         found = differences(whole, broken)
         left = sorted(path.name for path in Path(folder).iterdir() if path not in (pictures, whole, broken))
         print(
-            f"{kills} kills: {'equal to the bit' if not found else f'different: {found[:5]}'}; left beside it: {left}"
+            f"{kills} kills: {'equal to the bit' if not found else f'different: {found[:5]}'}; left next to it: {left}"
         )
         sys.exit(bool(found or left))
 

@@ -4,8 +4,8 @@
     tokenizer.json      the vocabulary                    training.json   how it was made
     manifest.json       size and SHA-256 of each file     resume.safetensors   optimiser state (only while training)
 
-A new one is written beside the old under a temporary name, then the two change places by two renames. A kill between the
-renames leaves no folder of the name but a complete one beside it, which loading reads and the next save moves back. (One
+A new one is written next to the old one under a temporary name, then the two are exchanged by two renames. A kill between the
+renames leaves no folder of the name but a complete one next to it, which loading reads and the next save moves back. (One
 step would be better, but Python has no exchange of two folders, and os.replace takes no folder that has files in it.)
 """
 
@@ -75,7 +75,7 @@ def save_checkpoint(
     if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists and is no checkpoint: choose another name, nothing was written")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = beside(folder, "new"), beside(folder, "old")
+    new, old = sibling(folder, "new"), sibling(folder, "old")
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed while it wrote
     try:
         new.mkdir()
@@ -146,7 +146,7 @@ def link(old: str | Path, new: str | Path) -> None:
         shutil.copy2(old, new, follow_symlinks=False)
 
 
-def beside(folder: Path, state: str) -> Path:
+def sibling(folder: Path, state: str) -> Path:
     return folder.with_name(f".{folder.name}.{state}")
 
 
@@ -155,12 +155,12 @@ def recover(folder: Path) -> None:
     found = readable(folder)
     if found != folder:
         os.rename(found, folder)
-    shutil.rmtree(beside(folder, "old"), ignore_errors=True)
+    shutil.rmtree(sibling(folder, "old"), ignore_errors=True)
 
 
 def readable(folder: Path) -> Path:
-    """Where the checkpoint lies: in its place or, between the two renames, beside it: the new one if complete, else the old."""
-    new, old = beside(folder, "new"), beside(folder, "old")
+    """Where the checkpoint lies: in its place or, between the two renames, next to it: the new one if complete, else the old."""
+    new, old = sibling(folder, "new"), sibling(folder, "old")
     if folder.exists() or not old.exists():
         return folder
     return new if complete(new) else old

@@ -24,7 +24,7 @@ __all__ = [
 
 READABLE = (
     "readable are: easy_vqa; .csv and .tsv with a header (file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO "
-    "captions) and .parquet files; folders with such files, with {split}.jsonl, with metadata.csv, or with a .txt beside each "
+    "captions) and .parquet files; folders with such files, with {split}.jsonl, with metadata.csv, or with a .txt next to each "
     "picture; hf:owner/name from the hub. docs/DATA.md has the fields"
 )
 READERS = {".jsonl": jsonl, ".json": llava, ".parquet": hf, ".csv": table, ".tsv": table}

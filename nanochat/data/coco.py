@@ -11,7 +11,7 @@ from nanochat.files import DataError, short_repr
 
 
 def image_folder(file: Path) -> Path:
-    """The folder with the pictures of a file: COCO keeps them beside the folder annotations/."""
+    """The folder with the pictures of a file: COCO keeps them next to the folder annotations/."""
     return file.parent.parent if file.absolute().parent.name == "annotations" else file.parent
 
 

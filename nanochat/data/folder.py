@@ -162,7 +162,7 @@ def captions(files: list[Path]) -> Layout | None:
 
 
 def metadata(files: list[Path]) -> Layout | None:
-    """metadata.csv, .jsonl or .parquet with file_name, as in Hugging Face's image folders: beside the pictures, or in one
+    """metadata.csv, .jsonl or .parquet with file_name, as in Hugging Face's image folders: next to the pictures, or in one
     folder for each split."""
 
     def of(entries: list[Path]) -> list[Path]:
@@ -218,7 +218,7 @@ def text_files(folder: Path) -> Layout | None:
 
 
 def read_beside(reader: RowReader, folder: Path, files: list[Path]) -> None:
-    """Captions in text files beside the pictures: each line that is not empty is one caption of the picture."""
+    """Captions in text files next to the pictures: each line that is not empty is one caption of the picture."""
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     unused = dict(texts)
     for picture in filter(lambda file: is_picture(file.name), files):
@@ -265,6 +265,6 @@ def unknown(folder: Path) -> str:
     if pictures:
         return (
             f"it has {pictures} pictures but no text about them: write captions.csv with the header file,caption or "
-            "file,question,answer, or a .txt file beside each picture"
+            "file,question,answer, or a .txt file next to each picture"
         )
     return "unknown kind of folder"

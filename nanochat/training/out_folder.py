@@ -1,6 +1,6 @@
 """The checkpoint folder of a run belongs to one process: it is locked, and known to be writable, before any work is done.
 
-The lock is on a file beside the folder (`.NAME.lock`), since the folder itself is replaced at every save. The system releases it
+The lock is on a file next to the folder (`.NAME.lock`), since the folder itself is replaced at every save. The system releases it
 when the process ends, however it ends.
 """
 

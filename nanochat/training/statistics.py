@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, estimated anew from training pictures before every validation and every save.
+"""BatchNorm's running statistics, estimated again from training pictures before every validation and every save.
 
 A BatchNorm that trains normalises with the statistics of its batch. A saved model has no batch: it needs statistics of the data.
 The running averages that torch keeps follow the weights with a delay (YOLOv9's momentum is 0.03), so after a short run they
