@@ -60,7 +60,9 @@ def main(args: Args) -> None:
     for mode in ("plain", "checkpointed"):
         command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode]
         results[mode] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(f"{mode:13s} loss {{loss:.6f}}  peak {{peak_gb:.2f}} GB  {{seconds:.2f}} s a step".format(**results[mode]))
+        print(
+            f"{mode:13s} loss {{loss:.6f}}  peak {{peak_gb:.2f}} GB  {{seconds:.2f}} s a step".format(**results[mode])
+        )
     plain, checkpointed = results["plain"], results["checkpointed"]
     print(
         f"checkpointing: {checkpointed['peak_gb'] / plain['peak_gb']:.2f} of the memory, "

@@ -126,7 +126,7 @@ def cause_of(error: BaseException) -> str:
 # ---- a worker process
 
 
-def work(kind_class, name: str, seed: int, folder: str, connection) -> None:
+def work(kind_class, name: str, seed: int, limit_s: float, folder: str, connection) -> None:
     """Answers case numbers with what the case is, then with its Result, until it is killed or the connection closes."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):  # libraries print, and Rust's panics do
@@ -143,7 +143,7 @@ def work(kind_class, name: str, seed: int, folder: str, connection) -> None:
         while (number := connection.recv()) is not None:
             what, run = kind.case(rng_of(name, number, seed))
             connection.send(what)
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)  # SIGPROF ends the process, also inside a library
+            signal.setitimer(signal.ITIMER_PROF, limit_s)  # SIGPROF ends the process, also inside a library
             result = judge(run)
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send(result)
@@ -158,8 +158,8 @@ def reserve_memory() -> None:
 class Worker:
     """A worker process, started again after a case that it did not survive."""
 
-    def __init__(self, kind_class, name: str, seed: int):
-        self.arguments, self.process = (kind_class, name, seed), None
+    def __init__(self, kind_class, name: str, seed: int, limit_s: float):
+        self.arguments, self.limit_s, self.process = (kind_class, name, seed, limit_s), limit_s, None
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
 
@@ -171,13 +171,13 @@ class Worker:
         try:
             self.connection.send(number)
             what = self.receive(SETUP_S)
-            result = self.receive(WALL_S)
+            result = self.receive(max(WALL_S, 10 * self.limit_s))
         except (EOFError, ConnectionError, TimeoutError) as error:
             self.stop(kill=isinstance(error, TimeoutError))
             code = self.process_code
             hang = isinstance(error, TimeoutError) or code == -signal.SIGPROF
             cause = "over the limit of time" if hang else f"the worker ended with code {code}"
-            return what, Result("hang" if hang else "traceback", cause, ms=1e3 * CPU_S if hang else 0)
+            return what, Result("hang" if hang else "traceback", cause, ms=1e3 * self.limit_s if hang else 0)
         if result.mb > MAX_MB:
             self.stop(kill=True)  # a peak never falls: the next case gets a new worker
             result = Result("memory", f"more than {MAX_MB} MB", result.message, result.ms, result.mb)
@@ -253,13 +253,13 @@ OUTCOMES = ("accepted", "refused", "traceback", "message", "hang", "memory")
 HEADS = ("kind", "cases", "accepted", "refused", "tracebacks", "messages", "hangs", "memory", "slowest ms", "peak MB")
 
 
-def fuzz(kinds: dict, cases: int, seed: int) -> list[Score]:
-    """Run cases / len(kinds) cases of each kind. kinds: name -> class, see fuzz_kinds."""
+def fuzz(kinds: dict, cases: int, seed: int, limit_s: float = CPU_S) -> list[Score]:
+    """Run cases / len(kinds) cases of each kind. kinds: name -> class, see fuzz_kinds. limit_s: of computing, for each case."""
     scores = []
     with Progress(console=Console(stderr=True)) as progress:
         for name, kind_class in kinds.items():
             scores.append(Score(name))
-            worker = Worker(kind_class, name, seed)
+            worker = Worker(kind_class, name, seed, limit_s)
             try:
                 for number in progress.track(range(cases // len(kinds)), description=name):
                     scores[-1].add(number, *worker.run(number))

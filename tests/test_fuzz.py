@@ -16,7 +16,7 @@ import fuzz_kinds  # noqa: E402
 
 
 def test_damaged_inputs_are_accepted_or_refused_in_one_line():
-    scores = fuzz.fuzz(fuzz_kinds.KINDS, 160, seed=1)
+    scores = fuzz.fuzz(fuzz_kinds.KINDS, 160, seed=1, limit_s=60)  # the command measures time, a test does not
     failures = [failure for score in scores for failure in score.failures.values()]
     assert not failures, "\n".join(map(str, failures))
     for score in scores:
@@ -55,7 +55,7 @@ class Planted:
 def test_planted_faults_are_reported(capsys):
     ways = [fuzz.rng_of("planted", number, 68).randrange(len(WAYS)) for number in range(6)]
     assert set(ways) == set(range(len(WAYS)))
-    (score,) = fuzz.fuzz({"planted": Planted}, 6, seed=68)  # each way once
+    (score,) = fuzz.fuzz({"planted": Planted}, 6, seed=68, limit_s=8)  # each way once
     assert {name: n for name, n in score.outcomes.items() if n} == Counter(outcome for outcome, _ in WAYS)
     assert not fuzz.report([score], show=9)
     shown = " ".join(capsys.readouterr().out.split())
