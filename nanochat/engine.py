@@ -108,7 +108,7 @@ class KVCache:
 class Row:
     """One answer in the making. unread: tokens that the cache does not hold yet: the prompt, then the last token."""
 
-    ids: list[int]  # prompt and answer so far, for the repetition penalty
+    answer: list[int]  # the tokens so far, for the repetition penalty
     unread: list[int]
     left: int  # tokens that may still come
     sampling: Sampling
@@ -162,8 +162,15 @@ class Engine:
         """
         if cache is not None and len(cache.lengths) != 1:
             raise UserError(f"a cache continues one row, this one has {len(cache.lengths)}")
+        if cache is not None and any(row.cache is cache for row in self.rows.values()):
+            raise UserError("a cache continues one row at a time, and a row that has not ended uses this one")
         prompt, held = list(prompt), cache.longest if cache is not None else 0
         self.check(prompt, max_new_tokens, held)
+        if cache is not None and held + len(prompt) + max_new_tokens > cache.max_len:
+            raise UserError(
+                f"the cache holds {cache.max_len} tokens, and {held + len(prompt) + max_new_tokens} are needed: "
+                "make it larger"
+            )
         if images is not None and not hasattr(self.model, "checked_vectors"):
             raise UserError("this is a text model: it cannot read vision vectors")
         if images is not None:
@@ -172,7 +179,7 @@ class Engine:
         sampling = sampling or Sampling()
         number, self.added = self.added, self.added + 1
         self.rows[number] = Row(
-            prompt, prompt[:], max_new_tokens, sampling, sampling.generator(sample), frozenset(stop_ids), images, states, cache
+            [], prompt, max_new_tokens, sampling, sampling.generator(sample), frozenset(stop_ids), images, states, cache
         )  # fmt: skip
         return number
 
@@ -199,11 +206,11 @@ class Engine:
         said, ended = {}, []
         for number, line in logits.items():
             row = self.rows[number]
-            token = choose(line, row.sampling, row.rng, row.ids)
+            token = choose(line, row.sampling, row.rng, row.answer)
             row.left -= 1
             if token not in row.stop_ids:
                 said[number] = token
-                row.ids.append(token)
+                row.answer.append(token)
                 row.unread = [token]
             if token in row.stop_ids or row.left == 0:
                 ended.append(number)

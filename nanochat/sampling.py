@@ -12,7 +12,7 @@ from nanochat.errors import UserError
 class Sampling:
     """How to choose the next token. Filters apply in the order of the fields.
 
-    repetition_penalty: divide (or multiply, if negative) the logits of tokens already in the row (CTRL, arXiv 1909.05858).
+    repetition_penalty: divide (or multiply, if negative) the logits of tokens already in the answer (CTRL, arXiv 1909.05858).
     temperature: 0 is greedy; else logits are divided by it.
     top_k: keep the k likeliest. top_p: keep the smallest set whose probability reaches p (nucleus, arXiv 1904.09751).
     min_p: keep tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).

@@ -194,6 +194,30 @@ def test_vision_vectors_that_do_not_fit_are_refused(model, prompt, vectors, mess
         Engine(model).add(prompt, 4, images=vectors)
 
 
+def test_a_cache_belongs_to_one_row_at_a_time(model):
+    engine = Engine(model)
+    cache = engine.new_cache()
+    first = engine.add([1, 2, 3], 2, cache=cache)
+    for _ in range(2):  # while the row waits, and while it runs
+        with pytest.raises(ValueError, match="one row at a time"):
+            engine.add([4], 2, cache=cache)
+        engine.step()
+    assert first not in engine.rows
+    engine.add([4], 2, cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 5 tokens, and 7 are needed"):
+        engine.add([1, 2, 3], 4, cache=engine.new_cache(1, 5))
+
+
+def test_the_repetition_penalty_is_of_the_answer_and_not_of_what_is_cached(model):
+    """The same answer whether the prompt is new or in the cache."""
+    penalty = Sampling(repetition_penalty=2.0)
+    plain = Engine(model).generate([[1, 2, 3, 4]], 12, sampling=penalty)[0]
+    cache = Engine(model).new_cache()
+    Engine(model).generate([[1, 2, 3]], 1, cache=cache)
+    assert Engine(model).generate([[4]], 12, sampling=penalty, cache=cache)[0] == plain
+    assert plain != Engine(model).generate([[1, 2, 3, 4]], 12)[0]
+
+
 def test_a_text_model_takes_no_vision_vectors(model):
     with pytest.raises(ValueError, match="text model"):
         Engine(GPT(model.config)).add([1, IMAGE], 4, images=torch.zeros(1, 12))

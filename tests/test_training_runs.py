@@ -476,3 +476,22 @@ def test_a_record_with_wrong_types_is_an_error_of_the_checkpoint(change):
     with pytest.raises(CheckpointError, match="training.json does not describe a run that can be resumed"):
         check_record(training | change, Folder(), Path("training.json"))
     first_state(training | change)
+
+
+def test_validations_more_frequent_than_the_log_lose_no_training_loss(pictures, tmp_path):
+    run = Run(recipe_for(pictures, tmp_path, steps=60, eval_every=4))
+    run.train()
+    steps = [line["step"] for line in run.history if "loss" in line]
+    assert steps == list(range(4, 61, 4))
+
+
+def test_the_last_check_cannot_cost_the_model(pictures, tmp_path, monkeypatch):
+    run = Run(recipe_for(pictures, tmp_path, steps=3))
+
+    def full():
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(run.task, "check_training", full)
+    with pytest.raises(MemoryError):
+        run.train()
+    assert load_checkpoint(run.out)[2]["step"] == 3

@@ -48,6 +48,8 @@ from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
 from nanochat.vision.images import ImageError
 
+ROWS_AT_ONCE = 128  # of a validation: a picture may have any number of them
+
 
 class PictureTask(Task):
     """Conversations about pictures. Last, where the recipe has reward steps, captions of the model's own and their reward."""
@@ -242,17 +244,17 @@ class PictureTask(Task):
     @torch.no_grad()
     def check_training(self) -> dict[str, int]:
         """A question with several right answers (the captions of a picture) is answered right if one of them is given."""
-        groups = self.rows.groups[: self.recipe.val_images]  # they are in the order of the data
+        recipe = self.recipe
+        rows = [row for group in self.rows.groups[: recipe.val_images] for row in group]  # in the order of the data
+        rows, size = rows[: 5 * recipe.val_images], recipe.images_per_step * recipe.questions_per_image
         self.model.eval()
-        size = self.recipe.images_per_step
         right: dict[tuple, bool] = {}
-        for start in range(0, len(groups), size):
-            rows = [row for group in groups[start : start + size] for row in group]
-            batch = make_batch(rows)
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            batch = make_batch(part)
             shown = batch.in_rows(self.vectors(batch.numbers)) if batch.numbers else None
             hidden = self.model.hidden(row_inputs(self.model, batch.idx, shown))
             found = exactly_right(self.model, hidden, batch.targets.to(self.model.device)).tolist()
-            for row, is_right in zip(rows, found, strict=True):
+            for row, is_right in zip(part, found, strict=True):
                 question = (*row.images, *row.ids[: row.mask.index(1)])
                 right[question] = right.get(question, False) or is_right
         return {"train_right": sum(right.values()), "train_asked": len(right)}
@@ -263,7 +265,7 @@ def validate_rows(
 ) -> dict[str, float]:
     """{condition: loss in nats per token, condition + "_accuracy": share of rows that are exactly right}.
 
-    batch_size: pictures, or groups of rows, at a time. Rows without pictures are the same in every condition.
+    batch_size: pictures at a time. Rows without pictures are the same in every condition.
     """
     seen = {"aligned": None, "blind": None}  # condition -> (n_images, N, D)
     if rows.images:
@@ -271,17 +273,17 @@ def validate_rows(
         parts = [vectors(numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
         seen = conditions(torch.cat(parts), rows.image_groups)
     totals = {condition: np.zeros(3) for condition in seen}  # loss, exactly right rows, learnt tokens
-    for start in range(0, len(rows.groups), batch_size):
-        batch = make_batch([row for group in rows.groups[start : start + batch_size] for row in group])
+    flat = [row for group in rows.groups for row in group]
+    for start in range(0, len(flat), ROWS_AT_ONCE):
+        batch = make_batch(flat[start : start + ROWS_AT_ONCE])
         targets = batch.targets.to(model.device)
         for condition, of_all in seen.items():
             shown = batch.in_rows(of_all[batch.numbers]) if batch.numbers else None
             hidden = model.hidden(row_inputs(model, batch.idx, shown))
             loss, right = model.loss(hidden, targets, "sum"), exactly_right(model, hidden, targets)
             totals[condition] += (loss.item(), right.sum().item(), (targets != IGNORE_INDEX).sum().item())
-    n_rows = sum(map(len, rows.groups))
     result = {condition: total[0] / max(1, total[2]) for condition, total in totals.items()}
-    return result | {f"{condition}_accuracy": total[1] / n_rows for condition, total in totals.items()}
+    return result | {f"{condition}_accuracy": total[1] / len(flat) for condition, total in totals.items()}
 
 
 def decode_all(parts: Sequence[EncodedVectors]) -> None:

@@ -154,12 +154,15 @@ class Run:
                 measure = self.task.measure(self.step)
                 meter.results.append(self.take_step())
                 is_last = self.step == self.steps
-                if len(meter.results) == self.log_every or is_last or self.task.measure(self.step) != measure:
+                check_is_due = self.step % self.eval_every == 0 or is_last
+                if len(meter.results) == self.log_every or check_is_due or self.task.measure(self.step) != measure:
                     line = meter.averages(measure)
                     self.log(**line)
                     show(self.step, line, measure)
                     meter.restart()
-                if self.step % self.eval_every == 0 or is_last:
+                if is_last:
+                    self.save()  # before the last check, which takes memory and time
+                if check_is_due:
                     self.check(is_last)
                     meter.restart()
                 if self.step % recipe.save_every == 0 or is_last or self.stopping:
