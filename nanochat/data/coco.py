@@ -34,7 +34,9 @@ def rows(file: Path, found: dict, folder: Path) -> Iterator[tuple[str, dict]]:
         names[as_id(image.get("id"))] = image["file_name"]
     names.pop(None, None)
     folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    folders = [name for name in folders if name in re.split(r"[\W_]+", file.stem)] or folders  # train2017 of captions_train2017.json
+    folders = [
+        name for name in folders if name in re.split(r"[\W_]+", file.stem)
+    ] or folders  # train2017 of captions_train2017.json
     for number, row in enumerate(annotations):
         where = f"{file}: annotation {number}"
         if not isinstance(row, dict) or "caption" not in row:

@@ -49,7 +49,7 @@ class Recipe:
     train_encoder: bool = False
     "Train the encoder as well."
     batchnorm: BatchNorm = "frozen"
-    "BatchNorm of a trained encoder: frozen for pretrained weights; train for random ones: estimated again before each validation."
+    "BatchNorm of a trained encoder: frozen for pretrained weights; train for random ones, estimated before each validation."
 
     vocab_size: int = 4096
     "Vocabulary: bytes, merges and special tokens together, at most; a small text gives fewer merges."
