@@ -111,9 +111,8 @@ def answer_each(
 @contextmanager
 def written_rows(out: Path | None) -> Iterator[Callable[[dict], None]]:
     """A function that takes the rows of --json. out: None drops them, - prints each at once, a .jsonl file has one per line and
-    a .json file a list. Raises OSError before any work if the file could not be written."""
-    from nanochat.files import atomic_path
-
+    a .json file a list. Raises OSError before any work if the file could not be written. If the block fails, also by Ctrl-C,
+    the file has the rows until then; without any it stays as it was."""
     rows: list[dict] = []
     if out is None:
         yield lambda row: None
@@ -121,12 +120,24 @@ def written_rows(out: Path | None) -> Iterator[Callable[[dict], None]]:
         yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
     else:
         check_out(out, ".json", ".jsonl")
-        yield rows.append
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        whole = "[\n" + ",\n".join(lines) + "\n]\n" if out.suffix.lower() == ".json" else "\n".join([*lines, ""])
-        with atomic_path(out) as new:
-            new.write_text(whole, encoding="utf-8", errors="replace")
+        try:
+            yield rows.append
+        except BaseException:
+            if rows:
+                write_rows(out, rows)
+                print(f"{len(rows)} results in {out}, incomplete")
+            raise
+        write_rows(out, rows)
         print(f"{len(rows)} results in {out}")
+
+
+def write_rows(out: Path, rows: Sequence[dict]) -> None:
+    from nanochat.files import atomic_path
+
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    whole = "[\n" + ",\n".join(lines) + "\n]\n" if out.suffix.lower() == ".json" else "\n".join([*lines, ""])
+    with atomic_path(out) as new:
+        new.write_text(whole, encoding="utf-8", errors="replace")
 
 
 # ---- vision ----
@@ -198,7 +209,7 @@ def detect(
         arg(
             aliases=["-o"],
             help="Where to write the result: a picture with boxes (.png, .jpg), a list of boxes (.json), or a folder, which "
-            "gets a picture with boxes for each picture. By default the boxes are only printed.",
+            "gets a picture with boxes for each picture and keeps the files that it has. By default the boxes are only printed.",
         ),
     ] = None,
     conf: float = 0.25,
@@ -220,6 +231,7 @@ def detect(
     with written_rows(json_rows) as add:
         pictures = find_pictures(images, camera)
         write = BoxWriter(out, single=len(pictures) == 1 and pictures[0].named)
+        check_keeps(out, [picture.source for picture in pictures if isinstance(picture.source, str)])
         encoder, n_objects = vision.encoder(), 0
         for picture, image in opened(pictures, "detecting", prints=str(json_rows) in ("None", "-")):
             if isinstance(image, Exception):
@@ -243,6 +255,14 @@ def print_boxes(prefix: str, found) -> None:
         print(f"{prefix}{detection.class_name:20s} {detection.score:5.1%}  {box}")
 
 
+def check_keeps(out: Path | None, pictures: Sequence[str]) -> None:
+    """Raises UserError if `out` is the file of a picture, also under another name."""
+    if out is None or not out.is_file():
+        return
+    if any(os.path.samefile(out, path) for path in pictures if os.path.exists(path)):
+        raise UserError(f"{out} is the picture itself, which would be lost: choose another name for the result")
+
+
 class BoxWriter:
     """Writes detections to `out`. Raises UserError or OSError before any work if that is not possible.
 
@@ -250,7 +270,8 @@ class BoxWriter:
     """
 
     def __init__(self, out: Path | None, single: bool):
-        self.out, self.single, self.rows, self.names = out, single, [], set()
+        self.out, self.single, self.rows = out, single, []
+        self.names, self.renamed = set(), []
         self.suffix = "" if out is None or out.is_dir() else out.suffix.lower()
         if out is None:
             return
@@ -277,17 +298,23 @@ class BoxWriter:
             draw_detections(image, found).save(new, format=BOX_FORMATS[path.suffix.lower()])
 
     def free_path(self, name: str) -> Path:
-        """A path in the folder `out` that no other picture of this run has: a.png, a-2.png, ..."""
+        """A path in the folder `out` that no file has yet, neither of this run nor an older one: a.png, a-2.png, ..."""
         self.out.mkdir(exist_ok=True)
-        stem, number = "stdin" if name == "-" else Path(name).stem, 1
-        while (path := self.out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")).name in self.names:
+        stem, number, is_older = "stdin" if name == "-" else Path(name).stem, 1, False
+        while os.path.lexists(path := self.out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")):
+            is_older |= path.name not in self.names
             number += 1
         self.names.add(path.name)
+        self.renamed.extend([path.name] if is_older else [])
         return path
 
     def finish(self) -> None:
         from nanochat.files import atomic_path
+        from nanochat.inputs import note
 
+        if self.renamed:
+            shown = ", ".join(self.renamed[:3]) + ", ..." * (len(self.renamed) > 3)
+            note(f"{self.out} had files of the same names, which are kept; see {shown}")
         if self.suffix == ".json":
             rows = self.rows[0]["detections"] if self.single else self.rows
             with atomic_path(self.out) as new:

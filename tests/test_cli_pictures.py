@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanochat.agent import Agent
+from nanochat.errors import UserError
 from tests.test_cli import PICTURE, QUESTION, picture, weights  # noqa: F401, a fixture
 from tests.test_inputs import Camera
 from tests.test_yolov9 import PICTURE as SCENE
@@ -60,6 +62,32 @@ def test_json_of_answers(nanochat, folder, tmp_path):
     frame = Path(PICTURE).parents[1] / "demo/frame.png"
     row = json.loads(nanochat("caption", frame, "--checkpoint", "robot", "--json").out)
     assert set(row) == {"file", "caption"} and "drawer" in row["caption"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (UserError("no more"), 2), (OSError("gone"), 2)]
+)
+def test_answers_survive_a_stop(nanochat, folder, tmp_path, monkeypatch, suffix, error, code):
+    out, look, n_good = tmp_path / f"r{suffix}", Agent.look, 0
+
+    def look_or_stop(agent, image):
+        nonlocal n_good
+        n_good -= 1
+        if n_good < 0:
+            raise error
+        return look(agent, image)
+
+    monkeypatch.setattr(Agent, "look", look_or_stop)
+    out.write_text("older")
+    printed = nanochat("ask", folder, QUESTION, "--json", out, code=code)
+    assert printed.out == "" and out.read_text() == "older"  # no answer yet: as if it never ran
+    n_good = 2
+    printed = nanochat("ask", folder, QUESTION, "--json", out, code=code)
+    assert printed.out == f"2 results in {out}, incomplete\n" and (str(error) or "stopped") in printed.err
+    text = out.read_text()
+    rows = json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    assert [row["answer"] for row in rows] == COLOURS[:2]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +154,33 @@ def test_detect_in_a_folder(nanochat, folder, tmp_path, weights):  # noqa: F811
     assert only[-1] == f"{len(row['detections'])} objects"
     assert "use a folder" in nanochat("detect", folder, "-o", tmp_path / "one.png", *options, code=2).err
     assert ".json" in nanochat("detect", folder, "-o", tmp_path / "one.txt", *options, code=2).err
+
+
+def test_detect_never_writes_onto_a_file_that_was_there(nanochat, folder, tmp_path, weights):  # noqa: F811
+    (folder / "1-2.png").symlink_to(tmp_path / "gone.png")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.exists()}
+    options = ("--weights", weights, "--image-size", "96")
+    printed = nanochat("detect", folder, "-o", folder, *options)
+    assert {name: (folder / name).read_bytes() for name in before} == before and (folder / "1-2.png").is_symlink()
+    assert {path.name for path in folder.iterdir()} - {*before, "1-2.png"} == {"0-2.png", "1-3.png", "2-2.png"}
+    assert f"{folder} had files of the same names, which are kept; see 0-2.png, 1-3.png, 2-2.png" in printed.err
+    drawn = tmp_path / "drawn"
+    assert "kept" not in nanochat("detect", PICTURE, PICTURE, "-o", drawn, *options).err
+    assert "see 0-3.png\n" in nanochat("detect", PICTURE, "-o", drawn, *options).err
+    assert sorted(path.name for path in drawn.iterdir()) == ["0-2.png", "0-3.png", "0.png"]
+
+
+@pytest.mark.parametrize("name", ["p.png", "link.png", "p.json"])
+def test_detect_refuses_to_replace_its_picture(nanochat, tmp_path, name):
+    shutil.copy(PICTURE, tmp_path / ("p.json" if name == "p.json" else "p.png"))
+    if name == "link.png":
+        (tmp_path / name).symlink_to("p.png")
+    pictures = list(tmp_path.iterdir())
+    for picture_path in pictures:
+        for out in pictures:
+            words = ("detect", picture_path, "-o", out, "--weights", "never-read.pt")
+            assert nanochat(*words, code=2).err.startswith(f"error: {out} is the picture itself, which would be lost")
+    assert (tmp_path / name).read_bytes() == Path(PICTURE).read_bytes()
 
 
 def test_commands_end_with_the_next_step(nanochat, tmp_path):
