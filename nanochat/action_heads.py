@@ -70,7 +70,9 @@ class ContinuousHead(Linear):
         return self(hidden[idx == self.act_token_id]).float().unflatten(-1, self.shape)
 
     def act(self, model, prompts, images, states):
-        longest, fits = max(map(len, prompts), default=0) + 1, model.config.sequence_len
+        if not prompts:
+            return np.zeros((0, *self.shape), np.float32)
+        longest, fits = max(map(len, prompts)) + 1, model.config.sequence_len
         if longest > fits:
             raise UserError(f"{longest} tokens do not fit the context of {fits}: shorten the instruction")
         # a row is padded with its own start, which is no placeholder
@@ -101,6 +103,8 @@ class BinsHead(nn.Module):
         return model.loss(hidden, batch.targets)
 
     def act(self, model, prompts, images, states):
+        if not prompts:
+            return np.zeros((0, *self.shape), np.float32)
         n, bins = self.shape[0] * self.shape[1], tuple(range(self.first_id, self.first_id + N_BINS))
         states = None if states is None else states[:, None]
         rows = Engine(model).generate(prompts, n, sampling=Sampling(allowed_ids=bins), images=images, states=states)

@@ -198,6 +198,11 @@ def test_an_instruction_that_does_not_fit_the_context_is_a_users_error(model, to
         Agent(model, tokenizer).act(images, states, ["zq" * 60])
 
 
+def test_no_pictures_get_no_actions(model, tokenizer):
+    actions = Agent(model, tokenizer).act([], np.zeros((0, 2), np.float32), [])
+    assert actions.shape == (0, 3, 4) and actions.dtype == np.float32
+
+
 def test_a_checkpoint_brings_the_same_policy_back(model, tokenizer, tmp_path):
     save_checkpoint(tmp_path / "c", model, tokenizer, {})
     again, one = Agent.load(tmp_path / "c"), Agent(model, tokenizer)

@@ -13,9 +13,11 @@ from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
 from nanochat.evaluation.rollout import acting
+from nanochat.files import short_repr
+from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
-from nanochat.training.robot_batches import action_batch
+from nanochat.training.robot_batches import action_batch, action_prompt, question_batch
 from nanochat.training.robots import RobotTask
 from nanochat.training.run import Run
 from tests.test_robot_train import SIZE, TINY, toy_episode, train_robot
@@ -115,6 +117,51 @@ def test_frames_learn_the_instruction_of_their_task(tmp_path, capsys):
     texts = [run.tokenizer.decode(row.tolist()) for row in batch.inputs.idx]
     assert [next(task for task in ("lift", "drop") if task in text) for text in texts] == ["lift"] * 2 + ["drop"] * 2
     assert batch.inside.tolist() == [[True] * 3, [True, False, False], [True] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("head, own", [("continuous", 1), ("bins", 3 * 4)])
+def test_an_instruction_that_does_not_fit_the_context_is_found_before_the_first_step(tmp_path, head, own):
+    """The longest instruction is that of some frames of the one episode to validate with."""
+    episodes, long = [real_episode(2 * n) for n in range(3)], "put the blue cube on the shelf behind the door" * 2
+    episodes[-1].frame_tasks = ["lift"] * 25 + [long] * 5
+    write_dataset(tmp_path / "real", episodes, 10, "toy", (SIZE, SIZE, 3))
+    settings = TINY | dict(data=str(tmp_path / "real"), out=str(tmp_path / "run"), steps=1, action_head=head)
+    run = Run(Robot(**settings | dict(sequence_len=512)))
+    assert long in run.task.val.by_task and long not in run.task.data.by_task
+    n = len(action_prompt(run.tokenizer, long, run.model)) + own
+    with pytest.raises(UserError) as raised:
+        Run(Robot(**settings | dict(out=str(tmp_path / "short"), sequence_len=n - 1)))
+    said = str(raised.value)
+    assert f"the instruction {short_repr(long)} takes {n} tokens" in said and f"the context has {n - 1}" in said
+    assert f"--sequence-len {n}," in said and "--vision-tokens" in said and ("--chunk" in said) is (head == "bins")
+    assert not (tmp_path / "short").exists()
+    train_robot(Robot(**settings | dict(out=str(tmp_path / "fits"), sequence_len=n)))
+
+
+def test_every_paraphrase_and_question_must_fit_the_context(tmp_path):
+    write_dataset(tmp_path / "toy", (toy_episode(n) for n in range(4)), 10, "toy", (SIZE, SIZE, 3))
+    settings = TINY | dict(data=str(tmp_path / "toy"), out=str(tmp_path / "run"), steps=1)
+    run = Run(Robot(**settings))
+    texts = INSTRUCTIONS["reach"] + INSTRUCTIONS["push"]
+    n, text = max((len(action_prompt(run.tokenizer, text, run.model)) + 1, text) for text in texts)
+    with pytest.raises(UserError, match=f"the instruction '.*' takes {n} tokens"):
+        Run(Robot(**settings | dict(out=str(tmp_path / "action"), sequence_len=n - 1)))
+    # the instructions fit, but the description of the scene does not; a validation asks even where training does not
+    for questions in (4, 0):
+        changed = dict(out=str(tmp_path / f"asks{questions}"), sequence_len=n, questions_per_step=questions)
+        with pytest.raises(UserError, match=r"the question '.*' with its answer takes \d+ tokens.*--sequence-len"):
+            Run(Robot(**settings | changed))
+
+
+def test_a_row_that_is_too_long_for_the_context_is_a_users_error(tmp_path):
+    """Should the checks before the first step have missed it."""
+    write_dataset(tmp_path / "toy", (toy_episode(n) for n in range(4)), 10, "toy", (SIZE, SIZE, 3))
+    run = Run(Robot(**TINY | dict(data=str(tmp_path / "toy"), out=str(tmp_path / "run"), steps=1)))
+    model, tokenizer, rng = run.model, run.tokenizer, np.random.default_rng(0)
+    model.config.sequence_len = 9
+    for batch, what in ((action_batch, "instruction"), (question_batch, "question")):
+        with pytest.raises(UserError, match=f"the {what} .* tokens, .* but the context has 9"):
+            batch(run.task.data, [0], model, tokenizer, rng)
 
 
 def test_a_broken_state_of_the_simulator_is_named(tmp_path):

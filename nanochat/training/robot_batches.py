@@ -1,16 +1,19 @@
 """Batches of demonstrations as tensors: rows whose actions are learnt, and questions with their answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nanochat.action_heads import ActionBatch
-from nanochat.conversation import action_message, render
+from nanochat.conversation import Rendered, action_message, render
 from nanochat.data.demonstrations import Demonstrations
+from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.gpt import Inputs
-from nanochat.metaworld.questions import paraphrase, question, question_messages
+from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.questions import draw_asked, paraphrase, question, question_messages, questions
 from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, padded, row_inputs
@@ -30,10 +33,14 @@ def action_batch(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator | None
 ) -> ActionBatch:
     """One row per frame, on the model's device, without images (see `batches.with_images`). rng chooses paraphrases of the
-    instructions; without it, each is the first paraphrase."""
+    instructions; without it, each is the first paraphrase. Raises UserError for a row that does not fit the context."""
     actions, inside = data.chunks(frames, model.config.chunk)
-    prompts = [action_prompt(tokenizer, paraphrase(data.task(frame), rng), model) for frame in frames]
-    idx, targets = padded([Row(*row) for row in model.action_head.rows(prompts, actions, inside)])
+    texts = [paraphrase(data.task(frame), rng) for frame in frames]
+    prompts = [action_prompt(tokenizer, text, model) for text in texts]
+    rows = [Row(*row) for row in model.action_head.rows(prompts, actions, inside)]
+    for text, prompt, row in zip(texts, prompts, rows, strict=True):
+        check_action_row(text, len(prompt), len(row.ids), model)
+    idx, targets = padded(rows)
     states = None if model.state_scale is None else torch.from_numpy(model.state_scale.normalize(data.state[frames]))
     chunks = torch.from_numpy(model.action_scale.normalize(actions))
     inputs, device = row_inputs(model, idx, states=states), model.device
@@ -48,15 +55,63 @@ def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> li
 def question_batch(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> QuestionBatch:
-    """One question about each frame, with its answer, on the model's device."""
+    """One question about each frame, with its answer, on the model's device. Raises UserError for a row that does not fit the
+    context."""
     rows, shown = [], []
     for frame in frames:
         pictures, asked, answer = question(data, frame, rng)
-        messages = question_messages(asked, answer, len(pictures))
-        rows.append(render(tokenizer, messages, model.config.vision_tokens_per_image))
+        rows.append(question_row(tokenizer, asked, answer, len(pictures), model))
+        check_question_row(asked, len(rows[-1].ids), model)
         shown += pictures
     idx, targets = padded(rows)
     return QuestionBatch(row_inputs(model, idx), targets.to(model.device), shown)
+
+
+def question_row(tokenizer: Tokenizer, asked: str, answer: str, n_images: int, model: RobotGPT) -> Rendered:
+    return render(tokenizer, question_messages(asked, answer, n_images), model.config.vision_tokens_per_image)
+
+
+# ---- do the rows fit the context?
+
+
+def check_instructions(tasks: Iterable[str], model: RobotGPT, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the row of any paraphrase of the tasks does not fit the context."""
+    texts = dict.fromkeys(text for task in tasks for text in INSTRUCTIONS.get(task, (task,)))
+    prompt, text = max((len(action_prompt(tokenizer, text, model)), text) for text in texts)
+    chunk = np.zeros((1, model.config.chunk, model.config.action_dim), np.float32)
+    ((ids, _),) = model.action_head.rows([[0] * prompt], chunk, np.ones(chunk.shape[:2], bool))
+    check_action_row(text, prompt, len(ids), model)
+
+
+def check_questions(data: Demonstrations, n: int, model: RobotGPT, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the row of a question about one of n random frames does not fit the context."""
+    rng = np.random.default_rng(0)
+    found = {
+        (asked.question, asked.answer, asked.images)
+        for frame in draw_asked(data, n, rng)
+        for _, asked in questions(data, frame, rng)
+    }
+    length, asked = max((len(question_row(tokenizer, *texts, model).ids), texts[0]) for texts in found)
+    check_question_row(asked, length, model)
+
+
+def check_action_row(instruction: str, prompt: int, row: int, model: RobotGPT) -> None:
+    """prompt, row: the tokens of the prompt, and with those of the action head."""
+    options = ["a smaller --chunk"] * (row - prompt > 1)  # a single token stands for a chunk of any size
+    check_row(f"the instruction {short_repr(instruction)}", row, options, model)
+
+
+def check_question_row(asked: str, row: int, model: RobotGPT) -> None:
+    check_row(f"the question {short_repr(asked)} with its answer", row, [], model)
+
+
+def check_row(what: str, n: int, options: list[str], model: RobotGPT) -> None:
+    if n > model.config.sequence_len:
+        options = ", ".join([f"--sequence-len {n}", *options])
+        raise UserError(
+            f"{what} takes {n} tokens, vision tokens included, but the context has {model.config.sequence_len}: train a new "
+            f"model with {options}, fewer --vision-tokens, or a shorter text"
+        )
 
 
 def shift_pictures(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

@@ -39,13 +39,21 @@ from nanochat.training.auxiliary import PositionsHead
 from nanochat.training.batches import exactly_right, mask_images, reduce_gradient, with_images
 from nanochat.training.fingerprint import demonstrations_fingerprint
 from nanochat.training.recipes import Robot
-from nanochat.training.robot_batches import QuestionBatch, action_batch, question_batch, shift_pictures
+from nanochat.training.robot_batches import (
+    QuestionBatch,
+    action_batch,
+    check_instructions,
+    check_questions,
+    question_batch,
+    shift_pictures,
+)
 from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, shaped_like
 from nanochat.vision.pixels import to_pixels
 
 VAL_FRAMES = 256
 TEXT_FRAMES = 2000  # frames whose questions and answers the tokenizer is trained on
+CHECKED_FRAMES = 500  # frames whose questions must fit the context before a run begins
 
 
 class RobotTask(Task):
@@ -127,6 +135,10 @@ class RobotTask(Task):
     def prepare(self, model: RobotGPT, tokenizer: Tokenizer) -> None:
         self.check_fits(model, self.recipe.out or "the run", "resume it with its own data, or choose another --out")
         super().prepare(model, tokenizer)
+        check_instructions([*self.data.by_task, *self.val.by_task], model, tokenizer)
+        for data in [self.data] * bool(self.recipe.questions_per_step) + [self.val]:  # a validation asks in any case
+            if has_scene(data):
+                check_questions(data, CHECKED_FRAMES, model, tokenizer)
         self.steps, self.unit, config = self.recipe.steps, model.action_head.unit, model.config
         if self.recipe.scene_loss and has_scene(self.data):
             n_in = config.vision_tokens_per_image * config.vision_embedding_dim
