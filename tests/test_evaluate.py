@@ -241,6 +241,12 @@ def test_pictures_that_were_trained_on_are_counted(photos, monkeypatch):
     assert "18 of these 20 pictures are training pictures" in training_overlap(load_dataset(photos).samples, own).note
     gone = training_overlap(load_dataset(photos).samples, {"data": "/gone"})
     assert gone.trained_on is None and "was not checked" in gone.note
+    earlier = [
+        {"data": str(photos), "train_split": "fit", "val_split": "val"}
+    ]  # of a model that another run started from
+    other = {"data": "easy_vqa", "train_split": "val"}
+    assert "18 of these 20" in training_overlap(load_dataset(photos).samples, other, earlier).note
+    assert default_split(str(photos), other, earlier) == ("val", HELD_OUT)
     assert training_overlap([], {}).note == ""
 
 

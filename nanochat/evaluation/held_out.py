@@ -20,17 +20,18 @@ class Overlap:
     note: str
 
 
-def default_split(dataset: str, recipe: dict) -> tuple[str, str]:
+def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> tuple[str, str]:
     """(the split to evaluate if the user names none, why it).
 
-    recipe: of the checkpoint's training; may be empty. Raises DataError for data that cannot be read.
+    recipe: of the checkpoint's training; may be empty. earlier: of the runs that it started from. Raises DataError for data that cannot be read.
     """
     own = own_splits(dataset)
     if "test" in own:
         return "test", "its test split"
-    if same_data(dataset, recipe.get("data") or ""):
-        split = recipe.get("val_split") or "val"
-        is_held_out = split not in (recipe.get("train_split"), *WHOLE)
+    run = next((run for run in (recipe, *earlier) if same_data(dataset, run.get("data") or "")), None)
+    if run is not None:
+        split = run.get("val_split") or "val"
+        is_held_out = split not in (run.get("train_split"), *WHOLE)
         return split, HELD_OUT if is_held_out else "the split that training validated with"
     named = next((name for name in (*VALIDATION, "dev") if name in own), None)
     if named:
@@ -57,26 +58,28 @@ def same_data(dataset: str, trained_on: str) -> bool:
     return any(place.parts[-len(parts) :] == parts for place in places)
 
 
-def training_overlap(samples: Sequence[Sample], recipe: dict) -> Overlap:
-    """Compares the pictures with those of the training run."""
-    trained_on = recipe.get("data")
-    if not trained_on:
-        return Overlap(None, "")
-    try:
-        trained = load_dataset(trained_on, recipe.get("train_split") or "fit").samples
-    except (DataError, ImportError, OSError):
-        return Overlap(
-            None, f"the training data {trained_on} is not here: whether the model knows these pictures was not checked"
-        )
-    known = {identity(image) for sample in trained for image in sample.images}
+def training_overlap(samples: Sequence[Sample], recipe: dict, earlier: Sequence[dict] = ()) -> Overlap:
+    """Compares the pictures with those of the training run, and of the earlier runs whose weights it started from."""
+    known, read, gone = set(), False, ""
+    for run in (recipe, *earlier):
+        if not run.get("data"):
+            continue
+        try:
+            trained = load_dataset(run["data"], run.get("train_split") or "fit").samples
+        except (DataError, ImportError, OSError):
+            gone = gone or run["data"]
+            continue
+        read = True
+        known |= {identity(image) for sample in trained for image in sample.images}
     shown = {identity(image) for sample in samples for image in sample.images}
     both = len(known & shown)
-    note = (
-        f"{both} of these {len(shown)} pictures are training pictures: the score says little about others"
-        if both
-        else ""
-    )
-    return Overlap(both, note)
+    if both:
+        note = f"{both} of these {len(shown)} pictures are training pictures: the score says little about others"
+    elif gone:
+        note = f"the training data {gone} is not here: whether the model knows these pictures was not checked"
+    else:
+        note = ""
+    return Overlap(both if read else None, note)
 
 
 def identity(image) -> str:

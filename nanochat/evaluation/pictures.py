@@ -68,13 +68,13 @@ def evaluate_dataset(
     if split is not None:  # wrong data is reported before the model is loaded
         data = load_dataset(dataset, split, strict)
     agent = Agent.load(checkpoint, device)
-    recipe = agent.training.get("recipe") or {}
+    recipe, earlier = agent.training.get("recipe") or {}, (agent.training.get("earlier") or [])[::-1]
     if split is None:
-        split, reason = default_split(dataset, recipe)
+        split, reason = default_split(dataset, recipe, earlier)
         data = load_dataset(dataset, split, strict)
     if n_samples is not None:
         data.samples = limit([sample for sample in data.samples if sample.images] or data.samples, n_samples)
-    overlap = training_overlap(data.samples, recipe)
+    overlap = training_overlap(data.samples, recipe, earlier)
     print_notes(console, [f"{dataset}: split {split}, {reason}"] if reason else [], data.notes)
     if overlap.note:
         console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False, soft_wrap=True)
