@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +24,7 @@ from nanochat.training.robot_batches import action_batch, question_batch, shift_
 from nanochat.training.robots import RobotTask, read_data
 from nanochat.training.run import Run
 from nanochat.training.task import set_training
+from tests.test_train import interrupt_at
 
 SIZE = 32
 TINY = dict(
@@ -183,14 +182,7 @@ def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, dtype):
     whole = train_robot(Robot(data=str(folder), out=str(tmp_path / "a"), **settings))
     recipe = Robot(data=str(folder), out=str(tmp_path / "b"), **settings)
     run = Run(recipe)
-    backward = run.task.backward
-
-    def interrupted(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return backward(step)
-
-    run.task.backward = interrupted
+    interrupt_at(run, 3)
     with pytest.raises(
         KeyboardInterrupt, match="stopped at step 4 of 6 and saved; resume with: nanochat train robot --out"
     ):

@@ -63,6 +63,18 @@ def train(recipe):
     return Run(recipe).train()
 
 
+def interrupt_at(run, step):
+    """Ctrl-C in the middle of that step."""
+    backward = run.task.backward
+
+    def interrupted(now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return backward(now)
+
+    run.task.backward = interrupted
+
+
 def randomize_zeros(model):
     """A new model's output layers are zero, and let no gradient pass."""
     torch.manual_seed(1)
@@ -457,14 +469,7 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(pictures, tmp_path, 
 def stop_after(recipe, step):
     """Train, and send SIGINT, as Ctrl-C does, during that step."""
     run = Run(recipe)
-    backward = run.task.backward
-
-    def interrupted(number):
-        if number == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return backward(number)
-
-    run.task.backward = interrupted
+    interrupt_at(run, step - 1)
     with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step} of"):
         run.train()
 

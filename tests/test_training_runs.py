@@ -24,7 +24,7 @@ from nanochat.training.history import advice
 from nanochat.training.recipes import Folder
 from nanochat.training.resuming import check_record, first_state
 from nanochat.training.run import Run, stop_signals
-from tests.test_train import COLOURS, ENVIRONMENT, SMALL, command, heed_ctrl_c, start
+from tests.test_train import COLOURS, ENVIRONMENT, SMALL, command, heed_ctrl_c, interrupt_at, start
 
 TRAINED = SMALL | dict(train_encoder=True, batchnorm="train", encoder_lr=3e-3, word_loss=1.0)
 
@@ -130,14 +130,7 @@ def test_reward_steps_read_the_statistics_of_the_last_imitation_step(tmp_path):
     whole = Run(recipe_for(folder, tmp_path, **settings)).train()
     recipe = recipe_for(folder, tmp_path, **settings, out=str(tmp_path / "stopped"))
     run = Run(recipe)
-    backward = run.task.backward
-
-    def interrupted(step):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return backward(step)
-
-    run.task.backward = interrupted
+    interrupt_at(run, 6)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 7"):
         run.train()
     resumed = Run(replace(recipe, resume=True)).train()
@@ -255,14 +248,7 @@ def test_a_run_killed_between_two_renames_is_not_replaced(pictures, tmp_path):
 def stopped_run(folder, tmp_path, **changes):
     recipe = recipe_for(folder, tmp_path, steps=4, **changes)
     run = Run(recipe)
-    backward = run.task.backward
-
-    def interrupted(step):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return backward(step)
-
-    run.task.backward = interrupted
+    interrupt_at(run, 1)
     with pytest.raises(KeyboardInterrupt):
         run.train()
     return replace(recipe, resume=True)

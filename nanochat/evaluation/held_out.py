@@ -23,7 +23,8 @@ class Overlap:
 def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> tuple[str, str]:
     """(the split to evaluate if the user names none, why it).
 
-    recipe: of the checkpoint's training; may be empty. earlier: of the runs that it started from. Raises DataError for data that cannot be read.
+    recipe: of the checkpoint's training; may be empty. earlier: of the runs that it started from. Raises DataError for data that
+    cannot be read.
     """
     own = own_splits(dataset)
     if "test" in own:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nanochat.conversation import user_message
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode, EpisodeInfo
-from nanochat.data.sample import vqa_sample
 from nanochat.metaworld.instructions import INSTRUCTIONS, OBJECTS
 from nanochat.metaworld.scene import OBJECT_POSITIONS, PHRASES, Question, scene_questions
 
@@ -69,8 +69,7 @@ def question(demos: Demonstrations, frame: int, rng: np.random.Generator) -> tup
 
 def question_messages(question: str, answer: str, n_images: int) -> list[dict]:
     """A user message with `n_images` images and the question, and the assistant's answer."""
-    (asked, answered) = vqa_sample(b"", question, answer).messages
-    return [{"role": "user", "content": [{"type": "image"}] * (n_images - 1) + asked["content"]}, answered]
+    return [user_message(question, n_images), {"role": "assistant", "content": answer}]
 
 
 def tokenizer_texts(demos: Demonstrations, n: int, rng: np.random.Generator) -> list[str]:
