@@ -40,7 +40,7 @@ from nanochat.verify import (
     sha256,
     verify,
 )
-from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
+from nanochat.vision.encoder import Encoder, encoder_from_architecture, is_timm_name, open_encoder
 
 PUBLISHED = [*REQUIRED, "manifest.json"]  # what travels: all but the optimiser state
 ASSETS = Path(__file__).parent / "assets"
@@ -209,7 +209,7 @@ def encoder_of(name: str | Path | None, device="cpu", trust_pickle: bool = False
 
     Raises CheckpointError for a checkpoint without an encoder, and what `open_encoder` raises.
     """
-    if name is None or not is_checkpoint(name):
+    if name is None or is_timm_name(name) or not is_checkpoint(name):
         return open_encoder(name, device=device, trust_pickle=trust_pickle)
     encoder = getattr(load_checkpoint(name, device)[0], "vision_encoder", None)
     if encoder is None:

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from nanochat.vision.detections import Detection
     from nanochat.vision.encoder import open_encoder
     from nanochat.vision.images import ImageError
+    from nanochat.vision.timm_encoder import TimmEncoder
     from nanochat.vision.yolov9 import Encoded, YOLOv9Plus
 
-__all__ = ["Detection", "Encoded", "ImageError", "YOLOv9Plus", "open_encoder"]
+__all__ = ["Detection", "Encoded", "ImageError", "TimmEncoder", "YOLOv9Plus", "open_encoder"]
 
 # name -> the module of this package that defines it
 MODULES = {
     "Detection": "detections",
     "Encoded": "yolov9",
     "ImageError": "images",
+    "TimmEncoder": "timm_encoder",
     "YOLOv9Plus": "yolov9",
     "open_encoder": "encoder",
 }

@@ -60,12 +60,17 @@ def open_encoder(
     """The only place that resolves the name of an encoder.
 
     name: an official YOLOv9 name (yolov9t.pt ... yolov9e.pt), a .pt file, a .yaml for random weights, or None for
-        $NANOCHAT_YOLO_WEIGHTS, else yolov9t.pt.
+        $NANOCHAT_YOLO_WEIGHTS, else yolov9t.pt; efficientnet_lite0, efficientnet_lite2, timm:NAME or timm:NAME=FILE for a
+        network of timm, see `timm_encoder`.
     trust_pickle: load a .pt file that contains more than a plain detector. Such a file can run any code.
 
     Raises FileNotFoundError for an unknown name and for weights that are not there; ValueError for files that hold no
     encoder, and for a device or image size that cannot be used; ImportError where ultralytics is missing.
     """
+    if is_timm_name(name):
+        from nanochat.vision.timm_encoder import open_timm
+
+        return open_timm(str(name), device, image_size)
     from nanochat.vision.yolov9 import YOLOv9Plus
 
     path = Path(name).expanduser() if name else None
@@ -74,9 +79,14 @@ def open_encoder(
     if path is not None and path.suffix.lower() not in (".pt", ".yaml", ".yml") and not path.is_file():
         raise FileNotFoundError(
             f"there is no encoder {str(name)!r}: expected an official YOLOv9 name (yolov9t.pt, yolov9s.pt, yolov9m.pt, "
-            "yolov9c.pt, yolov9e.pt), a .pt file, a .yaml for random weights (yolov9t.yaml), or a nanochat checkpoint"
+            "yolov9c.pt, yolov9e.pt), a .pt file, a .yaml for random weights (yolov9t.yaml), efficientnet_lite0, "
+            "efficientnet_lite2, timm:NAME, timm:NAME=FILE, or a nanochat checkpoint"
         )
     return YOLOv9Plus(name, device=device, image_size=image_size, trust_pickle=trust_pickle)
+
+
+def is_timm_name(name: str | Path | None) -> bool:
+    return str(name).startswith("timm:") or str(name) in ("efficientnet_lite0", "efficientnet_lite2")
 
 
 def encoder_from_architecture(architecture: dict, *, shapes_only: bool = False) -> Encoder:
@@ -89,8 +99,14 @@ def encoder_from_architecture(architecture: dict, *, shapes_only: bool = False) 
     if not isinstance(architecture, dict):
         raise UserError(f"the encoder architecture must be a mapping, got {type(architecture).__name__}")
     kind = architecture.get("kind", "yolov9")  # checkpoints of release 0.1 have no kind
+    if kind == "timm":
+        from nanochat.vision.timm_encoder import TimmEncoder
+
+        return TimmEncoder(architecture, shapes_only=shapes_only)
     if kind != "yolov9":
-        raise UserError(f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9: is this nanochat too old for it?")
+        raise UserError(
+            f"unknown encoder kind {str(kind)[:80]!r}, expected yolov9 or timm: is this nanochat too old for it?"
+        )
     from nanochat.vision.yolov9 import YOLOv9Plus
 
     return YOLOv9Plus.from_architecture(architecture, shapes_only=shapes_only)

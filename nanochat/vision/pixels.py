@@ -8,9 +8,26 @@ import torch
 import torch.nn as nn
 
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.vision.images import ImageSource, Letterbox, as_list, square
 
+STRIDE = 32  # of an encoder's coarsest map; input sides are multiples of it
 MAX_IMAGE_SIZE = 4096  # pixels a side of an encoder's square input; the first map of yolov9t then has 268 MB
+
+
+def checked_size(size: int) -> int:
+    """`size` if it is a usable side of an encoder's input in pixels. Raises ValueError otherwise."""
+    if type(size) is not int or size < STRIDE or size % STRIDE or size > MAX_IMAGE_SIZE:
+        raise UserError(
+            f"image_size must be at most {MAX_IMAGE_SIZE} and a positive multiple of {STRIDE}, got {short_repr(size)}"
+        )
+    return size
+
+
+def check_pixels(pixels: torch.Tensor) -> None:
+    """Raises ValueError unless these are pixels that an encoder takes: (B, 3, H, W), sides multiples of STRIDE."""
+    if pixels.dim() != 4 or pixels.size(1) != 3 or any(side % STRIDE for side in pixels.shape[2:]):
+        raise UserError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
 
 
 def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:

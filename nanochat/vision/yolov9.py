@@ -15,14 +15,12 @@ import torch.nn.functional as F
 
 from nanochat.devices import usable_device
 from nanochat.errors import UserError
-from nanochat.files import short_repr
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
-from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
+from nanochat.vision.pixels import STRIDE, check_pixels, checked_size, evaluating, read_pixels
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
-STRIDE = 32  # of the coarsest map; input sides are multiples of it
 LEVELS = ("p3", "p4", "p5")  # inputs of the detection head, at stride 8, 16 and 32
 MAX_DETECTIONS = 300  # per image, as in ultralytics' predict
 
@@ -186,8 +184,7 @@ class YOLOv9Plus(nn.Module):
 
         "head" gives the predictions (B, 4 + n_classes, cells of all levels) instead of a map.
         """
-        if pixels.dim() != 4 or pixels.size(1) != 3 or any(side % STRIDE for side in pixels.shape[2:]):
-            raise UserError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
+        check_pixels(pixels)
         indices = {part: self.index_of(part) for part in parts}
         outputs: dict[int, torch.Tensor] = {}
         hooks = [
@@ -279,15 +276,6 @@ class YOLOv9Plus(nn.Module):
                 [Detection(tuple(b), s, c, self.names[c]) for b, s, c in zip(boxes, scores, classes, strict=True)]
             )
         return result
-
-
-def checked_size(size: int) -> int:
-    """`size` if it is a usable side of the input in pixels. Raises ValueError otherwise."""
-    if type(size) is not int or size < STRIDE or size % STRIDE or size > MAX_IMAGE_SIZE:
-        raise UserError(
-            f"image_size must be at most {MAX_IMAGE_SIZE} and a positive multiple of {STRIDE}, got {short_repr(size)}"
-        )
-    return size
 
 
 def parts_of(layer: str | int) -> list[str]:
