@@ -339,6 +339,16 @@ def test_other_layouts_in_a_folder_are_named(pictures):
 # ---- splits ----
 
 
+def test_val_is_dev_where_there_is_no_val(pictures):
+    for name in ("train", "dev"):
+        write_lines(pictures / f"{name}.jsonl", {"image": "images/0.png", "question": "q", "answer": name})
+    for split, answer in (("val", "dev"), ("validation", "dev"), ("dev", "dev"), ("fit", "train"), ("train", "train")):
+        assert [sample.answer for sample in load_dataset(pictures, split).samples] == [answer]
+    write_lines(pictures / "valid.jsonl", {"image": "images/0.png", "question": "q", "answer": "valid"})
+    for split, answer in (("val", "valid"), ("dev", "dev"), ("fit", "train")):
+        assert [sample.answer for sample in load_dataset(pictures, split).samples] == [answer]
+
+
 @pytest.mark.parametrize("split", ["vall", "test", "dev", "TRAIN", ""])
 def test_a_split_that_is_not_there_is_an_error(pictures, split):
     row = {"image": "images/0.png", "question": "q", "answer": "a"}

@@ -10,12 +10,12 @@ from nanochat.data import coco, hf, jsonl, llava, table
 from nanochat.data.image_files import is_picture
 from nanochat.data.rows import MISSING, RowReader
 from nanochat.data.sample import Dataset
-from nanochat.data.splits import VALIDATION, choose_split, whole_split
+from nanochat.data.splits import OWN_VALIDATION, choose_split, whole_split
 from nanochat.files import DataError, json_object
 
 TABLES = (".csv", ".tsv")
 KINDS = (".jsonl", ".json", *TABLES, ".parquet")
-KNOWN = ("train", "fit", *VALIDATION, "dev", "test")  # usual names of splits
+KNOWN = ("train", "fit", *OWN_VALIDATION, "test")  # usual names of splits
 NO_DATA = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 # train-00000-of-00001.parquet, data/validation.parquet, test/0000.parquet
 SHARD = re.compile(r"(.+?)-\d+-of-\d+")
@@ -195,7 +195,7 @@ def split_in(path: Path) -> str:
         return shard[1]
     for part in (path.stem, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", part.lower())
-        for name in ("test", "dev", *VALIDATION, "fit", "train"):
+        for name in ("test", *OWN_VALIDATION, "fit", "train"):
             if name in words:
                 return name
     return "train"

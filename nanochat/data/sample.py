@@ -29,6 +29,7 @@ class Sample:
     references: all acceptable last answers, the one in `messages` first. By default only that one.
     where: the "file:row" that it comes from, for messages. reference_rows: the same for each reference, if they come from
         different rows.
+    kind: the type of the question, such as "color", where the source tells them apart; evaluation reports by it.
     """
 
     images: tuple[ImageSource, ...]
@@ -36,6 +37,7 @@ class Sample:
     references: tuple[str, ...] = ()
     where: str = field(default="", compare=False, repr=False)
     reference_rows: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    kind: str = field(default="", compare=False)
 
     def __post_init__(self):
         if not self.references:
@@ -71,9 +73,10 @@ class Dataset:
             raise DataError(f"{self.name}: no usable rows: {'; '.join(reasons) if self.skipped else 'there are none'}")
 
 
-def vqa_sample(image: ImageSource, question: str, answer: str) -> Sample:
+def vqa_sample(image: ImageSource, question: str, answer: str, where: str = "", kind: str = "") -> Sample:
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    return Sample((image,), ({"role": "user", "content": content}, {"role": "assistant", "content": answer}))
+    messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
+    return Sample((image,), messages, where=where, kind=kind)
 
 
 def caption_sample(image: ImageSource, captions: Sequence[str]) -> Sample:

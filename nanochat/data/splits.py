@@ -10,20 +10,21 @@ from nanochat.files import DataError
 
 VAL_SHARE = 0.1  # of the images, where a source has no validation split of its own
 VALIDATION = ("val", "validation", "valid")  # names of one split
+OWN_VALIDATION = (*VALIDATION, "dev")  # what a source may call its own; the first that it has is "val"
 WHOLE = ("all", "train")  # of a source without splits of its own; "fit" and "val" divide it
 
 
 def choose_split(source: object, names: Sequence[str], split: str | None) -> tuple[str, str | None]:
     """(the source's own split to read, "fit" or "val" if that has to be cut from it).
 
-    names: the source's own splits; split: the wanted one, by default "train". "val" is the source's own validation split,
-    otherwise a tenth of the images of "train"; "fit" is what "val" leaves of "train".
+    names: the source's own splits; split: the wanted one, by default "train". "val" is the source's own validation split
+    (also one named "dev"), otherwise a tenth of the images of "train"; "fit" is what "val" leaves of "train".
 
     Raises:
         DataError: there is no such split; the message lists those that there are.
     """
     split = split or "train"
-    own = next((name for name in VALIDATION if name in names), None)
+    own = next((name for name in OWN_VALIDATION if name in names), None)
     wanted = "val" if split in VALIDATION else split
     if split in names:
         return split, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.data import DataError, Sample, image_key, load_dataset, own_splits
-from nanochat.data.splits import VALIDATION, WHOLE
+from nanochat.data.splits import OWN_VALIDATION, WHOLE
 
 HELD_OUT = "the part that training held out (--split chooses another)"
 
@@ -34,7 +34,7 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
         split = run.get("val_split") or "val"
         is_held_out = split not in (run.get("train_split"), *WHOLE)
         return split, HELD_OUT if is_held_out else "the split that training validated with"
-    named = next((name for name in (*VALIDATION, "dev") if name in own), None)
+    named = next((name for name in OWN_VALIDATION if name in own), None)
     if named:
         return named, "its validation split"
     if "train" in own:
