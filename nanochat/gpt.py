@@ -148,9 +148,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.attn(norm(x), cos, sin, mask, cache)
-        return x + self.mlp(norm(x))
+    def forward(self, x, cos, sin, mask, cache, dropout):
+        x = x + F.dropout(self.attn(norm(x), cos, sin, mask, cache), dropout)
+        return x + F.dropout(self.mlp(norm(x)), dropout)
 
 
 class GPT(nn.Module):
@@ -170,6 +170,7 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, about 1/3 more time
+        self.dropout = 0.0  # on the embeddings and the outputs of every branch, in training mode only
         cos, sin = rotary_tables(config.sequence_len, config.head_dim)
         # persistent=False: derived from the config, so not part of a checkpoint
         self.register_buffer("cos", cos[:, None, :], persistent=False)  # (sequence_len, 1, D)
@@ -242,12 +243,13 @@ class GPT(nn.Module):
                 "shorten the prompt, use fewer images or vision tokens, or ask for fewer new tokens"
             )
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # (T, 1, D) or (B, T, 1, D)
-        x = norm(x)
+        dropout = self.dropout if self.training else 0.0
+        x = F.dropout(norm(x), dropout)
         for block in self.transformer.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, dropout, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, cos, sin, mask, cache, dropout)
         if cache is not None:
             cache.advance(T)
         return norm(x)
@@ -256,18 +258,26 @@ class GPT(nn.Module):
         """(..., C) -> (..., vocab_size) float32 in (-15, 15)."""
         return LOGIT_CAP * torch.tanh(self.lm_head(hidden).float() / LOGIT_CAP)
 
-    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    def loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean", label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         """Cross-entropy in nats of (B, T) targets, already shifted, given hidden states (B, T, C).
 
         Targets of -1 are not learnt. reduction: "mean" or "sum" is a scalar, "none" is (B * T,) with 0 where the target is -1;
-        anything else is a ValueError.
+        anything else is a ValueError. label_smoothing: this share of a target's probability is spread evenly over the
+        vocabulary (Szegedy et al. 2016, arXiv 1512.00567).
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'loss_reduction must be "mean", "sum" or "none", got {reduction!r}')
         # Most positions of a question-and-answer row are not learnt: the vocabulary-wide product is done for the rest alone.
         targets = targets.reshape(-1)
         learnt = targets != IGNORE_INDEX
-        losses = F.cross_entropy(self.logits(hidden.flatten(0, 1)[learnt]), targets[learnt], reduction="none")
+        losses = F.cross_entropy(
+            self.logits(hidden.flatten(0, 1)[learnt]),
+            targets[learnt],
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
         if reduction == "none":
             return losses.new_zeros(targets.shape).masked_scatter(learnt, losses)
         total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean

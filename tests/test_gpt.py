@@ -155,6 +155,47 @@ def test_loss_reductions_agree_with_cross_entropy():
             model(idx, bad)
 
 
+def test_label_smoothing_spreads_a_share_over_the_vocabulary():
+    model = random_gpt()
+    hidden, targets = torch.randn(2, 5, 32), torch.randint(0, 50, (2, 5))
+    targets[0, :3] = -1
+    logs = model.logits(hidden).log_softmax(-1)
+    expected = -0.9 * logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] - 0.1 * logs.mean(-1)
+    torch.testing.assert_close(model.loss(hidden, targets, label_smoothing=0.1), expected[targets >= 0].mean())
+    assert model.loss(hidden, targets) != model.loss(hidden, targets, label_smoothing=0.1)
+
+
+def test_dropout_is_for_training_only_and_keeps_the_mean():
+    model = random_gpt()
+    idx = torch.randint(0, 50, (2, 9))
+    plain = model(idx)
+    model.dropout = 0.5
+    torch.testing.assert_close(model(idx), plain, rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+    block, x = model.transformer.h[0], torch.randn(1, 9, 32)
+    cos, sin = model.cos[:9], model.sin[:9]
+    dropped = torch.stack([block(x, cos, sin, None, None, 0.5) - x for _ in range(1000)])
+    assert (dropped == 0).float().mean() > 0.2  # both branches of an entry
+    attention = block.attn(norm(x), cos, sin, None, None)
+    expected = attention + torch.stack([block.mlp(norm(x + F.dropout(attention, 0.5))) for _ in range(1000)]).mean(0)
+    assert (dropped.mean(0) - expected).norm() < 0.15 * expected.norm()
+    model.dropout = 0.0
+    torch.testing.assert_close(model(idx), plain, rtol=0, atol=0)
+
+
+def test_dropout_is_the_same_when_blocks_are_recomputed():
+    model, idx = random_gpt().train(), torch.randint(0, 50, (2, 9))
+    model.dropout, gradients = 0.3, []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(idx).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
 def test_nothing_to_learn_is_zero_with_a_graph():
     model = random_gpt().train()
     idx = torch.randint(0, 50, (2, 5))
