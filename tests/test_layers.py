@@ -21,7 +21,7 @@ LAYERS = (
     ("vision.*",),
     ("vision",),
     ("engine", "fusion"),
-    ("action_heads",),
+    ("action_heads", "beams"),
     ("multimodal_gpt",),
     ("robot_gpt",),
     ("data.*",),
