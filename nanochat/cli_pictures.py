@@ -189,7 +189,7 @@ def embed(
             if isinstance(image, Exception):
                 add({"file": picture.name, "error": str(image)})
                 continue
-            batch.append((picture.name, square(image, encoder.image_size)[0]))  # a photograph may have 300 MB
+            batch.append((picture.name, square(image, encoder.image_size, encoder.antialias)[0]))  # a photograph may have 300 MB
             if len(batch) == EMBED_BATCH:
                 flush()
         flush()

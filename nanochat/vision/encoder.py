@@ -19,12 +19,14 @@ class Encoder(Protocol):
     """An nn.Module that turns pixels into feature maps. The other methods of this protocol are those of nn.Module.
 
     image_size: side S of the square input in pixels. Setting it raises ValueError for a size that the encoder cannot use.
+    antialias: how `images.letterbox` shrinks pictures for it.
     architecture: a JSON-able dict from which `encoder_from_architecture` rebuilds the encoder without its weights.
         "kind" names the class; it is saved in checkpoints.
     layer: a map's name, or a module number.
     """
 
     image_size: int
+    antialias: bool
 
     @property
     def architecture(self) -> dict: ...
@@ -39,6 +41,11 @@ class Encoder(Protocol):
 
     def truncate(self, layer: str | int) -> Self:
         """Drop the modules after `layer`, in place. Returns the encoder."""
+        ...
+
+    def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
+        """The parameters of the modules that compute this layer, and of those behind it; "" for all. Raises ValueError for a
+        layer that does not exist."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...

@@ -325,16 +325,16 @@ class Letterbox:
         return np.clip(boxes * (sides / (self.fitted * 2)), 0, sides)
 
 
-def square(source: ImageSource, size: int) -> tuple[np.ndarray, Letterbox]:
+def square(source: ImageSource, size: int, antialias: bool = False) -> tuple[np.ndarray, Letterbox]:
     """Any image source -> ((size, size, 3) uint8 RGB, how it was fitted). Raises ImageError, see `open_image`."""
-    return letterbox(open_image(source), size)
+    return letterbox(open_image(source), size, antialias)
 
 
-def letterbox(image: Image.Image | np.ndarray, size: int) -> tuple[np.ndarray, Letterbox]:
+def letterbox(image: Image.Image | np.ndarray, size: int, antialias: bool = False) -> tuple[np.ndarray, Letterbox]:
     """RGB image -> ((size, size, 3) uint8, how it was fitted): scaled to fit, centred, borders grey.
 
     Equals ultralytics' LetterBox(auto=False) to one grey level, so detections agree. The result is always square, so
-    tensor shapes are static.
+    tensor shapes are static. antialias: average over the pixels that become one, as photographs are shrunk for classifiers.
     """
     pixels = np.asarray(image)  # (H, W, 3)
     height, width = pixels.shape[:2]
@@ -342,8 +342,14 @@ def letterbox(image: Image.Image | np.ndarray, size: int) -> tuple[np.ndarray, L
     new_width, new_height = Letterbox(scale, 0, 0, width, height).fitted
     pad_x, pad_y = round((size - new_width) / 2 - 0.1), round((size - new_height) / 2 - 0.1)
     square = np.full((size, size, 3), PAD, np.uint8)
-    square[pad_y : pad_y + new_height, pad_x : pad_x + new_width] = resize_bilinear(pixels, new_height, new_width)
+    resize = resize_antialiased if antialias else resize_bilinear
+    square[pad_y : pad_y + new_height, pad_x : pad_x + new_width] = resize(pixels, new_height, new_width)
     return square, Letterbox(scale, pad_x, pad_y, width, height)
+
+
+def resize_antialiased(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8 by Pillow's bilinear filter, which widens when it shrinks."""
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -47,7 +47,9 @@ def read_pixels(
 
     Raises ImageError for an image that cannot be opened, ValueError for an empty list.
     """
-    squares, fits = zip(*[square(image, encoder.image_size) for image in as_list(images)], strict=True)
+    squares, fits = zip(
+        *[square(image, encoder.image_size, encoder.antialias) for image in as_list(images)], strict=True
+    )
     weight = next(encoder.parameters())
     return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
 

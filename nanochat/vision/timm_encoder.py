@@ -72,13 +72,14 @@ class TimmEncoder(nn.Module):
             raise WeightsError(f"wrong encoder architecture: std must be positive, got {std}")
         self.name, self.mean, self.std, self.truncated = name, mean, std, None
         self.image_size = architecture.get("image_size", 224)
+        self.antialias = architecture.get("antialias", True) is True
         self.net = build(name, shapes_only)
         info = getattr(self.net, "feature_info", None) or []
         # timm lists maps from fine to coarse; of several at one stride the last has seen most
         self.indices = {
             level: i for level, stride in LEVELS.items() for i, at in enumerate(info) if at["reduction"] == stride
         }
-        self.widths = [at["num_chs"] for at in info]
+        self.widths, self.stages = [at["num_chs"] for at in info], [at["module"] for at in info]
         if not self.indices or not hasattr(self.net, "forward_intermediates"):
             raise WeightsError(f"{name} of timm has no maps at strides 4 to 32: choose a convolutional network")
         if layer is not None:
@@ -97,7 +98,7 @@ class TimmEncoder(nn.Module):
     def architecture(self) -> dict:
         return {
             "kind": "timm", "name": self.name, "mean": self.mean, "std": self.std, "image_size": self.image_size,
-            "truncated": self.truncated,
+            "antialias": self.antialias, "truncated": self.truncated,
         }  # fmt: skip
 
     def index_of(self, layer: str | int) -> int | None:
@@ -123,6 +124,18 @@ class TimmEncoder(nn.Module):
             self.net.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
             self.truncated = layer
         return self
+
+    def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
+        """Those of the modules between the level before `layer` and `layer`, and of all behind; "" for all. Raises ValueError for
+        an unknown layer."""
+        parameters = list(self.net.named_parameters())
+        index = 0 if layer == "" else self.index_of(layer)
+        before = [i for i in self.indices.values() if index is None or i < index]
+        if not before:
+            return [parameter for _, parameter in parameters]
+        stage = self.stages[max(before)]
+        last = max(number for number, (name, _) in enumerate(parameters) if name.startswith(f"{stage}."))
+        return [parameter for _, parameter in parameters[last + 1 :]]
 
     def maps(self, pixels: torch.Tensor, layers: Sequence[str | int]) -> dict[str | int, torch.Tensor]:
         """(B, 3, H, W) in 0..1 -> {layer: (B, C, H', W')}. Raises ValueError for another shape or an unknown layer."""

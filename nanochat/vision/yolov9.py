@@ -52,6 +52,8 @@ class YOLOv9Plus(nn.Module):
     along their channels, on the grid of the first.
     """
 
+    antialias = False  # as ultralytics resizes, for equal detections
+
     def __init__(
         self,
         weights: str | Path | None = None,
@@ -163,6 +165,11 @@ class YOLOv9Plus(nn.Module):
         """Drop the modules after `layer`, in place: a smaller encoder, without detections unless the layer is "head"."""
         self.net.model = self.net.model[: max(map(self.index_of, parts_of(layer))) + 1]
         return self
+
+    def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
+        """Those of the module behind `layer` and of the modules after it; "" for all. Raises ValueError for an unknown layer."""
+        first = min(map(self.index_of, parts_of(layer))) if layer != "" else 0
+        return [parameter for module in self.net.model[first:] for parameter in module.parameters()]
 
     # ---- forward pass
 
