@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanochat.data import easy_vqa, folder, hf, jsonl, llava, table
+from nanochat.data import caption_questions, easy_vqa, folder, hf, jsonl, llava, table
 from nanochat.data.image_files import is_picture, short
 from nanochat.data.sample import CAPTION_PROMPT, Dataset, Sample, image_key, limit, one_per_reference
 from nanochat.data.splits import picture_groups
@@ -43,13 +43,23 @@ def load_dataset(name_or_path: str | Path, split: str | None = "train", strict: 
         DataError: there is nothing readable, no such split, or a malformed row; the message names file and line.
         ImportError: the source needs a package that is not installed; the message names it.
     """
+    if source := captions_of(name_or_path):
+        return caption_questions.questions_dataset(load_dataset(source, split, strict))
     kind, place = _find(name_or_path)
     return kind.load(place, split, strict)
+
+
+def captions_of(name_or_path: str | Path) -> str:
+    """The caption data set DIR of "captions-questions:DIR", otherwise ""."""
+    name = str(name_or_path)
+    return name.removeprefix(caption_questions.PREFIX) if name.startswith(caption_questions.PREFIX) else ""
 
 
 def own_splits(name_or_path: str | Path) -> list[str]:
     """The splits that a source has itself; none if it is one file or folder from which "fit" and "val" are cut.
     Raises as `load_dataset`."""
+    if source := captions_of(name_or_path):
+        return own_splits(source)
     kind, place = _find(name_or_path)
     if kind is easy_vqa:
         return ["train", "test"]
