@@ -283,7 +283,7 @@ class Checkpoints:
                 load_resume(Path(folder) / "m")
             if isinstance(agent.model, RobotGPT):
                 agent.act([Image.new("RGB", (9, 8))], [[0.1] * agent.model.config.state_dim], ["open the door"])
-            vectors = agent.look(Image.new("RGB", (9, 8))) if agent.tokens_per_image else None
+            vectors = agent.look(Image.new("RGB", (9, 8))) if agent.places_per_image else None
             with suppress(UserError):  # the model was trained on nothing that it could be asked
                 "".join(agent.ask("is it red?", vectors, max_new_tokens=2))
 

@@ -27,14 +27,14 @@ def action_message(instruction: str) -> dict:
 @dataclass
 class Rendered:
     """ids and mask have one entry a token; mask is 1 where the token is learnt: the assistant's text and the end of its turn.
-    Each picture takes tokens_per_image ids."""
+    Each picture takes places_per_image ids."""
 
     ids: list[int]
     mask: list[int]
     n_images: int
 
 
-def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_completion: bool = False) -> Rendered:
+def render(tokenizer, messages: Sequence[dict], places_per_image: int, for_completion: bool = False) -> Rendered:
     """Token ids of a conversation.
 
     messages: {"role": "system" | "user" | "assistant", "content": str or a list of parts}, a part being {"type": "image"},
@@ -57,12 +57,12 @@ def render(tokenizer, messages: Sequence[dict], tokens_per_image: int, for_compl
         add([tokenizer.special(f"<|{role}_start|>")], 0)
         for kind, text in parts:
             if kind == "image":
-                if tokens_per_image < 1:
+                if places_per_image < 1:
                     raise UserError(
-                        f"this is a text model and cannot read pictures: tokens_per_image is {tokens_per_image}"
+                        f"this is a text model and cannot read pictures: places_per_image is {places_per_image}"
                     )
                 out.n_images += 1
-                add([tokenizer.special(IMAGE)] * tokens_per_image, 0)
+                add([tokenizer.special(IMAGE)] * places_per_image, 0)
             elif kind == "state":
                 add([tokenizer.special(STATE)], 0)
             else:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanochat.cross_attention import Pictures
 from nanochat.errors import UserError
 from nanochat.gpt import Inputs
 from nanochat.sampling import Sampling, choose
@@ -26,13 +27,15 @@ class KVCache:
     """Preallocated keys and values, (n_layer, B, n_kv_head, max_len, head_dim) each; every row has its own length.
 
     Rows are filled from position 0, so a shorter row's padding lies behind its end, where the mask hides it until
-    real tokens overwrite it.
+    real tokens overwrite it. pictures: those of the rows, for a model that looks at them by cross-attention, else None.
     """
 
     def __init__(self, config, batch_size: int, max_len: int, device=None, dtype=torch.float32):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        crosses = getattr(config, "fusion", "prefix") == "cross"
+        self.pictures = Pictures.none(config, batch_size, device, dtype) if crosses else None
         self.max_len = max_len
         self.lengths = [0] * batch_size
 
@@ -46,6 +49,7 @@ class KVCache:
             torch.cat([F.pad(part, (0, 0, 0, whole.max_len - part.size(3))) for part in parts], dim=1)
             for parts in ((first.k, second.k), (first.v, second.v))
         )
+        whole.pictures = None if first.pictures is None else Pictures.joined(first.pictures, second.pictures)
         return whole
 
     @property
@@ -91,17 +95,21 @@ class KVCache:
         self.lengths = [n + T for n in self.lengths]
 
     def rewind(self, lengths: Sequence[int]) -> None:
-        """Forget everything behind the given length of each row."""
+        """Forget everything behind the given length of each row, pictures that were shown there too."""
         for row, (now, new) in enumerate(zip(self.lengths, lengths, strict=True)):
             if not 0 <= new <= now:
                 raise UserError(f"row {row} of the cache holds {now} tokens and cannot be rewound to {new}")
         self.lengths = list(lengths)
+        if self.pictures is not None:
+            self.pictures = self.pictures.rewound(lengths)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all other rows; a row may be named twice to branch it."""
         index = torch.tensor(rows, device=self.k.device)
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[row] for row in rows]
+        if self.pictures is not None:
+            self.pictures = self.pictures.of_rows(index)
 
 
 @dataclass
@@ -175,7 +183,8 @@ class Engine:
             raise UserError("this is a text model: it cannot read vision vectors")
         if images is not None:
             placeholders = prompt.count(self.model.config.vision_token_id)
-            images = self.model.checked_vectors(images.flatten(0, -2), placeholders)
+            shown = int(cache.pictures.counts) if cache is not None and cache.pictures is not None else 0
+            images = self.model.checked_vectors(images.flatten(0, -2), placeholders, shown)
         sampling = sampling or Sampling()
         number, self.added = self.added, self.added + 1
         self.rows[number] = Row(

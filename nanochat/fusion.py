@@ -1,6 +1,7 @@
 """How vision reaches the text: an encoder's map is pooled to a few vectors, which are projected to the model's width.
 
 map (B, D, H, W) ── pool_to_tokens, or Glances ──> (B, N, D) ── VisionProjector ──> (B, N, C), N tokens of the row
+                                                            └── CellProjector ──> (B, N, C), read by cross-attention
 """
 
 from math import isqrt
@@ -69,3 +70,23 @@ class VisionProjector(nn.Module):
             return x
         # vectors come as whole images, so the flat list is a multiple of the grid
         return (x.view(-1, *self.position.shape) + self.position).view(x.shape)
+
+
+class CellProjector(nn.Module):
+    """One layer from the encoder's channels to the model's width, for cross-attention: (S, N, D) -> (S, N, C).
+
+    Attention tells neither cells nor pictures apart by their order, so each cell gets a learnt vector of its place in the
+    picture, and all cells of a picture one of its number in the row, both starting at zero. Vectors are RMS-normed first.
+    Kept and run in float32 whatever the input's dtype; the caller casts the result.
+    """
+
+    def __init__(self, vision_dim: int, n_embd: int, n_tokens: int, max_images: int):
+        super().__init__()
+        self.linear = Linear(vision_dim, n_embd)
+        self.cell = nn.Parameter(torch.zeros(n_tokens, n_embd))
+        self.picture = nn.Parameter(torch.zeros(max_images, n_embd))
+
+    def forward(self, vectors: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """numbers: (S,) int64, 0 for the first picture of its row."""
+        x = self.linear(norm(vectors.to(self.linear.weight.dtype)))
+        return x + self.cell + self.picture[numbers][:, None]

@@ -4,8 +4,8 @@ checkpoints load.
     Inputs ── embed ──> (B, T, C) ── blocks ──> hidden (B, T, C) ── logits ──> (B, T, vocab_size)
 
 `hidden` is the only forward pass of the project: training, validation, generation and both action heads call it. A model
-that also reads pictures or robot states overrides `embed` and nothing else. `hidden` compiles and exports: it checks no
-values. `forward` is the checked entry point for callers from outside.
+that also reads pictures or robot states overrides `embed`; one whose layers look at pictures beside the row also `context`
+and `layer`. `hidden` compiles and exports: it checks no values. `forward` is the checked entry point for callers from outside.
 
 Rotary positions (half-split, base 10,000), norm on queries and keys, RMSNorm without parameters (also after the embedding
 and before the head), ReLU² MLP four times as wide, no biases, untied head, grouped-query attention, soft-capped logits.
@@ -32,8 +32,9 @@ IGNORE_INDEX = -1  # a target that is not trained on
 class Inputs:
     """What one forward pass reads. The text model uses `idx` only.
 
-    idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings. images: (M, D) those
-    vectors, in reading order, M = places.sum(). states: (S, state_dim) normalised robot states, in reading order.
+    idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings, or from where on
+    cross-attention sees a picture. images: (M, D) the vectors of all places, in reading order; M is places.sum(), times the
+    vectors of a picture for cross-attention. states: (S, state_dim) normalised robot states, in reading order.
     """
 
     idx: torch.Tensor
@@ -208,8 +209,10 @@ class GPT(nn.Module):
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the optimiser settings that suit them, in the order of `named_parameters`:
-        "matrices" between hidden states (Muon), "embeddings", "outputs" (heads and tables) and "encoder" (all AdamW)."""
-        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "outputs": [], "encoder": []}
+        "matrices" between hidden states and "projector", those on the way from an encoder to the decoder (Muon); "embeddings",
+        "outputs" (heads and tables) and "encoder" (AdamW)."""
+        names = ("matrices", "projector", "embeddings", "outputs", "encoder")
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 groups[self.param_group(name, parameter)].append(parameter)
@@ -226,6 +229,15 @@ class GPT(nn.Module):
     def embed(self, inputs: Inputs) -> torch.Tensor:
         """(B, T) ids -> (B, T, C) in the compute dtype."""
         return self.transformer.wte(inputs.idx)
+
+    def context(self, inputs: Inputs, positions, cache):
+        """What the layers read beside the row, made once a pass: nothing here. positions: of the row's tokens, a slice or
+        (B, T) int64."""
+        return None
+
+    def layer(self, number: int, x: torch.Tensor, context, *rest) -> torch.Tensor:
+        """One layer of the decoder, (B, T, C) to (B, T, C). rest: the further arguments of `Block.forward`."""
+        return self.transformer.h[number](x, *rest)
 
     def hidden(self, inputs: Inputs, cache=None) -> torch.Tensor:
         """Final hidden states (B, T, C), normed. cache: an `engine.KVCache`; the inputs then continue what it holds.
@@ -244,12 +256,14 @@ class GPT(nn.Module):
             )
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # (T, 1, D) or (B, T, 1, D)
         dropout = self.dropout if self.training else 0.0
+        context = self.context(inputs, positions, cache)
         x = F.dropout(norm(x), dropout)
-        for block in self.transformer.h:
+        for number in range(self.config.n_layer):
+            arguments = (number, x, context, cos, sin, mask, cache, dropout)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, dropout, use_reentrant=False)
+                x = checkpoint(self.layer, *arguments, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache, dropout)
+                x = self.layer(*arguments)
         if cache is not None:
             cache.advance(T)
         return norm(x)

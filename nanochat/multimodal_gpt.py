@@ -1,8 +1,10 @@
-"""A GPT that reads pictures: placeholders in the token row are replaced by projected vision vectors.
+"""A GPT that reads pictures.
 
     images ── look ──> (B, N, D) vectors ── inputs ──> Inputs ── hidden ──> (B, T, C) ── logits or loss
 
-Only the embedding step differs from GPT; attention, head, loss and cache are inherited as they are.
+fusion="prefix": projected vision vectors replace the embeddings of placeholders in the token row, N a picture. Only the
+embedding step differs from GPT. fusion="cross": a picture takes one place in the row, and every layer looks at its N cells by
+gated cross-attention before its self-attention. Self-attention, MLP, head and loss are GPT's either way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from nanochat.engine import Engine
+from nanochat.cross_attention import NEVER, GatedCrossAttention, Pictures, Seen
+from nanochat.engine import Engine, KVCache
 from nanochat.errors import UserError, user_errors
 from nanochat.files import short_repr
-from nanochat.fusion import VisionProjector, grid_side, pool_to_tokens
+from nanochat.fusion import CellProjector, VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
 from nanochat.sampling import Sampling
 from nanochat.vision.encoder import Encoder, open_encoder
 from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
+
+FUSIONS = ("prefix", "cross")
+TABLES = {f"vision_projector.{name}" for name in ("position", "cell", "picture")}  # learnt, of places and numbers
 
 
 def check_integer(name: str, value: object, least: int, most: int) -> None:
@@ -37,6 +43,8 @@ class MultimodalGPTConfig(GPTConfig):
     vision_token_id: int | None = None  # placeholder in the token row; None is the last id of the vocabulary
     vision_layer: str = "head"  # which map of the encoder, see YOLOv9Plus
     vision_image_size: int = 640  # the encoder's square input, in pixels
+    fusion: str = "prefix"  # "prefix": vision vectors are tokens of the row; "cross": every layer looks at them
+    max_images: int = 8  # of a row, for "cross": as many pictures get a number that tells first from second
 
     def __post_init__(self):
         with user_errors():
@@ -59,10 +67,24 @@ class MultimodalGPTConfig(GPTConfig):
                 f"without a projection the vision vectors ({self.vision_embedding_dim}) must be as wide as the model "
                 f"({self.n_embd}): set use_vision_projection=True"
             )
+        if self.fusion not in FUSIONS:
+            raise UserError(f"fusion must be {' or '.join(FUSIONS)}, got {short_repr(self.fusion)}")
+        check_integer("max_images", self.max_images, 1, 1024)
+        if self.fusion == "cross" and not self.use_vision_projection:
+            raise UserError('fusion="cross" needs the projection of the vision vectors: set use_vision_projection=True')
         self.check_vision_tokens()
 
     def check_vision_tokens(self) -> None:
         grid_side(self.vision_tokens_per_image)
+
+    @property
+    def places_per_image(self) -> int:
+        """Placeholders of a picture in the token row."""
+        return 1 if self.fusion == "cross" else self.vision_tokens_per_image
+
+    @property
+    def vectors_per_place(self) -> int:
+        return self.vision_tokens_per_image // self.places_per_image
 
 
 class MultimodalGPT(GPT):
@@ -73,12 +95,23 @@ class MultimodalGPT(GPT):
 
     def __init__(self, config: MultimodalGPTConfig):
         super().__init__(config)
-        self.vision_projector = (
-            VisionProjector(config.vision_embedding_dim, config.n_embd, config.vision_tokens_per_image)
-            if config.use_vision_projection
-            else nn.Identity()
-        )
+        widths = (config.vision_embedding_dim, config.n_embd, config.vision_tokens_per_image)
+        self.cross_attention: nn.ModuleList | None = None  # one for each layer
+        if config.fusion == "cross":
+            self.vision_projector = CellProjector(*widths, config.max_images)
+            self.cross_attention = nn.ModuleList([GatedCrossAttention(config) for _ in range(config.n_layer)])
+        else:
+            self.vision_projector = VisionProjector(*widths) if config.use_vision_projection else nn.Identity()
         self.vision_encoder: Encoder | None = None
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT.init_weights; the tables of positions start at zero, and the gates of cross-attention, so that a new model says
+        what the text model says."""
+        super().init_weights()
+        for module in (self.vision_projector, *(self.cross_attention or ())):
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()
 
     # ---- from pictures to vectors
 
@@ -128,16 +161,68 @@ class MultimodalGPT(GPT):
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
         x = super().embed(inputs)  # (B, T, C)
-        if inputs.images is None:
+        if inputs.images is None or self.cross_attention is not None:
             return x
         projected = self.vision_projector(inputs.images)  # (M, C) float32
         # row-major on both sides: the i-th vector goes to the i-th place
         return x.masked_scatter(inputs.places[..., None], projected.to(x.dtype))
 
+    def context(self, inputs: Inputs, positions, cache: KVCache | None = None) -> Seen | None:
+        """The pictures that cross-attention sees: those of the inputs and those that the cache holds."""
+        if self.cross_attention is None:
+            return None
+        query = positions
+        if isinstance(positions, slice):
+            query = torch.arange(positions.start, positions.stop, device=inputs.idx.device)[None]
+        pictures = None if cache is None else cache.pictures
+        if inputs.images is not None and len(inputs.images):
+            new = self.pictures(inputs, query, None if pictures is None else pictures.counts)
+            pictures = new if pictures is None else pictures.extended(new)
+            if cache is not None:
+                cache.pictures = pictures
+        if pictures is None or pictures.positions.size(1) == 0:
+            return None
+        return pictures.seen(query)
+
+    def pictures(self, inputs: Inputs, query: torch.Tensor, held: torch.Tensor | None) -> Pictures:
+        """The pictures of the inputs. query: (B or 1, T), the position of each token in its row; held: (B,), the number of
+        pictures that came before in each row. Raises UserError for more than max_images in a row."""
+        places, config = inputs.places, self.config
+        rows, columns = places.nonzero(as_tuple=True)  # (S,) each, in reading order
+        slots = places.cumsum(1)[rows, columns] - 1  # (S,) number among the new pictures of its row
+        numbers = slots if held is None else slots + held[rows]
+        if (most := int(numbers.max()) + 1) > config.max_images:
+            raise too_many_images(most, config.max_images)
+        vectors = inputs.images.unflatten(0, (-1, config.vision_tokens_per_image))  # (S, N, D)
+        cells = self.vision_projector(vectors, numbers).to(self.compute_dtype)  # (S, N, C)
+        shape = (len(places), int(slots.max()) + 1)  # (B, P)
+        index = rows.new_zeros(shape)  # where a row has fewer pictures, any one will do: no token sees it
+        index[rows, slots] = torch.arange(len(rows), device=rows.device)
+        where = rows.new_full(shape, NEVER)
+        where[rows, slots] = query.expand(places.shape)[rows, columns]
+        made = [layer.keys_and_values(cells) for layer in self.cross_attention]
+        keys, values = (
+            [part.index_select(0, index.flatten()).unflatten(0, shape) for part in parts]
+            for parts in zip(*made, strict=True)
+        )
+        return Pictures(keys, values, where)
+
+    def layer(self, number: int, x: torch.Tensor, context: Seen | None, *rest) -> torch.Tensor:
+        if context is not None:
+            *_, dropout = rest
+            keys, values = context.keys[number], context.values[number]
+            x = self.cross_attention[number](x, keys, values, context.mask, context.blind, dropout)
+        return super().layer(number, x, context, *rest)
+
+    def is_projector(self, name: str) -> bool:
+        """Whether the parameter is on the way from the encoder to the decoder."""
+        return name.startswith(("vision_projector.", "cross_attention."))
+
     def param_group(self, name: str, parameter: nn.Parameter) -> str:
         if name.startswith("vision_encoder."):
             return "encoder"
-        return "outputs" if name == "vision_projector.position" else super().param_group(name, parameter)
+        group = "outputs" if name in TABLES else super().param_group(name, parameter)
+        return "projector" if group == "matrices" and self.is_projector(name) else group
 
     def forward(
         self, idx, vision_embeddings=None, vision_mask=None, targets=None, kv_cache=None, loss_reduction="mean"
@@ -145,10 +230,11 @@ class MultimodalGPT(GPT):
         """GPT.forward with pictures.
 
         vision_embeddings: (B, D) one vector a row, (B, N, D) N vectors a row, or a list of B tensors (n_i, D).
-        vision_mask: (B, T) bool, True where a vector replaces the token's embedding, row by row in reading order; without
-        it, the places that hold `config.vision_token_id`. Positions of pictures are never learnt, neither as input nor as
-        target, whatever `targets` says there. Raises ValueError where places and vectors do not match in number, for a
-        vector width other than vision_embedding_dim, and for NaN or infinite vectors.
+        vision_mask: (B, T) bool, True where a vector replaces the token's embedding, row by row in reading order, or, with
+        fusion="cross", at the one place of each picture; without it, the places that hold `config.vision_token_id`.
+        Positions of pictures are never learnt, neither as input nor as target, whatever `targets` says there. Raises
+        ValueError where places and vectors do not match in number, for a vector width other than vision_embedding_dim, for
+        NaN or infinite vectors, and for more pictures in a row than max_images with fusion="cross".
         """
         inputs = self.inputs(idx, vision_embeddings, vision_mask)
         if targets is None:
@@ -170,11 +256,13 @@ class MultimodalGPT(GPT):
         if isinstance(vision_embeddings, torch.Tensor) and vision_embeddings.dim() == 2:
             vision_embeddings = vision_embeddings[:, None]  # (B, D) -> (B, 1, D)
         wanted, found = places.sum(1).tolist(), [len(row) for row in vision_embeddings]
-        if wanted != found:
+        each = self.config.vectors_per_place
+        if [each * n for n in wanted] != found:
             raise UserError(
                 f"vision_mask marks {wanted} places in the rows of the batch, but vision_embeddings bring {found} vectors"
+                + (f", expected {each} for each place" if each > 1 else "")
             )
-        images = torch.cat([self.checked_vectors(row, len(row)) for row in vision_embeddings])
+        images = torch.cat([self.checked_vectors(row, n) for row, n in zip(vision_embeddings, wanted, strict=True)])
         return Inputs(idx, places, images.to(idx.device))
 
     def image_places(self, idx: torch.Tensor, vision_mask: torch.Tensor | None) -> torch.Tensor:
@@ -188,20 +276,27 @@ class MultimodalGPT(GPT):
             )
         return vision_mask.to(idx.device)
 
-    def checked_vectors(self, vectors: torch.Tensor, n_places: int) -> torch.Tensor:
-        """Vision vectors (M, D) of one row. Raises ValueError where they do not fit the row's places or this model."""
-        width, n_tokens = self.config.vision_embedding_dim, self.config.vision_tokens_per_image
+    def checked_vectors(self, vectors: torch.Tensor, n_places: int, n_shown: int = 0) -> torch.Tensor:
+        """Vision vectors (M, D) of one row. n_shown: pictures that the row's cache holds. Raises ValueError where they do not
+        fit the row's places or this model."""
+        config = self.config
+        width, n_tokens = config.vision_embedding_dim, config.vision_tokens_per_image
         if vectors.dim() != 2 or vectors.size(-1) != width:
             raise UserError(
                 f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
                 f"got a row of shape {tuple(vectors.shape)}, and vision_embedding_dim is {width}"
             )
-        if len(vectors) != n_places:
-            raise UserError(f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given")
+        if len(vectors) != n_places * config.vectors_per_place:
+            each = f", expected {config.vectors_per_place} for each" if config.vectors_per_place > 1 else ""
+            raise UserError(
+                f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given{each}"
+            )
         if len(vectors) % n_tokens:
             raise UserError(
                 f"{len(vectors)} vision vectors are not a whole number of images of {n_tokens} vectors each"
             )
+        if self.cross_attention is not None and n_places + n_shown > config.max_images:
+            raise too_many_images(n_places + n_shown, config.max_images)
         if not torch.isfinite(vectors).all():
             raise UserError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
         return vectors
@@ -234,7 +329,7 @@ class MultimodalGPT(GPT):
         prompt = list(prompt_tokens)
         if self.config.vision_token_id not in prompt:
             n_images = vision_embeddings.size(0)
-            prompt = [self.config.vision_token_id] * (n_images * self.config.vision_tokens_per_image) + prompt
+            prompt = [self.config.vision_token_id] * (n_images * self.config.places_per_image) + prompt
         steps = Engine(self).stream(
             [prompt],
             max_new_tokens,
@@ -244,6 +339,10 @@ class MultimodalGPT(GPT):
         )
         tokens = (step[0] for step in steps)
         return tokens if stream else list(tokens)
+
+
+def too_many_images(found: int, most: int) -> UserError:
+    return UserError(f"{found} pictures in one row, but this model tells at most {most} apart (max_images): show fewer")
 
 
 def without_images(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,8 @@ class RobotGPTConfig(MultimodalGPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.fusion != "prefix":
+            raise UserError(f'a robot\'s glances are tokens of the row: fusion must be "prefix", got "{self.fusion}"')
         if self.action_head not in HEADS:
             raise UserError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
         check_integer("chunk", self.chunk, 1, 1024)

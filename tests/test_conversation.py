@@ -56,7 +56,7 @@ def test_other_keys_of_a_picture_are_ignored():
 
 def test_a_model_without_eyes_takes_no_pictures():
     assert render(TOKENIZER, [user("a")], 0).n_images == 0
-    with pytest.raises(ValueError, match="tokens_per_image is 0"):
+    with pytest.raises(ValueError, match="places_per_image is 0"):
         render(TOKENIZER, [user(None, "a")], 0)
 
 
@@ -70,12 +70,12 @@ turns = st.lists(st.tuples(st.lists(st.none() | words, min_size=1, max_size=4), 
 
 
 @given(turns, st.integers(1, 5))
-def test_pictures_and_learnt_tokens_are_exactly_those_of_the_messages(conversation, tokens_per_image):
+def test_pictures_and_learnt_tokens_are_exactly_those_of_the_messages(conversation, places_per_image):
     messages = [m for parts, answer in conversation for m in (user(*parts), assistant(answer))]
-    out = render(TOKENIZER, messages, tokens_per_image)
+    out = render(TOKENIZER, messages, places_per_image)
     assert len(out.ids) == len(out.mask)
     assert out.n_images == sum(part is None for parts, _ in conversation for part in parts)
-    assert out.ids.count(IMAGE) == out.n_images * tokens_per_image
+    assert out.ids.count(IMAGE) == out.n_images * places_per_image
     learnt = [i for i, m in zip(out.ids, out.mask, strict=True) if m]
     assert learnt.count(END) == len(conversation)
     assert TOKENIZER.decode(learnt) == "".join(answer for _, answer in conversation)

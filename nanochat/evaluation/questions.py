@@ -51,7 +51,7 @@ def evaluate_questions(
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
     agent = Agent.load(checkpoint, device)
-    if not agent.tokens_per_image:
+    if not agent.places_per_image:
         raise UserError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
     recipe = agent.training.get("recipe") or {}
     source, split = open_source(folder, split, recipe)

@@ -49,7 +49,7 @@ def action_batch(
 
 def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> list[int]:
     messages = [action_message(instruction)]
-    return render(tokenizer, messages, model.config.vision_tokens_per_image, for_completion=True).ids
+    return render(tokenizer, messages, model.config.places_per_image, for_completion=True).ids
 
 
 def question_batch(
@@ -68,7 +68,7 @@ def question_batch(
 
 
 def question_row(tokenizer: Tokenizer, asked: str, answer: str, n_images: int, model: RobotGPT) -> Rendered:
-    return render(tokenizer, question_messages(asked, answer, n_images), model.config.vision_tokens_per_image)
+    return render(tokenizer, question_messages(asked, answer, n_images), model.config.places_per_image)
 
 
 # ---- do the rows fit the context?
