@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nanochat.data import caption_words as words
-from nanochat.data.sample import Dataset, Sample, vqa_sample
+from nanochat.data.sample import Dataset, vqa_sample
 from nanochat.files import DataError
 
 PREFIX = "captions-questions:"
@@ -28,7 +28,7 @@ KINDS = ("object", "number", "color", "activity", "place", "yes/no")
 # The largest share of an answer among the questions with the same text. There are few numbers, so they get more.
 SHARES = {"object": 0.2, "number": 0.4, "color": 0.2, "activity": 0.2, "place": 0.2}
 MOST = 8  # questions about one picture
-FEWEST = 4  # as many as there are questions with yes or no to fill up with
+MOST_ALIKE = 1 / 30  # of the pictures have the same question and answer, so that no question is most of the data
 AGREE = 2  # captions that must say the same of what a person or an animal does, and where
 SEED = 0
 
@@ -55,15 +55,29 @@ class Mention:
 
 @dataclass(frozen=True)
 class Subject:
-    """The only person, animal or group of its sort in a picture, to ask about. name: as in the question, "man" or "dogs"."""
+    """The only person, animal or group of its sort in a picture, to ask about. name: "man" or "dog", also of several."""
 
     name: str
-    several: bool
-    is_person: bool
+    several: bool = False
+
+    @property
+    def is_person(self) -> bool:
+        return self.name in words.MAY_BE
 
     @property
     def verb(self) -> str:
         return "are" if self.several else "is"
+
+    @property
+    def called(self) -> str:
+        return plural(self.name) if self.several else self.name
+
+    def in_caption(self, found: Sequence[Mention]) -> Mention | None:
+        """Where a caption speaks of it; None if it does not, or may speak of others."""
+        own = [mention for mention in found if mention.name == self.name] or [
+            mention for mention in found if self.name in words.MAY_BE.get(mention.name, ())
+        ]
+        return own[0] if len(own) == 1 and (own[0].number != 1) == self.several else None
 
 
 def questions_dataset(captions: Dataset) -> Dataset:
@@ -82,8 +96,8 @@ def questions_dataset(captions: Dataset) -> Dataset:
     ]
     if not samples:
         raise DataError(
-            f"{captions.name}: none of the captions of its {len(captions.samples)} pictures answers a question: needed are several "
-            "English captions of a picture that agree, and at least five different answers to a question"
+            f"{captions.name}: the captions of its {len(captions.samples)} pictures answer no question: needed are several "
+            "English captions of a picture, and pictures that differ in at least five answers"
         )
     counts = Counter(sample.kind for sample in samples)
     note = f"{len(samples)} questions from captions: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
@@ -95,14 +109,14 @@ def questions_dataset(captions: Dataset) -> Dataset:
 
 def balanced(pictures: Sequence["Facts"]) -> list[list[Question]]:
     """At most MOST questions about each picture: see the head of this file."""
-    rng = random.Random(SEED)
+    rng, most_alike = random.Random(SEED), max(1, round(MOST_ALIKE * len(pictures)))
     chosen: list[list[Question]] = [[] for _ in pictures]
     groups: dict[tuple[str, str], dict[str, list[int]]] = {}  # (kind, text) -> answer -> pictures
     for number, facts in enumerate(pictures):
         for question in facts.questions:
             groups.setdefault((question.kind, question.text), {}).setdefault(question.answer, []).append(number)
     for (kind, text), by_answer in groups.items():
-        most = cap([len(numbers) for numbers in by_answer.values()], SHARES[kind])
+        most = min(most_alike, cap([len(numbers) for numbers in by_answer.values()], SHARES[kind]))
         for answer, numbers in by_answer.items():
             rng.shuffle(numbers)
             for number in sorted(numbers, key=lambda number: len(chosen[number]))[:most]:
@@ -113,7 +127,7 @@ def balanced(pictures: Sequence["Facts"]) -> list[list[Question]]:
             facts = pictures[number]
             if len(chosen[number]) < MOST and (noun in facts.present or noun in facts.absent):
                 sides["yes" if noun in facts.present else "no"].append(number)
-        least = min(map(len, sides.values()))
+        least = min(most_alike, *map(len, sides.values()))
         for answer, numbers in sides.items():
             for number in sorted(numbers, key=lambda number: len(chosen[number]))[:least]:
                 chosen[number].append(Question("yes/no", f"is there {noun}?", answer))
@@ -188,16 +202,30 @@ def common_name(found: Iterable[Mention]) -> str:
 
 
 def subjects(seen: Sequence[list[Mention]]) -> Iterator[Subject]:
-    """Persons, and animals of one class, of whom most captions mention one or one group, and none two."""
-    for name in ["person", *dict.fromkeys(words.ANIMALS.values())]:
-        own = [[m for m in found if m.name == name or name == "person" and m.is_person] for found in seen]
+    """Persons and animals of whom most captions mention exactly one, or one group."""
+    persons = [[mention for mention in found if mention.is_person] for found in seen]
+    persons = [found for found in persons if found]
+    if sum(len(found) > 1 for found in persons) >= AGREE:
+        yield from (Subject(name) for name in ("man", "woman", "boy", "girl") if is_one_of_several(name, persons))
+    elif len(persons) > AGREE and all(len(found) == 1 for found in persons):
+        name = common_name(mention for [mention] in persons)
+        several = {mention.number != 1 for [mention] in persons}
+        if name and len(several) == 1:
+            yield Subject(name, *several)
+    for name in dict.fromkeys(words.ANIMALS.values()):
+        own = [[mention for mention in found if mention.name == name] for found in seen]
         own = [found for found in own if found]
-        if len(own) <= AGREE or any(len(found) > 1 for found in own):
-            continue
-        named = common_name(m for [m] in own) if name == "person" else name
-        if named and len({m.number == 1 for [m] in own}) == 1:
-            several = own[0][0].number != 1
-            yield Subject(plural(named) if several else named, several, name == "person")
+        several = {mention.number != 1 for found in own for mention in found}
+        if len(own) > AGREE and all(len(found) == 1 for found in own) and len(several) == 1:
+            yield Subject(name, *several)
+
+
+def is_one_of_several(name: str, persons: Sequence[list[Mention]]) -> bool:
+    """Whether there is one "man", say, besides other persons: no caption has two, or a person beside him that may be another."""
+    literal = [sum(mention.name == name for mention in found) for found in persons]
+    single = [sum(name in words.MAY_BE[m.name] and m.number == 1 for m in found) for found in persons]
+    several = any(mention.name == name and mention.number != 1 for found in persons for mention in found)
+    return sum(literal) > AGREE and max(single) == 1 and not several
 
 
 def plural(name: str) -> str:
@@ -239,17 +267,23 @@ def colors(texts: Sequence[Sequence[str]], known: Sequence[Subject]) -> Iterator
     everything = {token for tokens in texts for token in tokens}
     for name, said in found.items():
         said = [color for color in said if color]
-        if said and len(set(said)) == 1 and said[0] != PATTERN and f"{name}s" not in everything:
-            verb = "are" if name.endswith("s") else "is"
+        if (
+            said
+            and len(set(said)) == 1
+            and said[0] != PATTERN
+            and (name == "hair" or "blond" not in said[0])
+            and f"{name}s" not in everything
+        ):
+            verb = "are" if name in words.PAIRS else "is"
             yield Question("color", f"what color {verb} the {name}?", said[0])
 
 
 def color_before(tokens: Sequence[str], place: int) -> str:
     """The colour that the noun phrase with its noun at `place` begins with, "black and white" too; "" if it has none."""
     start = place
-    while start > 0 and place - start < 5 and not tokens[start - 1] in STOP - {"and"}:
+    while start > 0 and place - start < 5 and tokens[start - 1] not in STOP - {"and"}:
         start -= 1
-    phrase = [token for token in tokens[start:place]]
+    phrase = tokens[start:place]
     if words.PATTERNS & set(phrase):
         return PATTERN
     found = [i for i, token in enumerate(phrase) if token in words.COLORS]
@@ -279,35 +313,27 @@ def kinds_of_things(texts: Sequence[Sequence[str]], seen: Sequence[list[Mention]
 def about(subject: Subject, texts: Sequence[Sequence[str]], seen: Sequence[list[Mention]]) -> Iterator[Question]:
     doing, objects = Counter(), {}
     for tokens, found in zip(texts, seen, strict=True):
-        own = [m for m in found if named_by(subject, m)]
-        if not own:
+        mention = subject.in_caption(found)
+        if mention is None:
             continue
-        start = own[0].place + 1
-        end = next((m.place for m in found if m.place >= start), len(tokens))
+        start = mention.place + 1
+        end = next((other.place for other in found if other.place >= start), len(tokens))
         verbs = list(verbs_in(tokens[:end], start, subject.several))
         activity = next((verb for _, verb in verbs if verb not in words.NOT_AN_ACTIVITY), None)
         doing.update([activity] if activity else [])
         for asked, thing in things(tokens, verbs, subject):
             objects.setdefault(asked, set()).add(thing)
-    activity = agreed(doing)
+    activity, name = agreed(doing), subject.called
     if activity:
-        yield Question("activity", f"what {subject.verb} the {subject.name} doing?", activity)
-    if all(named_by(subject, m) for found in seen for m in found):
-        if activity:
-            yield Question("object", f"who is {activity}?", subject.name)
-        yield Question("object", "who is in the picture?", subject.name)
+        yield Question("activity", f"what {subject.verb} the {name} doing?", activity)
+    if subject.name != "person" and all(subject.in_caption(found) and len(found) == 1 for found in seen if found):
+        yield Question("object", f"who is {activity}?" if activity else "who is in the picture?", name)
     for asked, answers in objects.items():
         if len(answers) == 1:
-            yield Question("object", f"what {subject.verb} the {subject.name} {asked}?", *answers)
+            yield Question("object", f"what {subject.verb} the {name} {asked}?", *answers)
     worn = {words.HEADWEAR[token] for tokens in texts for token in tokens if token in words.HEADWEAR}
     if subject.is_person and not subject.several and len(worn) == 1 and votes(texts, words.HEADWEAR) >= AGREE:
-        yield Question("object", f"what is on the {subject.name}'s head?", *worn)
-
-
-def named_by(subject: Subject, mention: Mention) -> bool:
-    return (
-        mention.is_person if subject.is_person else plural(mention.name) == subject.name or mention.name == subject.name
-    )
+        yield Question("object", f"what is on the {name}'s head?", *worn)
 
 
 def agreed(found: Counter) -> str | None:
@@ -344,6 +370,8 @@ def things(tokens: Sequence[str], verbs: Iterable[tuple[int, str]], subject: Sub
 
 def head_noun(tokens: Sequence[str], start: int) -> str:
     """The thing that the noun phrase at `start` is about: "ball" of "a red tennis ball". "" if it is not in the list."""
+    while start < len(tokens) and tokens[start] in words.ARTICLES:
+        start += 1
     end = start
     while end < len(tokens) and tokens[end] not in STOP and tokens[end] not in words.GERUNDS:
         end += 1
@@ -356,7 +384,7 @@ def places(texts: Sequence[Sequence[str]], known: Sequence[Subject]) -> Iterator
     answer = agreed(found)
     if answer:
         subject = known[0] if known else None
-        text = f"where {subject.verb} the {subject.name}?" if subject else "where was this picture taken?"
+        text = f"where {subject.verb} the {subject.called}?" if subject else "where was this picture taken?"
         yield Question("place", text, answer)
 
 

@@ -563,3 +563,4 @@ PATTERNS = set("striped colorful multicolored plaid checkered colored floral pat
 AFTER_A_NOUN = set(
     "pool wall shoes suit suits trunks board gear equipment track course game trail machine match event".split()
 )
+PAIRS = {"shorts", "pants", "boots", "shoes", "gloves"}  # "what color are the ...?"
