@@ -6,11 +6,13 @@ seen = agent.look("frame.png")                        # encode once,
 agent.act([frame], [state], ["open the door"])        # (1, chunk, action_dim)
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from nanochat.beams import beam_search
 from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
 from nanochat.data.sample import CAPTION_PROMPT
@@ -21,6 +23,7 @@ from nanochat.tokenizer import StreamDecoder
 
 DEFAULT_NEW_TOKENS = 64
 LEARNT = ("questions", "captions", "actions")
+PLACE = re.compile(r"<image>|<\|image\|>")  # in a question: a picture stands here
 
 
 class Agent:
@@ -29,7 +32,7 @@ class Agent:
     def __init__(self, model, tokenizer, training: dict | None = None):
         self.model, self.tokenizer, self.training = model, tokenizer, training or {}
         self.stop_ids = (tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>"))
-        self.tokens_per_image = getattr(model.config, "vision_tokens_per_image", 0)
+        self.places_per_image = getattr(model.config, "places_per_image", 0)
 
     @classmethod
     def load(cls, name: str = "default", device: str | torch.device = "cpu") -> "Agent":
@@ -47,9 +50,24 @@ class Agent:
         """What the model was trained for: "questions" about pictures, "captions" (answers to `CAPTION_PROMPT`), "actions"."""
         return learnt_by(self.training)
 
+    @property
+    def images_learnt(self) -> int:
+        """The most pictures in one conversation of the training data; 1 where training.json does not say it ("images")."""
+        found = self.training.get("images")
+        return found if isinstance(found, int) and found > 1 else 1
+
+    def check_images(self, n: int) -> None:
+        """Raises UserError for more pictures in one question than the model was ever trained on."""
+        if n > self.images_learnt:
+            most = "one picture" if self.images_learnt == 1 else f"up to {self.images_learnt} pictures"
+            raise UserError(
+                f"{n} pictures in one question, but this model has learnt questions about {most} only: "
+                "`nanochat ask --each` asks about each of them alone"
+            )
+
     def check_learnt(self, question: str) -> None:
         """Raises UserError for a question of a kind that the model was never trained to answer: what it says would be noise."""
-        caption = question.strip() == CAPTION_PROMPT
+        caption = PLACE.sub("", question).strip() == CAPTION_PROMPT
         wanted, other = ("captions", "questions") if caption else ("questions", "captions")
         if self.learnt[wanted]:
             return
@@ -66,7 +84,7 @@ class Agent:
     def look(self, images) -> torch.Tensor:
         """One picture or a list of n -> (n, N, D) float32 vision vectors. Raises ValueError for a text model, ImageError for
         what is not a picture."""
-        if not self.tokens_per_image:
+        if not self.places_per_image:
             raise UserError("this checkpoint is a text model: it cannot look at pictures")
         return self.model.look(images)
 
@@ -78,18 +96,55 @@ class Agent:
         vectors: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        beams: int = 1,
     ) -> Iterator[str]:
         """Stream the answer to one question about the pictures behind `vectors` (n, N, D), in whole characters.
 
-        Raises ValueError for a question that does not fit the context, and for one of a kind that the model never learnt to
-        answer (see `learnt`).
+        question: the pictures stand before it, or where it has <image> (or <|image|>), see `question_message`.
+        beams: 1 takes the likeliest token at each step; more search for the likeliest answer (`beams.beam_search`), which then
+        comes in one piece.
+
+        Raises ValueError for a question that does not fit the context, for one of a kind that the model never learnt to answer
+        (see `learnt`), for more pictures than it learnt (see `images_learnt`), and for beams with a temperature.
         """
+        n_images = 0 if vectors is None else len(vectors)
         self.check_learnt(question)
-        ids = self.prompt([user_message(question, 0 if vectors is None else len(vectors))])
-        return self.answer(ids, vectors, max_new_tokens, sampling)
+        self.check_images(n_images)
+        ids = self.prompt([question_message(question, n_images)])
+        self.check_fits(ids, n_images, max_new_tokens)
+        if beams == 1:
+            return self.answer(ids, vectors, max_new_tokens, sampling)
+        if sampling is not None and (sampling.temperature > 0 or sampling.repetition_penalty != 1):
+            raise UserError(
+                "beam search looks for the likeliest answer, so it has no temperature and no repetition penalty: leave out "
+                "either them or the beams"
+            )
+        images = vectors if n_images else None
+        tokens = beam_search(
+            self.model, ids, self.room(len(ids), max_new_tokens), beams=beams, stop_ids=self.stop_ids, images=images
+        )
+        return self.text(iter(tokens))
+
+    def check_fits(self, ids: list[int], n_images: int, max_new_tokens: int | None) -> None:
+        """Raises UserError for several pictures that do not fit the context together. One is the engine's to check."""
+        context, new = self.model.config.sequence_len, 1 if max_new_tokens is None else max_new_tokens
+        if n_images > 1 and len(ids) + new > context:
+            each = self.places_per_image
+            raise UserError(
+                f"{n_images} pictures of {each} tokens each, {len(ids) - n_images * each} tokens of text and {new} of the "
+                f"answer do not fit the context of {context} tokens: show fewer pictures, or ask about each of them alone "
+                "(nanochat ask --each)"
+            )
+
+    def room(self, n_read: int, max_new_tokens: int | None) -> int:
+        """How many tokens an answer may have after n_read others: as many as fit, where the caller names no number. Where none
+        fits, the engine says why."""
+        if max_new_tokens is not None:
+            return max_new_tokens
+        return max(1, min(DEFAULT_NEW_TOKENS, self.model.config.sequence_len - n_read))
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
-        return render(self.tokenizer, messages, self.tokens_per_image, for_completion=True).ids
+        return render(self.tokenizer, messages, self.places_per_image, for_completion=True).ids
 
     def answer(
         self,
@@ -100,9 +155,7 @@ class Agent:
         cache: KVCache | None = None,
     ) -> Iterator[str]:
         """Stream the text that follows the tokens `ids`. cache: holds what comes before them."""
-        if max_new_tokens is None:  # as many as fit; where none does, the engine says why
-            left = self.model.config.sequence_len - len(ids) - (cache.longest if cache is not None else 0)
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, left))
+        max_new_tokens = self.room(len(ids) + (cache.longest if cache is not None else 0), max_new_tokens)
         images = None if vectors is None or not len(vectors) else [vectors]
         steps = Engine(self.model).stream(
             [ids], max_new_tokens, sampling=sampling, stop_ids=self.stop_ids, images=images, cache=cache
@@ -116,12 +169,23 @@ class Agent:
         yield decoder.flush()
 
     def answer_all(
-        self, conversations: Sequence[Sequence[dict]], vectors: Sequence[torch.Tensor], max_new_tokens: int
+        self,
+        conversations: Sequence[Sequence[dict]],
+        vectors: Sequence[torch.Tensor],
+        max_new_tokens: int,
+        beams: int = 1,
     ) -> list[str]:
-        """Greedy answers to many conversations at once. vectors: (n_i, N, D) for each, with 0 pictures (0, N, D)."""
+        """The likeliest answers to many conversations: greedy and all at once, or with several beams one after the other.
+        vectors: (n_i, N, D) for each, with 0 pictures (0, N, D)."""
         prompts = [self.prompt(messages) for messages in conversations]
         images = [seen if len(seen) else None for seen in vectors]
-        rows = Engine(self.model).generate(prompts, max_new_tokens, images=images, stop_ids=self.stop_ids)
+        if beams == 1:
+            rows = Engine(self.model).generate(prompts, max_new_tokens, images=images, stop_ids=self.stop_ids)
+        else:
+            rows = [
+                beam_search(self.model, prompt, max_new_tokens, beams=beams, stop_ids=self.stop_ids, images=seen)
+                for prompt, seen in zip(prompts, images, strict=True)
+            ]
         return [self.tokenizer.decode(row).strip() for row in rows]
 
     # ---- actions
@@ -194,14 +258,19 @@ class Chat:
     """
 
     def __init__(self, agent: Agent, vectors: torch.Tensor | None = None):
+        """vectors: (n, N, D) of the pictures. Raises UserError for more of them than the model learnt."""
+        agent.check_images(0 if vectors is None else len(vectors))
         self.agent, self.cache = agent, Engine(agent.model).new_cache()
         self.vectors = vectors if vectors is not None and len(vectors) else None
         self.turns: list[tuple[str, str]] = []  # (question, answer), those that are remembered
         self.read: list[int] = []  # begins with the tokens that the cache holds
 
     def say(self, question: str, max_new_tokens: int | None = None, sampling: Sampling | None = None) -> Iterator[str]:
-        """Stream the answer to the next turn. An interrupted answer (Ctrl-C) is not remembered. Raises ValueError for a question
-        that does not fit the context even alone."""
+        """Stream the answer to the next turn. An interrupted answer (Ctrl-C) is not remembered.
+
+        The pictures stand before the first question, or where that has <image>. Raises ValueError for a question that does not
+        fit the context even alone, and for an <image> in a later one.
+        """
         agent, turns = self.agent, self.turns
         agent.check_learnt(question)
         ids = self.prompt(turns, question)
@@ -215,20 +284,41 @@ class Chat:
         kept = n_common(self.read[: self.cache.lengths[0]], ids[:-1])
         self.cache.rewind([kept])
         self.read, answer = ids, []
-        # every prompt starts with the pictures, so they are in the cache as soon as anything is
-        for piece in agent.answer(ids[kept:], None if kept else self.vectors, max_new_tokens, sampling, self.cache):
+        for piece in agent.answer(ids[kept:], self.unread(ids[:kept]), max_new_tokens, sampling, self.cache):
             answer.append(piece)
             yield piece
         if agent.multi_turn:
             self.turns = [*turns, (question, "".join(answer))]
 
+    def unread(self, kept: list[int]) -> torch.Tensor | None:
+        """The vectors of the pictures that are not among the tokens which the cache keeps."""
+        if self.vectors is None:
+            return None
+        return self.vectors[kept.count(self.agent.model.config.vision_token_id) // self.agent.places_per_image :]
+
     def prompt(self, turns: list[tuple[str, str]], question: str) -> list[int]:
         messages, n_images = [], 0 if self.vectors is None else len(self.vectors)
-        for asked, answered in turns:
-            messages += [user_message(asked), {"role": "assistant", "content": answered}]
-        messages.append(user_message(question))
-        messages[0]["content"] = [{"type": "image"}] * n_images + messages[0]["content"]
-        return self.agent.prompt(messages)
+        for asked, answered in [*turns, (question, "")]:
+            messages += [
+                question_message(asked, 0 if messages else n_images),
+                {"role": "assistant", "content": answered},
+            ]
+        return self.agent.prompt(messages[:-1])
+
+
+def question_message(question: str, n_images: int) -> dict:
+    """The user's message about n_images pictures. They stand where the question has <image> or <|image|>, as in the data of
+    LLaVA, or before it if it has neither. Raises UserError where it has another number of them."""
+    texts = [text.strip() for text in PLACE.split(question)]
+    if len(texts) == 1:
+        return user_message(question, n_images)
+    if len(texts) - 1 != n_images:
+        raise UserError(
+            f"the question has {len(texts) - 1} x <image>, and there are {n_images} pictures to stand there: write one "
+            "<image> for each picture, or none to show them before the question"
+        )
+    parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
+    return {"role": "user", "content": [part for part in parts if part.get("text") != ""]}
 
 
 def learnt_by(training: dict) -> dict[str, bool]:
