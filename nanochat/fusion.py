@@ -73,7 +73,7 @@ class VisionProjector(nn.Module):
 
 
 class CellProjector(nn.Module):
-    """One layer from the encoder's channels to the model's width, for cross-attention: (S, N, D) -> (S, N, C).
+    """One layer from the encoder's channels to the model's width, for cross-attention: (U, N, D) -> (V, N, C).
 
     Attention tells neither cells nor pictures apart by their order, so each cell gets a learnt vector of its place in the
     picture, and all cells of a picture one of its number in the row, both starting at zero. Vectors are RMS-normed first.
@@ -86,7 +86,7 @@ class CellProjector(nn.Module):
         self.cell = nn.Parameter(torch.zeros(n_tokens, n_embd))
         self.picture = nn.Parameter(torch.zeros(max_images, n_embd))
 
-    def forward(self, vectors: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """numbers: (S,) int64, 0 for the first picture of its row."""
+    def forward(self, vectors: torch.Tensor, which: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Result v is picture which[v] of `vectors`, as the one of numbers[v] (0 is the first) in its row."""
         x = self.linear(norm(vectors.to(self.linear.weight.dtype)))
-        return x + self.cell + self.picture[numbers][:, None]
+        return x.index_select(0, which) + self.cell + self.picture[numbers][:, None]

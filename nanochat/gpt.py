@@ -33,14 +33,16 @@ class Inputs:
     """What one forward pass reads. The text model uses `idx` only.
 
     idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings, or from where on
-    cross-attention sees a picture. images: (M, D) the vectors of all places, in reading order; M is places.sum(), times the
-    vectors of a picture for cross-attention. states: (S, state_dim) normalised robot states, in reading order.
+    cross-attention sees a picture. images: (M, D) the vectors of whole pictures, in the reading order of the S pictures of the
+    rows. shown: (S,) int64 where pictures come more than once, so that each is projected once: which of those in `images`
+    each one is. states: (R, state_dim) normalised robot states, in reading order.
     """
 
     idx: torch.Tensor
     places: torch.Tensor | None = None
     images: torch.Tensor | None = None
     states: torch.Tensor | None = None
+    shown: torch.Tensor | None = None
 
 
 @dataclass

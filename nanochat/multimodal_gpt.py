@@ -164,8 +164,14 @@ class MultimodalGPT(GPT):
         if inputs.images is None or self.cross_attention is not None:
             return x
         projected = self.vision_projector(inputs.images)  # (M, C) float32
+        if inputs.shown is not None:
+            projected = self.one_by_one(projected).index_select(0, inputs.shown).flatten(0, 1)
         # row-major on both sides: the i-th vector goes to the i-th place
         return x.masked_scatter(inputs.places[..., None], projected.to(x.dtype))
+
+    def one_by_one(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(M, D) -> (M / N, N, D), picture by picture."""
+        return vectors.unflatten(0, (-1, self.config.vision_tokens_per_image))
 
     def context(self, inputs: Inputs, positions, cache: KVCache | None = None) -> Seen | None:
         """The pictures that cross-attention sees: those of the inputs and those that the cache holds."""
@@ -193,11 +199,17 @@ class MultimodalGPT(GPT):
         numbers = slots if held is None else slots + held[rows]
         if (most := int(numbers.max()) + 1) > config.max_images:
             raise too_many_images(most, config.max_images)
-        vectors = inputs.images.unflatten(0, (-1, config.vision_tokens_per_image))  # (S, N, D)
-        cells = self.vision_projector(vectors, numbers).to(self.compute_dtype)  # (S, N, C)
+        shown = torch.arange(len(rows), device=rows.device) if inputs.shown is None else inputs.shown
+        # a picture that many rows show with the same number has the same keys and values in all of them
+        (which, numbers), made_of = torch.stack([shown, numbers]).unique(
+            dim=1, return_inverse=True
+        )  # (V,) each, and (S,)
+        cells = self.vision_projector(self.one_by_one(inputs.images), which, numbers).to(
+            self.compute_dtype
+        )  # (V, N, C)
         shape = (len(places), int(slots.max()) + 1)  # (B, P)
         index = rows.new_zeros(shape)  # where a row has fewer pictures, any one will do: no token sees it
-        index[rows, slots] = torch.arange(len(rows), device=rows.device)
+        index[rows, slots] = made_of
         where = rows.new_full(shape, NEVER)
         where[rows, slots] = query.expand(places.shape)[rows, columns]
         made = [layer.keys_and_values(cells) for layer in self.cross_attention]

@@ -128,6 +128,29 @@ def test_at_step_0_it_is_the_text_model_to_the_bit():
 # ---- training
 
 
+@pytest.mark.parametrize("fusion", ["cross", "prefix"])
+def test_a_picture_of_many_rows_is_projected_once(fusion):
+    """`Inputs.shown` is a shorter way to say the same, with the same gradients."""
+    model = make_cross(fusion=fusion)
+    places = [IMAGE] * model.config.places_per_image
+    rows = [[1, *places, *places, 7], [2, *places, 8], [5, 6], [3, *places, 9]]
+    shown = torch.tensor([1, 0, 1, 1])
+    vectors = pictures(2)[0].view(2, N, D).requires_grad_()
+    idx, results, calls = pad_rows(rows, 0), [], []
+    model.vision_projector.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].numel() // (N * D)))
+    for images, which in ((vectors[shown].flatten(0, 1), None), (vectors.flatten(0, 1), shown)):
+        model.zero_grad()
+        vectors.grad = None
+        hidden = model.hidden(Inputs(idx, idx == IMAGE, images, shown=which))
+        hidden[
+            torch.tensor([len(row) - 1 for row in rows]).view(-1, 1) >= torch.arange(idx.size(1))
+        ].square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((hidden.detach(), vectors.grad, gradients))
+    assert calls == [4, 2]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("counts", [COUNTS, [0, 0, 0, 0], [1, 0, 0, 0]])
 def test_gradients_are_finite_and_the_same_when_blocks_are_recomputed(counts):
     model = make_cross().train()
