@@ -1,14 +1,14 @@
 """The word lists of caption_questions.py, for captions of everyday photographs in English.
 
-A table is text, one row a line: "name: form form ...". The name is a form too if it is one word. Lines of one name add up.
+A table is text with an entry between slashes: "name: form form". The name is a form too if it is one word.
 """
 
 
 def by_form(table: str) -> dict[str, str]:
     """{form: name}."""
     found = {}
-    for line in table.strip().splitlines():
-        name, _, forms = line.strip().partition(":")
+    for entry in table.split("/"):
+        name, _, forms = entry.strip().partition(":")
         found.update(dict.fromkeys([*forms.split(), *([] if " " in name else [name])], name))
     return found
 
@@ -20,26 +20,18 @@ ARTICLES = {"a", "an", "the", "his", "her", "its", "their", "some", "this", "ano
 # ---- persons and animals: every word that may be the subject of a question
 
 PERSONS = by_form("""
-    man: guy gentleman businessman fisherman cowboy policeman groom
-    woman: lady bride ballerina cheerleader
-    boy:
-    girl:
-    child: kid toddler baby infant youngster
-    person: someone somebody player skateboarder snowboarder rider skier surfer biker climber cyclist bicyclist hiker runner
-    person: motorcyclist racer wrestler goalie wakeboarder rollerblader teenager teen adult individual performer dancer
-    person: swimmer kayaker jogger worker musician guitarist singer driver pedestrian athlete quarterback batter pitcher
-    person: gymnast catcher referee diver boxer soldier clown student artist vendor passenger fan rower skater unicyclist
-    person: snowmobiler golfer bmxer figure friend
+    man: guy gentleman businessman fisherman cowboy policeman groom / woman: lady bride ballerina cheerleader / boy / girl
+    / child: kid toddler baby infant youngster / person: someone somebody player skateboarder snowboarder rider skier
+    surfer biker climber cyclist bicyclist hiker runner motorcyclist racer wrestler goalie wakeboarder rollerblader
+    teenager teen adult individual performer dancer swimmer kayaker jogger worker musician guitarist singer driver
+    pedestrian athlete quarterback batter pitcher gymnast catcher referee diver boxer soldier clown student artist vendor
+    passenger fan rower skater unicyclist snowmobiler golfer bmxer figure friend
 """)
 SEVERAL_PERSONS = by_form("""
-    man: men guys gentlemen
-    woman: women ladies
-    boy: boys
-    girl: girls
-    child: children kids toddlers babies
-    person: people persons players skateboarders snowboarders riders skiers surfers bikers climbers cyclists bicyclists hikers
-    person: runners motorcyclists racers wrestlers teenagers teens adults performers dancers swimmers kayakers workers
-    person: musicians pedestrians athletes boxers soldiers students friends couple team teams band family
+    man: men guys gentlemen / woman: women ladies / boy: boys / girl: girls / child: children kids toddlers babies /
+    person: people persons players skateboarders snowboarders riders skiers surfers bikers climbers cyclists bicyclists
+    hikers runners motorcyclists racers wrestlers teenagers teens adults performers dancers swimmers kayakers workers
+    musicians pedestrians athletes boxers soldiers students friends couple team teams band family
 """)
 CROWDS = set("group crowd bunch audience spectators onlookers fans others everyone bystanders many several".split())
 # whom a word may name: "a person" may be a man
@@ -53,31 +45,13 @@ MAY_BE = {
 }
 PLURALS = {"man": "men", "woman": "women", "child": "children", "person": "people"}  # others end in "s"
 ANIMALS = by_form("""
-    dog: puppy pup greyhound retriever labrador poodle terrier shepherd collie dalmatian doggy beagle husky bulldog pitbull
-    dog: dachshund rottweiler spaniel
-    cat: kitten
-    horse: pony
-    bird: duck seagull pigeon gull goose parrot eagle
-    cow: bull
-    sheep: lamb
-    goat:
-    monkey:
-    elephant:
-    camel:
-    deer:
-    rabbit:
-    squirrel:
+    dog: puppy pup greyhound retriever labrador poodle terrier shepherd collie dalmatian doggy beagle husky bulldog
+    pitbull dachshund rottweiler spaniel / cat: kitten / horse: pony / bird: duck seagull pigeon gull goose parrot eagle /
+    cow: bull / sheep: lamb / goat / monkey / elephant / camel / deer / rabbit / squirrel
 """)
 SEVERAL_ANIMALS = by_form("""
-    dog: dogs puppies greyhounds poodles terriers
-    cat: cats kittens
-    horse: horses ponies
-    bird: birds ducks seagulls pigeons geese
-    cow: cows cattle
-    goat: goats
-    monkey: monkeys
-    camel: camels
-    deer: deers
+    dog: dogs puppies greyhounds poodles terriers / cat: cats kittens / horse: horses ponies / bird: birds ducks seagulls
+    pigeons geese / cow: cows cattle / goat: goats / monkey: monkeys / camel: camels / deer: deers
 """)
 
 # ---- what is seen: colours, things, places
@@ -86,335 +60,66 @@ COLORS = {w: w for w in "black white brown red blue yellow green orange pink pur
 COLORS |= {"grey": "gray", "golden": "gold", "blonde": "blond", "blond": "blond"}
 # Things with one colour. Clothes are asked about where there is one person.
 CLOTHES = by_form("""
-    shirt: t-shirt tshirt jersey
-    jacket: coat
-    dress:
-    hat:
-    cap:
-    helmet:
-    shorts:
-    pants: trousers jeans
-    sweater: sweatshirt
-    vest:
-    skirt:
-    scarf:
-    hair: haired
-    wetsuit:
-    uniform:
-    suit:
-    outfit:
-    swimsuit: bikini
-    headband: bandanna bandana
-    backpack:
-    costume:
-    boots:
-    shoes:
-    gloves:
+    shirt: t-shirt tshirt jersey / jacket: coat / dress / hat / cap / helmet / shorts / pants: trousers jeans / sweater:
+    sweatshirt / vest / skirt / scarf / hair: haired / wetsuit / uniform / suit / outfit / swimsuit: bikini / headband:
+    bandanna bandana / backpack / costume / boots / shoes / gloves
 """)
 COLORED = by_form("""
-    ball:
-    toy:
-    frisbee: disc disk
-    collar:
-    car:
-    bike: bicycle
-    motorcycle: motorbike
-    slide:
-    surfboard:
-    kayak: canoe
-    boat:
-    umbrella:
-    rope:
-    leash:
-    wall:
-    building: house
-    raft:
-    sled:
-    tent:
-    truck:
-    couch:
-    bench:
-    blanket:
-    bucket:
-    bag: purse
-    skateboard:
-    snowboard:
-    scooter:
-    chair:
-    tube:
-    balloon:
-    flag:
-    fence:
-    flower: flowers
-    jeep:
-    bird: duck
-    horse:
-    cat:
-    train:
-    bus:
-    swing:
-    tunnel:
-    door:
-    towel:
-    sky:
-    guitar:
-    mat:
+    ball / toy / frisbee: disc disk / collar / car / bike: bicycle / motorcycle: motorbike / slide / surfboard / kayak:
+    canoe / boat / umbrella / rope / leash / wall / building: house / raft / sled / tent / truck / couch / bench / blanket
+    / bucket / bag: purse / skateboard / snowboard / scooter / chair / tube / balloon / flag / fence / flower: flowers /
+    jeep / bird: duck / horse / cat / train / bus / swing / tunnel / door / towel / sky / guitar / mat
 """)
 # What can be held, ridden, chased, sat on. The name is the answer.
 THINGS = by_form("""
-    ball: balls football soccerball basketball volleyball baseball softball
-    stick: branch
-    toy: toys doll
-    frisbee: disc disk frisbees
-    bike: bicycle bikes bicycles
-    motorcycle: motorbike
-    wave: waves
-    horse: pony bull
-    skateboard:
-    scooter:
-    unicycle:
-    tricycle:
-    surfboard:
-    snowboard:
-    sled:
-    atv:
-    swing: swings
-    slide:
-    raft:
-    boat: canoe kayak
-    bus:
-    train:
-    camera: video-camera camcorder
-    sign:
-    rope:
-    cup: mug
-    bottle:
-    can:
-    beer:
-    glass:
-    drink: beverage soda
-    umbrella:
-    bat:
-    racket: racquet
-    flag: flags
-    cigarette:
-    paddle: oar
-    guitar:
-    violin:
-    accordion:
-    flute:
-    bagpipe: bagpipes
-    drum: drums
-    piano:
-    trumpet:
-    saxophone:
-    newspaper: paper newspapers
-    book:
-    magazine:
-    baby: infant
-    dog: puppy
-    bird: duck
-    cat:
-    trophy:
-    bag: purse bags
-    bucket: pail
-    basket:
-    box:
-    pole: poles
-    microphone:
-    phone: cellphone
-    balloon: balloons
-    flower: flowers
-    fish:
-    backpack:
-    hose:
-    shovel:
-    sword: swords
-    gun:
-    bone:
-    shoe: shoes
-    towel:
-    blanket:
-    glove:
-    cart:
-    stroller:
-    wagon:
-    carriage:
-    wheelchair:
-    bench:
-    chair: armchair stool
-    couch: sofa
-    bed:
-    rock: rocks boulder
-    ground:
-    wall:
-    grass: lawn
-    sidewalk:
-    floor:
-    curb:
-    table:
-    dock: pier
-    stairs: steps step staircase
-    ledge:
-    stage:
-    fence:
-    tree: trees
-    cliff:
-    mountain:
-    hill:
-    ladder:
-    hurdle: hurdles
-    obstacle: obstacles
-    log: logs
-    bar:
-    barrier:
-    fountain:
-    trampoline:
-    bubble: bubbles
-    snowball:
-    apple:
-    peach:
-    popsicle:
-    cookie:
-    cake:
-    sandwich:
-    ice-cream: icecream
-    candy: lollipop
-    bread:
-    food: snack
-    hat:
-    pool:
-    river: stream
-    ocean:
-    lake:
-    pond:
-    puddle:
+    ball: balls football soccerball basketball volleyball baseball softball / stick: branch / toy: toys doll / frisbee:
+    disc disk frisbees / bike: bicycle bikes bicycles / motorcycle: motorbike / wave: waves / horse: pony bull /
+    skateboard / scooter / unicycle / tricycle / surfboard / snowboard / sled / atv / swing: swings / slide / raft / boat:
+    canoe kayak / bus / train / camera: video-camera camcorder / sign / rope / cup: mug / bottle / can / beer / glass /
+    drink: beverage soda / umbrella / bat / racket: racquet / flag: flags / cigarette / paddle: oar / guitar / violin /
+    accordion / flute / bagpipe: bagpipes / drum: drums / piano / trumpet / saxophone / newspaper: paper newspapers / book
+    / magazine / baby: infant / dog: puppy / bird: duck / cat / trophy / bag: purse bags / bucket: pail / basket / box /
+    pole: poles / microphone / phone: cellphone / balloon: balloons / flower: flowers / fish / backpack / hose / shovel /
+    sword: swords / gun / bone / shoe: shoes / towel / blanket / glove / cart / stroller / wagon / carriage / wheelchair /
+    bench / chair: armchair stool / couch: sofa / bed / rock: rocks boulder / ground / wall / grass: lawn / sidewalk /
+    floor / curb / table / dock: pier / stairs: steps step staircase / ledge / stage / fence / tree: trees / cliff /
+    mountain / hill / ladder / hurdle: hurdles / obstacle: obstacles / log: logs / bar / barrier / fountain / trampoline /
+    bubble: bubbles / snowball / apple / peach / popsicle / cookie / cake / sandwich / ice-cream: icecream / candy:
+    lollipop / bread / food: snack / hat / pool / river: stream / ocean / lake / pond / puddle
 """)
 HEADWEAR = by_form("""
-    hat: hats
-    cap:
-    helmet:
-    headband: sweatband
-    bandana: bandanna
-    hood:
-    wig:
-    scarf: headscarf turban
-    goggles:
-    sunglasses:
-    headphones:
-    crown: tiara
-    mask:
+    hat: hats / cap / helmet / headband: sweatband / bandana: bandanna / hood / wig / scarf: headscarf turban / goggles /
+    sunglasses / headphones / crown: tiara / mask
 """)
 VEHICLES = by_form("""
-    bike: bicycle bikes bicycles bmx
-    motorcycle: motorbike motorcycles dirtbike
-    car: cars racecar automobile
-    boat: boats sailboat rowboat speedboat
-    kayak: canoe kayaks
-    raft:
-    truck: pickup
-    train: subway
-    bus:
-    atv: four-wheeler
-    scooter:
-    skateboard: skateboards
-    sled: sleigh
-    jeep:
-    tractor:
-    snowmobile:
-    unicycle:
-    wheelchair:
-    stroller:
-    tricycle:
+    bike: bicycle bikes bicycles bmx / motorcycle: motorbike motorcycles dirtbike / car: cars racecar automobile / boat:
+    boats sailboat rowboat speedboat / kayak: canoe kayaks / raft / truck: pickup / train: subway / bus / atv:
+    four-wheeler / scooter / sled: sleigh / jeep / tractor / snowmobile / unicycle / wheelchair / stroller / tricycle
 """)
 SPORTS = by_form("""
-    soccer:
-    football: quarterback
-    basketball:
-    tennis:
-    baseball: softball
-    hockey:
-    volleyball: vollyball
-    rugby:
-    cricket:
-    lacrosse:
-    golf: golfer
-    wrestling: wrestlers wrestler
-    boxing: boxer boxers
-    surfing: surfer surfers surfboard surfs
-    skateboarding: skateboarder skateboarders skateboard skateboards
-    snowboarding: snowboarder snowboard snowboarders
-    skiing: skier skis skiers
-    cycling: cyclist bicyclist cyclists biker bicycle bike bmx bikers bikes bicycles
-    climbing: climber climbers
-    kayaking: kayak kayaker canoe
-    skating: skaters rollerblades rollerblading rollerblader ice-skating skates
-    wakeboarding: wakeboarder wakeboard waterskiing waterskier
-    motocross: motorcyclist motorcycle motorbike motorcycles motorcyclists
-    diving: diver
-    karate: judo
-    gymnastics: gymnast
-    fencing:
-    ping-pong:
-    bowling:
-    horse-riding: horseback jockey
+    soccer / football: quarterback / basketball / tennis / baseball: softball / hockey / volleyball: vollyball / rugby /
+    cricket / lacrosse / golf: golfer / wrestling: wrestlers wrestler / boxing: boxer boxers / surfing: surfer surfers
+    surfboard surfs / skateboarding: skateboarder skateboarders skateboard skateboards / snowboarding: snowboarder
+    snowboard snowboarders / skiing: skier skis skiers / cycling: cyclist bicyclist cyclists biker bicycle bike bmx bikers
+    bikes bicycles / climbing: climber climbers / kayaking: kayak kayaker canoe / skating: skaters rollerblades
+    rollerblading rollerblader ice-skating skates / wakeboarding: wakeboarder wakeboard waterskiing waterskier /
+    motocross: motorcyclist motorcycle motorbike motorcycles motorcyclists / diving: diver / karate: judo / gymnastics:
+    gymnast / fencing / ping-pong / bowling / horse-riding: horseback jockey
 """)
 PLACES = by_form("""
-    in the snow: snow
-    in the water: water
-    on the beach: beach shore seashore
-    in the ocean: ocean sea surf
-    in the grass: grass lawn
-    in a field: field meadow pasture
-    on the street: street road intersection crosswalk
-    on the sidewalk: sidewalk pavement
-    in a park: park
-    in a pool: pool
-    on the sand: sand
-    in the woods: woods forest
-    on a mountain: mountain mountains mountaintop mountainside
-    on a hill: hill hillside slope
-    on a path: path trail
-    on a track: track racetrack
-    on a court: court
-    in a lake: lake pond
-    in a river: river stream creek rapids
-    in a yard: yard backyard
-    on a bench: bench
-    on a couch: couch sofa
-    on a bed: bed
-    on a swing: swing swings
-    on a slide: slide
-    on a ramp: ramp half-pipe halfpipe
-    on a rock: rock rocks boulder
-    on a cliff: cliff
-    on a stage: stage
-    on the ice: ice
-    in the mud: mud
-    on the stairs: stairs steps staircase
-    in a boat: boat canoe kayak raft
-    in a restaurant: restaurant cafe bar diner
-    in a kitchen: kitchen
-    in a store: store shop market supermarket
-    at a playground: playground
-    in a fountain: fountain
-    in a car: car
-    on a trampoline: trampoline
-    on a bridge: bridge
-    in the desert: desert dunes dune
-    in the dirt: dirt
-    on a train: train subway
-    in a gym: gym gymnasium
-    in a stadium: stadium arena
-    on a dock: dock pier
-    at a table: table
-    in a puddle: puddle
-    in a crowd: crowd
-    in a parade: parade
-    on the floor: floor carpet
-    in a chair: chair
-    on a wall: wall
-    in the leaves: leaves
+    in the snow: snow / in the water: water / on the beach: beach shore seashore / in the ocean: ocean sea surf / in the
+    grass: grass lawn / in a field: field meadow pasture / on the street: street road intersection crosswalk / on the
+    sidewalk: sidewalk pavement / in a park: park / in a pool: pool / on the sand: sand / in the woods: woods forest / on
+    a mountain: mountain mountains mountaintop mountainside / on a hill: hill hillside slope / on a path: path trail / on
+    a track: track racetrack / on a court: court / in a lake: lake pond / in a river: river stream creek rapids / in a
+    yard: yard backyard / on a bench: bench / on a couch: couch sofa / on a bed: bed / on a swing: swing swings / on a
+    slide: slide / on a ramp: ramp half-pipe halfpipe / on a rock: rock rocks boulder / on a cliff: cliff / on a stage:
+    stage / on the ice: ice / in the mud: mud / on the stairs: stairs steps staircase / in a boat: boat canoe kayak raft /
+    in a restaurant: restaurant cafe bar diner / in a kitchen: kitchen / in a store: store shop market supermarket / at a
+    playground: playground / in a fountain: fountain / in a car: car / on a trampoline: trampoline / on a bridge: bridge /
+    in the desert: desert dunes dune / in the dirt: dirt / on a train: train subway / in a gym: gym gymnasium / in a
+    stadium: stadium arena / on a dock: dock pier / at a table: table / in a puddle: puddle / in a crowd: crowd / in a
+    parade: parade / on the floor: floor carpet / in a chair: chair / on a wall: wall / in the leaves: leaves
 """)
 
 # ---- what is done: bare form, form in -s, form in -ing
@@ -564,3 +269,6 @@ AFTER_A_NOUN = set(
     "pool wall shoes suit suits trunks board gear equipment track course game trail machine match event".split()
 )
 PAIRS = {"shorts", "pants", "boots", "shoes", "gloves"}  # "what color are the ...?"
+ONLY_SEEN = set(
+    "water ocean sea mountain mountains hill snow river lake grass woods forest".split()
+)  # "looks at the water"
