@@ -21,7 +21,7 @@ from nanochat.cli_chat import chat
 from nanochat.cli_pictures import ask, caption, detect, embed, written_rows
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
-from nanochat.flags import Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
+from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.recipes import RECIPES, Recipe, recipe_name
 
 MAX_VOCAB = 2**20  # tokens
@@ -38,6 +38,7 @@ def evaluate(
     json_out: JsonOut = None,
     batch_size: int = 64,
     strict: bool = False,
+    beams: Beams = 1,
     device: Device = "auto",
 ) -> None:
     """Evaluate a checkpoint on a dataset, with controls: another picture, no picture, and the most common answer.
@@ -60,12 +61,14 @@ def evaluate(
     if os.path.isfile(os.path.join(dataset, "meta", "info.json")):
         from nanochat.evaluation.questions import evaluate_questions
 
+        if beams != 1:
+            raise UserError(f"--beams is for captions and questions about pictures, got {beams} for a robot's episodes")
         n_frames = 1000 if limit is None else limit
         evaluate_questions(checkpoint, dataset, split, n_frames, batch_size, json_out, pick_device(device))
     else:
         from nanochat.evaluation.pictures import evaluate_dataset
 
-        evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device))
+        evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device), beams)
     say_where(json_out)
 
 

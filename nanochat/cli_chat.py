@@ -1,4 +1,4 @@
-"""nanochat chat: many questions about a picture, with line editing, history and commands. See cli.py."""
+"""nanochat chat: many questions about one or several pictures, with line editing, history and commands. See cli.py."""
 
 import glob
 import os
@@ -8,33 +8,42 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from nanochat.errors import UserError
 from nanochat.flags import Camera, SamplingFlags
 
 COMMANDS = {
-    "/image": "/image FILE  look at another picture (/image alone: at none); the conversation starts again",
+    "/image": "/image FILE  look at another picture, or at several files (/image alone: at none); the conversation starts again",
     "/help": "/help        this list",
     "/quit": "/quit        end the chat; so do Ctrl-D and an empty line. Ctrl-C stops an answer",
 }
 
 
 def chat(
-    image: Annotated[str | None, arg(help="An image file; by default the model answers without one.")] = None,
+    image: UseAppendAction[
+        Annotated[
+            tuple[str, ...],
+            arg(
+                metavar="FILE",
+                help="An image file; by default the model answers without one. Repeat the flag to show several together, if the "
+                "model was trained on several.",
+            ),
+        ]
+    ] = (),
     camera: Camera = None,
     sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
 ) -> None:
-    """Chat about a picture. /help lists the commands of the chat, such as /image FILE; Ctrl-C stops an answer; /quit, an empty
-    line or Ctrl-D ends the chat."""
+    """Chat about a picture, or several together. /help lists the commands of the chat, such as /image FILE; Ctrl-C stops an
+    answer; /quit, an empty line or Ctrl-D ends the chat."""
     from nanochat.inputs import find_pictures, open_source
 
-    if image is not None and camera is not None:
+    if image and camera is not None:
         raise UserError("give --image or --camera, not both")
-    pictures = find_pictures([] if image is None else [checked_file(image)], camera)
+    pictures = find_pictures([checked_file(name) for name in image], camera)
     settings, agent = sampling.sampling(), sampling.agent()
     session = Session(agent, sampling.max_new_tokens, settings)
-    session.show(open_source(pictures[0]) if pictures else None)
+    session.show([open_source(picture) for picture in pictures])
     if not sys.stdin.isatty():
         for line in sys.stdin:
             if not line.strip() or not session.answer(line.strip()):
@@ -50,7 +59,7 @@ def checked_file(image: str) -> str:
     if not image.strip():
         raise UserError("the name of the picture is empty: --image FILE")
     if os.path.isdir(os.path.expanduser(image)):
-        raise UserError(f"{image} is a folder; a chat is about one picture: --image FILE")
+        raise UserError(f"{image} is a folder, expected a picture: --image FILE")
     return image
 
 
@@ -74,15 +83,16 @@ def converse(session: "Session") -> bool:
 
 
 class Session:
-    """A conversation about one picture, which `/image` replaces."""
+    """A conversation about the same pictures, which `/image` replaces."""
 
     def __init__(self, agent, max_new_tokens: int | None, settings):
         self.agent, self.max_new_tokens, self.settings = agent, max_new_tokens, settings
 
-    def show(self, image) -> None:
+    def show(self, images: list) -> None:
         from nanochat.agent import Chat
 
-        self.chat = Chat(self.agent, None if image is None else self.agent.look(image))
+        self.agent.check_images(len(images))
+        self.chat = Chat(self.agent, self.agent.look(images) if images else None)
 
     def answer(self, line: str) -> bool:
         """Answer a question, or carry out a command. Returns whether the chat goes on. Raises UserError."""
@@ -92,21 +102,24 @@ class Session:
         elif command == "/quit":
             return False
         elif command == "/image":
-            self.change_picture(rest.strip())
+            self.change_pictures(rest.strip())
         elif command == "/help":
             print(*COMMANDS.values(), sep="\n")
         else:
             raise UserError(f"there is no command {command}: /help lists them")
         return True
 
-    def change_picture(self, name: str) -> None:
+    def change_pictures(self, words: str) -> None:
         from nanochat.vision.images import open_image
 
-        if not os.path.exists(os.path.expanduser(name)):  # it may be quoted, as in a shell
+        names = [words] if words else []
+        if words and not os.path.exists(os.path.expanduser(words)):  # it may be quoted, or several, as in a shell
             with suppress(ValueError):
-                name = " ".join(shlex.split(name))
-        self.show(open_image(name) if name else None)
-        print(f"looking at {name}" if name else "no picture now")
+                split = shlex.split(words)
+                several = all(os.path.exists(os.path.expanduser(name)) for name in split)
+                names = split if several else [" ".join(split)]
+        self.show([open_image(name) for name in names])
+        print(f"looking at {', '.join(names)}" if names else "no picture now")
 
 
 def print_stream(pieces: Iterable[str]) -> None:

@@ -13,7 +13,18 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from nanochat.cli_chat import print_stream
 from nanochat.errors import UserError
-from nanochat.flags import Camera, EncoderFlags, JsonRows, MaybeOut, Pictures, SamplingFlags, check_out, next_step
+from nanochat.flags import (
+    Beams,
+    Camera,
+    EncoderFlags,
+    Frames,
+    JsonRows,
+    MaybeOut,
+    Pictures,
+    SamplingFlags,
+    check_out,
+    next_step,
+)
 
 EMBED_BATCH = 16  # images per forward pass of `embed`: limits the memory
 BOX_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -27,21 +38,40 @@ def ask(
         Positional[tuple[str, ...]],
         arg(
             metavar='IMAGE... "QUESTION"',
-            help="Pictures (image files, folders, quoted globs, or - for the standard input), then the question.",
+            help="Pictures (image files, folders, quoted globs, or - for the standard input) or videos, then the question.",
             help_behavior_hint="",
         ),
     ],
+    each: bool = False,
+    frames: Frames = None,
     camera: Camera = None,
     json_rows: JsonRows = None,
     sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
 ) -> None:
-    """Ask a question about a picture. With several pictures, the question is asked about each of them separately."""
+    """Ask a question about a picture, about several together, or about a video.
+
+    - nanochat ask a.jpg "what color is the car?"
+    - nanochat ask a.jpg b.jpg "what changed?"
+    - nanochat ask clip.mp4 "what happens?" --frames 8
+    - nanochat ask photos/ "is there a dog?" --each
+
+    Several pictures are one question, unless --each is given. They stand before it in their order, or where it has
+    <image>: "is <image> brighter than <image>?" A model answers about as many as it was trained on.
+
+    Args:
+        each: Ask the question about each picture separately, instead of once about all of them together.
+    """
     images, question = split_question(args, camera)
-    answer_each(images, camera, question, sampling, json_rows, lambda text: {"question": question, "answer": text})
+    answer_pictures(
+        images, camera, frames, question, sampling, json_rows,
+        to_row=lambda text: {"question": question, "answer": text}, each=each,
+    )  # fmt: skip
 
 
 def caption(
     images: Pictures,
+    beams: Beams = 1,
+    frames: Frames = None,
     camera: Camera = None,
     json_rows: JsonRows = None,
     sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
@@ -51,7 +81,10 @@ def caption(
 
     if not images and camera is None:
         raise UserError("caption needs at least one picture: nanochat caption IMAGE...")
-    answer_each(images, camera, CAPTION_PROMPT, sampling, json_rows, lambda text: {"caption": text})
+    answer_pictures(
+        images, camera, frames, CAPTION_PROMPT, sampling, json_rows,
+        to_row=lambda text: {"caption": text}, each=True, beams=beams,
+    )  # fmt: skip
 
 
 def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[str], str]:
@@ -62,14 +95,17 @@ def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[st
     *images, question = args
     if not question.strip():
         raise UserError(f"the question is empty: {usage}")
-    from nanochat.inputs import is_picture_name
+    from nanochat.inputs import is_picture_name, is_video_name
+
+    def is_input_name(word: str) -> bool:
+        return is_picture_name(word) or is_video_name(word)
 
     def is_there(word: str) -> bool:
         is_pattern = glob.has_magic(word) and (not word.endswith("?") or glob.glob(word))  # not a question
         return word == "-" or bool(is_pattern) or os.path.exists(os.path.expanduser(word))
 
-    missing = [word for word in images if not is_there(word) and not is_picture_name(word)]
-    picture_last = is_picture_name(question) and not question.endswith("?")
+    missing = [word for word in images if not is_there(word) and not is_input_name(word)]
+    picture_last = is_input_name(question) and not question.endswith("?")
     if question == "-" or picture_last or (missing and os.path.exists(os.path.expanduser(question))):
         raise UserError(f"the question comes last: {usage}; the last argument is {question!r}, a picture")
     if any(" " in word for word in missing):
@@ -82,30 +118,55 @@ def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[st
     return images, question
 
 
-def answer_each(
+def answer_pictures(
     words: Sequence[str],
     camera: int | None,
+    frames: int | None,
     question: str,
     flags: SamplingFlags,
     out: Path | None,
+    *,
     to_row: Callable[[str], dict],
+    each: bool,
+    beams: int = 1,
 ) -> None:
-    from nanochat.inputs import find_pictures, opened
+    """Print or write the answers to a question: one about each picture, or one about all of them together."""
+    from nanochat.inputs import find_pictures, note, opened
 
     with written_rows(out) as add:
-        pictures = find_pictures(words, camera)
+        pictures = find_pictures(words, camera, frames)
         sampling, agent = flags.sampling(), flags.agent()
-        for picture, image in opened(pictures, "answering", prints=str(out) in ("None", "-")):
-            if isinstance(image, Exception):
-                add({"file": picture.name, "error": str(image)})
-                continue
-            answer = agent.ask(question, agent.look(image), flags.max_new_tokens, sampling)
+
+        def whole() -> Iterator[tuple]:
+            for picture, image in opened(pictures, "answering", prints=each and str(out) in ("None", "-")):
+                if isinstance(image, Exception):
+                    add({"file": picture.name, "error": str(image)})
+                else:
+                    yield picture, image
+
+        if not each:
+            agent.check_images(len(pictures))
+        for group in ([one] for one in whole()) if each else [list(whole())]:
+            shown, images = zip(*group, strict=True)
+            answer = agent.ask(question, agent.look(list(images)), flags.max_new_tokens, sampling, beams)
             if out is not None:
-                add({"file": picture.name} | to_row("".join(answer).strip()))
-            else:
-                if len(pictures) > 1:
-                    print(f"{picture.name}: ", end="")
-                print_stream(answer)
+                add(sources(shown) | to_row("".join(answer).strip()))
+                continue
+            if each and (len(pictures) > 1 or shown[0].time is not None):
+                print(f"{shown[0].label}: ", end="")
+            elif any(picture.time is not None for picture in shown):
+                note("about " + ", ".join(picture.label for picture in shown))
+            print_stream(answer)
+
+
+def sources(pictures: Sequence) -> dict:
+    """The pictures behind an answer as they stand in --json: "file" for one, "files" for several; for frames of a video also
+    their "time" or "times" in seconds, null for other pictures."""
+    names, times = [picture.name for picture in pictures], [picture.time for picture in pictures]
+    row = {"file": names[0]} if len(names) == 1 else {"files": names}
+    if set(times) != {None}:
+        row |= {"time": times[0]} if len(times) == 1 else {"times": times}
+    return row
 
 
 @contextmanager
@@ -189,7 +250,9 @@ def embed(
             if isinstance(image, Exception):
                 add({"file": picture.name, "error": str(image)})
                 continue
-            batch.append((picture.name, square(image, encoder.image_size, encoder.antialias)[0]))  # a photograph may have 300 MB
+            batch.append(
+                (picture.name, square(image, encoder.image_size, encoder.antialias)[0])
+            )  # a photograph may have 300 MB
             if len(batch) == EMBED_BATCH:
                 flush()
         flush()

@@ -18,8 +18,21 @@ JsonRows = Annotated[
     arg(
         name="json",
         metavar="[FILE]",
-        help="Write the results as JSON, one object per picture: to FILE, which is a .json (a list) or .jsonl (one per line) "
+        help="Write the results as JSON, one object per answer: to FILE, which is a .json (a list) or .jsonl (one per line) "
         "file, or without FILE to the standard output, one per line.",
+    ),
+]
+Frames = Annotated[
+    int | None,
+    arg(
+        help="How many pictures to take of each video, folder or glob, evenly spaced in time or order: "
+        "clip.mp4 --frames 8. Videos need PyAV (pip install av)."
+    ),
+]
+Beams = Annotated[
+    int,
+    arg(
+        help="Beam search: follow this many answers at once and take the likeliest; 1 is greedy, 3 is usual for captions."
     ),
 ]
 Camera = Annotated[int | None, arg(help="Take the picture with this camera, 0 for the first. Needs OpenCV.")]

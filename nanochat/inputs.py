@@ -1,7 +1,8 @@
-"""Pictures that a command is given: files, folders, quoted globs, - for the standard input, and a camera."""
+"""Pictures that a command is given: files, folders, quoted globs, - for the standard input, a camera, and frames of videos."""
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from nanochat.errors import UserError
+from nanochat.vision.clips import MAX_FRAMES, clip_frames
 from nanochat.vision.images import MAX_BYTES, ImageError, file_bytes, open_image
 
 # Endings by which pictures are found in a folder; a file that is named itself may have any name
@@ -19,6 +21,9 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .jpx .tga .ico "
     ".qoi".split()
 )
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .mts .m2ts .ts .wmv .flv .3gp .ogv".split()
+)  # a file that is named itself and is no picture by its name may be one, too
 MAX_CAMERA = 99
 WARM_UP = 5  # frames of a camera that are dropped: the first ones are often dark
 
@@ -29,39 +34,82 @@ class Picture:
 
     name: what messages and results call it. source: a path, encoded bytes, or an RGB array.
     named: the user named this very file, so a broken one is an error; broken pictures of a folder or a glob are left out.
+    time: of a frame of a video, in seconds from its start.
     """
 
     name: str
     source: str | bytes | np.ndarray
     named: bool = True
+    time: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.time is None else f"{self.name} at {self.time:.2f} s"
 
 
-def find_pictures(words: Sequence[str], camera: int | None = None) -> list[Picture]:
-    """The pictures behind the words of a command line, in order; those of a folder are sorted by path.
+def find_pictures(words: Sequence[str], camera: int | None = None, frames: int | None = None) -> list[Picture]:
+    """The pictures behind the words of a command line, in order; those of a folder or a glob are sorted by path, the numbers in
+    it by their value.
 
-    Raises ImageError for a file that does not exist, a folder without pictures, a glob that matches nothing, and a camera that
-    cannot be read.
+    frames: how many pictures to take of each video, folder and glob, evenly spaced; None takes all of a folder or a glob.
+
+    Raises ImageError for a file that does not exist, a folder without pictures, a glob that matches nothing, a camera or a video
+    that cannot be read; UserError for a number of frames without anything to take them from, and for a video without it.
     """
     if words.count("-") > 1:
         raise UserError("- is the picture on the standard input and can be given once")
-    found = [picture for word in words for picture in pictures_of(word)]
+    if frames is not None and not 1 <= frames <= MAX_FRAMES:
+        raise UserError(f"--frames must be in 1..{MAX_FRAMES}, got {frames}")
+    if frames is not None and not any(holds_frames(word) for word in words):
+        raise UserError("--frames takes pictures from videos, folders and globs, and there is none")
+    found = [picture for word in words for picture in pictures_of(word, frames)]
     return found if camera is None else [*found, Picture(f"camera {camera}", camera_frame(camera))]
 
 
-def pictures_of(word: str) -> list[Picture]:
+def holds_frames(word: str) -> bool:
+    path = os.path.expanduser(word)
+    return word != "-" and not (os.path.isfile(path) and is_picture_name(path))
+
+
+def pictures_of(word: str, frames: int | None = None) -> list[Picture]:
     if word == "-":
         return [Picture("-", standard_input())]
     path = os.path.expanduser(word)
     if os.path.isdir(path):
-        return pictures_below(path)
+        return evenly(pictures_below(path), frames)
     if os.path.isfile(path):
-        return [Picture(printable(word), path)]
+        is_video = is_video_name(path) or (frames is not None and not is_picture_name(path))
+        return frames_of(path, word, frames) if is_video else [Picture(printable(word), path)]
     if os.path.exists(path):  # a pipe can be read only once
         return [Picture(printable(word), file_bytes(path))]
     if glob.has_magic(path):
-        return pictures_matching(path, word)
+        return pictures_matching(path, word, frames)
     open_image(path)  # raises the error for a file that is not there
     raise ImageError(f"{printable(word)} cannot be read")  # it was created just now
+
+
+def frames_of(path: str, word: str, frames: int | None) -> list[Picture]:
+    """Frames of a video. Prints a note if it has fewer."""
+    name = printable(word)
+    if frames is None:
+        raise UserError(
+            f"{name} is a video, expected a picture: --frames 8 of `nanochat ask` and `nanochat caption` takes eight "
+            "pictures of it"
+        )
+    found = [Picture(name, frame.pixels, time=frame.time) for frame in clip_frames(path, frames)]
+    if len(found) < frames:
+        note(f"{name} has only {len(found)} different frames at {frames} times")
+    return found
+
+
+def evenly(pictures: list[Picture], frames: int | None) -> list[Picture]:
+    """The pictures in the middle of each of `frames` parts of a list; all of them for None."""
+    if frames is None:
+        return pictures
+    if len(pictures) < frames:
+        note(f"--frames {frames}: there are only {len(pictures)} pictures, and all are taken")
+        return pictures
+    return [pictures[int((i + 0.5) * len(pictures) / frames)] for i in range(frames)]
 
 
 def pictures_below(folder: str) -> list[Picture]:
@@ -73,7 +121,7 @@ def pictures_below(folder: str) -> list[Picture]:
 
     for place, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
+        for name in sorted((name for name in names if not name.startswith(".")), key=by_number):
             (found if is_picture_name(name) else others).append(os.path.join(place, name))
     if not found:
         raise ImageError(f"{printable(folder)} is a folder without pictures (.jpg, .png, .webp, ...)")
@@ -83,18 +131,23 @@ def pictures_below(folder: str) -> list[Picture]:
     return [Picture(printable(name), name, named=False) for name in found]
 
 
-def pictures_matching(pattern: str, word: str) -> list[Picture]:
-    """The pictures that match a glob; ** is any number of folders. A folder that exists under its literal name is not a
-    pattern, so brackets in the name of a folder are safe."""
+def pictures_matching(pattern: str, word: str, frames: int | None) -> list[Picture]:
+    """The pictures and videos that match a glob; ** is any number of folders. A folder that exists under its literal name is not
+    a pattern, so brackets in the name of a folder are safe."""
     parts = Path(pattern).parts
     literal = next((n for n in range(len(parts) - 1, 0, -1) if os.path.isdir(Path(*parts[:n]))), 0)
     place = glob.escape(str(Path(*parts[:literal]))) if literal else ""
-    matches = sorted(glob.glob(os.path.join(place, *parts[literal:]), recursive=True))
+    matches = sorted(glob.glob(os.path.join(place, *parts[literal:]), recursive=True), key=by_number)
     found = [path for path in matches if not os.path.isdir(path)]
     if not found:
         folders = f", only {len(matches)} folders: name one, or match the files in it" if matches else ""
         raise ImageError(f"no file matches {printable(word)}{folders}")
-    return [Picture(printable(path), path, named=False) for path in found]
+    videos = [path for path in found if is_video_name(path)]
+    pictures = [Picture(printable(path), path, named=False) for path in found if path not in videos]
+    return [
+        *(evenly(pictures, frames) if pictures else []),
+        *(picture for path in videos for picture in frames_of(path, path, frames)),
+    ]
 
 
 def standard_input() -> bytes:
@@ -183,6 +236,15 @@ def with_progress(items: Sequence, label: str, quiet: bool = False) -> Iterator:
 
 def is_picture_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def is_video_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def by_number(name: str) -> list[str | int]:
+    """A key to sort by that puts frame2 before frame10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def note(message: str) -> None:

@@ -35,7 +35,7 @@ class NumberAgent:
     def look(self, names):
         return torch.stack([torch.full((1, 3), float(name.removesuffix(".png"))) for name in names])
 
-    def answer_all(self, conversations, vectors, max_new_tokens):
+    def answer_all(self, conversations, vectors, max_new_tokens, beams=1):
         assert len(conversations) == len(vectors) and all(v.shape[1:] == (1, 3) for v in vectors)
         return [f"{'+'.join(f'{picture.unique().item():.0f}' for picture in v)} {max_new_tokens}" for v in vectors]
 

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanochat.agent import Agent
+from nanochat.beams import check_beams
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset, picture_groups
 from nanochat.data.image_files import check_decodable
 from nanochat.errors import UserError
@@ -52,18 +53,20 @@ def evaluate_dataset(
     batch_size: int,
     strict: bool,
     device: torch.device,
+    beams: int = 1,
 ) -> dict:
     """Answer a dataset, or a random subset of n_samples; print the scores and return them (see `score`).
 
     split: None for the part that training held out of this data, or what `held_out.default_split` chooses.
-    json_out: a file to write the scores to.
+    json_out: a file to write the scores to. beams: see `beams.beam_search`; 1 is greedy.
 
     Raises:
-        ValueError: the batch size is below 1, or no sample has a picture.
+        ValueError: the batch size or the number of beams is out of range, or no sample has a picture.
         DataError, CheckpointError: the dataset or the checkpoint cannot be read.
     """
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    check_beams(beams)
     console, reason = Console(), ""
     if split is not None:  # wrong data is reported before the model is loaded
         data = load_dataset(dataset, split, strict)
@@ -81,9 +84,9 @@ def evaluate_dataset(
     with Progress(console=console) as progress:
         bar = progress.add_task("answering", total=None)
         answers = answer_dataset(
-            agent, data, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
+            agent, data, batch_size, lambda done, total: progress.update(bar, completed=done, total=total), beams
         )
-    result = score(answers) | {"split": split}
+    result = score(answers) | {"split": split, "beams": beams}
     if overlap.trained_on is not None:
         result["training_pictures"] = overlap.trained_on
     console.print(table(result))
@@ -124,8 +127,10 @@ def answer_dataset(
     dataset: Dataset,
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    beams: int = 1,
 ) -> Answers:
-    """Greedy answers to every sample with a picture, under every condition. progress(done, total) is called after each batch.
+    """The answers to every sample with a picture, under every condition: greedy, or by beam search with more than one beam.
+    progress(done, total) is called after each batch.
 
     Pictures that some sample shows together are exchanged with those of other samples, see `picture_groups`.
 
@@ -164,7 +169,7 @@ def answer_dataset(
         for room, part in parts:
             conversations = [samples[i].messages[:-1] for i in part]
             shown = [vectors[[row_of[key] for key in keys[i]]] for i in part]  # (pictures of the sample, N, D) each
-            for i, answer in zip(part, agent.answer_all(conversations, shown, room), strict=True):
+            for i, answer in zip(part, agent.answer_all(conversations, shown, room, beams), strict=True):
                 found[i] = answer
             progress(done := done + 1, total)
     return Answers(dataset, by_condition, sum(room < 1 for room in rooms), len(dataset.samples) - len(samples))
