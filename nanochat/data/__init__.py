@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanochat.data import caption_questions, easy_vqa, folder, hf, jsonl, llava, table
+from nanochat.data import caption_questions, easy_vqa, folder, hf, jsonl, llava, pairs, table
 from nanochat.data.image_files import is_picture, short
 from nanochat.data.sample import CAPTION_PROMPT, Dataset, Sample, image_key, limit, one_per_reference
 from nanochat.data.splits import picture_groups
@@ -23,11 +23,13 @@ __all__ = [
 ]
 
 READABLE = (
-    "readable are: easy_vqa; .csv and .tsv with a header (file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO "
-    "captions) and .parquet files; folders with such files, with {split}.jsonl, with metadata.csv, or with a .txt next to each "
-    "picture; hf:owner/name from the hub. docs/DATA.md has the fields"
+    "readable are: easy_vqa; pairs; captions-questions:DATA; .csv and .tsv with a header (file,caption or "
+    "file,question,answer), .jsonl, .json (LLaVA, COCO captions) and .parquet files; folders with such files, with "
+    "{split}.jsonl, with metadata.csv, or with a .txt next to each picture; hf:owner/name from the hub. docs/DATA.md has the "
+    "fields"
 )
 READERS = {".jsonl": jsonl, ".json": llava, ".parquet": hf, ".csv": table, ".tsv": table}
+DRAWN = {"easy_vqa": easy_vqa, "pairs": pairs}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".zst")
 
 
@@ -61,8 +63,8 @@ def own_splits(name_or_path: str | Path) -> list[str]:
     if source := captions_of(name_or_path):
         return own_splits(source)
     kind, place = _find(name_or_path)
-    if kind is easy_vqa:
-        return ["train", "test"]
+    if kind in (easy_vqa, pairs):
+        return list(kind.OWN_SPLITS)
     if kind is folder:
         return folder.own_splits(Path(place))
     return hf.hub_splits(str(place)) if kind is hf and not os.path.isfile(place) else []
@@ -71,8 +73,8 @@ def own_splits(name_or_path: str | Path) -> list[str]:
 def _find(name_or_path: str | Path):
     """(the module that reads it, what it reads)"""
     name = str(name_or_path)
-    if name == "easy_vqa":
-        return easy_vqa, name
+    if name in DRAWN:
+        return DRAWN[name], name
     on_hub = name.startswith("hf:")
     path = _expanded(name.removeprefix("hf:"))
     if os.path.isdir(path):

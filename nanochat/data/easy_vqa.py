@@ -6,7 +6,8 @@ from nanochat.data.rows import read_rows
 from nanochat.data.sample import Dataset
 from nanochat.files import DataError
 
-SPLITS = ("train", "fit", "val", "test")
+OWN_SPLITS = ("train", "test")
+SPLITS = (*OWN_SPLITS, "fit", "val")
 
 
 def load(name: str = "easy_vqa", split: str | None = "train", strict: bool = False) -> Dataset:
