@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from nanochat.data import load_dataset
 from nanochat.data.sample import Dataset, Sample, caption_sample, vqa_sample
@@ -89,6 +90,41 @@ def test_what_the_model_sees_under_each_condition(batch_size):
     assert answers.by_condition == answer_dataset(NumberAgent(), data, 5).by_condition
 
 
+def test_single_shows_one_of_several_pictures():
+    def pair(i, n):
+        content = [{"type": "image"}] * n + [{"type": "text", "text": f"q{i}"}]
+        messages = ({"role": "user", "content": content}, {"role": "assistant", "content": "no"})
+        return Sample(tuple(f"{10 * i + k}.png" for k in range(1, n + 1)), messages)
+
+    answers = answer_dataset(NumberAgent(), Dataset("toy", "vqa", [pair(i, 2) for i in range(20)]), 3)
+    found = [tuple(map(int, shown.split("+"))) for shown in numbers(answers, "single")]
+    assert all(shown in ((10 * i + 1, 0), (0, 10 * i + 2)) for i, shown in enumerate(found))
+    assert {first > 0 for first, _ in found} == {True, False}  # sometimes the first, sometimes the second
+    assert numbers(answers, "single") == numbers(
+        answer_dataset(NumberAgent(), Dataset("toy", "vqa", [pair(i, 2) for i in range(20)]), 7), "single"
+    )
+    assert {"single", "shuffled"} < score(answers)["accuracy"].keys()
+    assert any("single shows one of them" in note for note in notes_of(answers))
+    mixed = answer_dataset(NumberAgent(), Dataset("toy", "vqa", [pair(0, 2), pair(1, 1)]), 3)
+    assert "single" not in mixed.by_condition
+
+
+def test_scores_by_kind_of_question():
+    kinds = ["color", "yes/no", "color", "yes/no"]
+    data = Dataset("toy", "vqa", [replace(s, kind=k) for s, k in zip(samples(), kinds, strict=True)])
+    by_condition = {"aligned": ["red", "yes", "blue", "yes"], "blind": ["red", "no", "red", "no"]}
+    result = score(Answers(data, by_condition))
+    color, yes_no = result["kinds"]["color"], result["kinds"]["yes/no"]
+    assert (color["n"], color["aligned"], color["blind"], color["majority"]) == (2, 1, 0.5, 0.5)
+    assert (yes_no["n"], yes_no["aligned"], yes_no["blind"], yes_no["majority"]) == (2, 0.5, 0.5, 0.5)
+    assert result["accuracy"]["aligned"] == 0.75
+    shown = Console(width=200)
+    with shown.capture() as text:
+        shown.print(table(result))
+    assert [line.split()[3] for line in text.get().splitlines() if "yes/no" in line] == ["50.0%"]
+    assert "kinds" not in score(Answers(Dataset("toy", "vqa", samples()), by_condition))
+
+
 def test_questions_that_fill_the_context_are_wrong_and_counted():
     """Long questions leave less room for the answer. They do not change the room of the others."""
     questions = {"5.png": "a" * 10, "6.png": "b" * 50, "7.png": "c" * 100, "8.png": "d"}
@@ -122,8 +158,6 @@ def test_one_picture_has_no_shuffled_condition():
 
 
 def test_the_table_shows_every_control(capsys):
-    from rich.console import Console
-
     by_condition = {"aligned": ["red"] * 4, "shuffled": ["no"] * 4, "blind": ["no"] * 4}
     console = Console(width=120)
     console.print(table(score(Answers(Dataset("data/p[a]", "vqa", samples()), by_condition))))

@@ -7,8 +7,8 @@ A table is text with an entry between slashes: "name: form form". The name is a 
 def by_form(table: str) -> dict[str, str]:
     """{form: name}."""
     found = {}
-    for entry in table.split("/"):
-        name, _, forms = entry.strip().partition(":")
+    for entry in " ".join(table.split()).split(" / "):
+        name, _, forms = entry.partition(":")
         found.update(dict.fromkeys([*forms.split(), *([] if " " in name else [name])], name))
     return found
 
@@ -260,7 +260,9 @@ PRESENCE = {
     "a flag": ("flag flags", "parade banner protest stadium race"),
     "an umbrella": ("umbrella umbrellas", "beach rain restaurant cafe parasol raining"),
 }
-# "no" of persons: words that may mean one, and crowds
+PRESENCE = {noun: (frozenset(own.split()), frozenset(related.split())) for noun, (own, related) in PRESENCE.items()}
+PERSONS_PRESENT = {"a man", "a woman", "a boy", "a girl", "a child"}
+# what may mean any of them: "is there a man?" is not answered with no where a caption says "person"
 ANY_PERSON = {form for table in (PERSONS, SEVERAL_PERSONS) for form, name in table.items() if name == "person"} | CROWDS
 
 PATTERNS = set("striped colorful multicolored plaid checkered colored floral patterned".split())

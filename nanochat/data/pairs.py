@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from nanochat.data.sample import Dataset, Sample
 from nanochat.data.splits import choose_split
@@ -84,8 +84,11 @@ def drawn_sample(split: str, number: int) -> Sample:
     background = rng.randrange(2**32)  # the same for both: only shapes differ
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
     messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
-    images = tuple(draw(scene, background) for scene in (first, second))
-    return Sample(images, messages, where=f"pairs/{split}:{number}", kind=kind)
+    where = f"pairs/{split}:{number}"
+    images = tuple(
+        draw(scene, background, f"{where} {place}") for scene, place in ((first, "first"), (second, "second"))
+    )
+    return Sample(images, messages, where=where, kind=kind)
 
 
 # ---- the changes: each gives (first scene, second scene, question, answer)
@@ -207,8 +210,9 @@ KINDS: dict[str, Callable[[random.Random], Change]] = {
 # ---- drawing
 
 
-def draw(scene: Scene, background: int) -> bytes:
-    """A PNG, SIDE x SIDE pixels. background: the seed of its colour and stripes."""
+def draw(scene: Scene, background: int, name: str) -> bytes:
+    """A PNG, SIDE x SIDE pixels. background: the seed of its colour and stripes. name: a comment in the file, so that two
+    pictures that look the same are not one file, and controls exchange each of them."""
     rng = random.Random(background)
     base = tuple(rng.randint(150, 235) for _ in range(3))
     stripe = tuple(min(255, max(120, value + rng.choice((-20, 20)))) for value in base)
@@ -220,8 +224,9 @@ def draw(scene: Scene, background: int) -> bytes:
         pen.rectangle((start, 0, start + wide, SIDE) if upright else (0, start, SIDE, start + wide), fill=1)
     for shape in scene:
         draw_shape(pen, shape)
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
+    file, comments = io.BytesIO(), PngImagePlugin.PngInfo()
+    comments.add_text("Comment", name)
+    image.save(file, "PNG", compress_level=1, pnginfo=comments)
     return file.getvalue()
 
 

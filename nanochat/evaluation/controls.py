@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 CONDITIONS = ("aligned", "shuffled", "blind")
+SINGLE = "single"  # of questions about several pictures: see `single_picture`
 
 
 def another_group(groups: Sequence[Hashable], seed: int = 0) -> list[int] | None:
@@ -61,6 +62,17 @@ def conditions(vectors: torch.Tensor, groups: Sequence[Hashable], seed: int = 0)
     if partner is not None:
         result["shuffled"] = vectors[partner]
     return result | {"blind": vectors.new_zeros(vectors.shape)}
+
+
+def single_picture(vectors: torch.Tensor, row: int, seed: int = 0) -> torch.Tensor:
+    """The vectors of one row's pictures, of which only one is shown, drawn at random; the others are zeros, as in "blind".
+
+    vectors: (pictures of the row, N, D). An answer that needs all pictures of the row cannot be better than a guess.
+    """
+    shown = np.random.default_rng([seed, row]).integers(len(vectors))
+    kept = vectors.new_zeros(vectors.shape)
+    kept[shown] = vectors[shown]
+    return kept
 
 
 def commonest_answer(answers: Sequence[str]) -> str:

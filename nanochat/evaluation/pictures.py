@@ -19,7 +19,7 @@ from nanochat.data import Dataset, Sample, image_key, limit, load_dataset, pictu
 from nanochat.data.image_files import check_decodable
 from nanochat.errors import UserError
 from nanochat.evaluation import metrics
-from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
+from nanochat.evaluation.controls import CONDITIONS, SINGLE, commonest_answer, conditions, single_picture
 from nanochat.evaluation.held_out import default_split, training_overlap
 from nanochat.files import atomic_path
 from nanochat.vision.images import ImageError, ImageSource
@@ -30,7 +30,8 @@ NEW_TOKENS = {"vqa": 24, "caption": 32}
 @dataclass
 class Answers:
     """The model's answers to the samples that have a picture, under each condition; "shuffled" is missing if there is only
-    one group of pictures. samples: those that were answered, in the order of the answers."""
+    one group of pictures, "single" unless all samples have several pictures. samples: those that were answered, in the order
+    of the answers."""
 
     dataset: Dataset
     by_condition: dict[str, list[str]]
@@ -109,7 +110,10 @@ def notes_of(answers: Answers) -> list[str]:
         notes.append(f"{answers.without_picture} of {total} samples have no picture: not evaluated")
     several = sum(len(sample.images) > 1 for sample in answers.samples)
     if several:
-        notes.append(f"{several} samples have several pictures: shuffled and blind change all pictures of a sample")
+        notes.append(
+            f"{several} samples have several pictures: shuffled and blind change all pictures of a sample"
+            + (", single shows one of them" if SINGLE in answers.by_condition else "")
+        )
     if answers.too_long:
         notes.append(f"{answers.too_long} questions do not fit into the context: counted as wrong")
     if data.task == "caption":
@@ -156,19 +160,24 @@ def answer_dataset(
     context, wanted = agent.model.config.sequence_len, NEW_TOKENS[dataset.task]
     rooms = [min(wanted, context - len(agent.prompt(sample.messages[:-1]))) for sample in samples]
     parts = list(batches(rooms, batch_size))
-    n_conditions = len(CONDITIONS) if len(set(groups)) > 1 else len(CONDITIONS) - 1
+    several = all(len(own) > 1 for own in keys)
+    n_conditions = len(CONDITIONS) - (len(set(groups)) == 1) + several
     total, done = -(-len(sources) // batch_size) + n_conditions * len(parts), 0
 
     looked, pictures = [], list(sources.values())
     for start in range(0, len(pictures), batch_size):
         looked.append(look(agent, pictures[start : start + batch_size]))
         progress(done := done + 1, total)
-    by_condition = {}
-    for condition, vectors in conditions(torch.cat(looked), groups).items():  # (pictures, N, D)
+    by_condition, seen = {}, conditions(torch.cat(looked), groups)  # (pictures, N, D) each
+    if several:
+        seen[SINGLE] = seen["aligned"]
+    for condition, vectors in seen.items():
         found = by_condition[condition] = [""] * len(samples)
         for room, part in parts:
             conversations = [samples[i].messages[:-1] for i in part]
             shown = [vectors[[row_of[key] for key in keys[i]]] for i in part]  # (pictures of the sample, N, D) each
+            if condition == SINGLE:
+                shown = [single_picture(own, i) for own, i in zip(shown, part, strict=True)]
             for i, answer in zip(part, agent.answer_all(conversations, shown, room, beams), strict=True):
                 found[i] = answer
             progress(done := done + 1, total)
@@ -199,7 +208,8 @@ def score(answers: Answers) -> dict:
 
     Each measure is {"aligned", "shuffled" (None if there is only one picture), "blind", "majority", "ci95": [low, high] of
     aligned}. Accuracy and exact match are 0..1, BLEU and CIDEr have their usual scale of 0..100. "too_long" is there if some
-    questions fill the context, "without_picture" if some samples have no picture: their numbers.
+    questions fill the context, "without_picture" if some samples have no picture: their numbers. "kinds" is there if the
+    questions have kinds: {kind: {"n", and the same values as "accuracy"}}.
     """
     dataset, samples = answers.dataset, answers.samples
     groups = picture_groups(samples)
@@ -215,7 +225,21 @@ def score(answers: Answers) -> dict:
 def score_vqa(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
     references = [sample.references for sample in samples]
     majority = commonest_answer([usual for usual, *_ in references])
-    return {"accuracy": exact(by_condition | {"majority": [majority] * len(samples)}, references, keys)}
+    result = {"accuracy": exact(by_condition | {"majority": [majority] * len(samples)}, references, keys)}
+    rows: dict[str, list[int]] = {}
+    for row, sample in enumerate(samples):
+        rows.setdefault(sample.kind, []).append(row)
+    if len(rows) > 1:
+        result["kinds"] = {
+            kind or "other": {"n": len(own)}
+            | score_vqa(
+                [samples[row] for row in own],
+                {condition: [answers[row] for row in own] for condition, answers in by_condition.items()},
+                [keys[row] for row in own],
+            )["accuracy"]
+            for kind, own in rows.items()
+        }
+    return result
 
 
 def score_captions(samples: Sequence[Sample], by_condition: dict[str, list[str]], keys: list[str]) -> dict:
@@ -251,8 +275,9 @@ def measure(row: dict[str, float], interval: metrics.Estimate, scale: float = 1)
 
 def table(result: dict) -> Table:
     """The scores for a terminal: one row per measure, the column with the right picture first."""
-    measures = {name: row for name, row in result.items() if isinstance(row, dict)}
-    columns = [c for c in (*CONDITIONS, "majority") if any(c in row for row in measures.values())]
+    measures = {name: row for name, row in result.items() if isinstance(row, dict) and name != "kinds"}
+    measures |= result.get("kinds", {})
+    columns = [c for c in (*CONDITIONS, SINGLE, "majority") if any(c in row for row in measures.values())]
     out = Table(title=f"{escape(result['dataset'])}: {result['n']:,} samples, {result['n_images']:,} pictures")
     if "majority" in columns:
         out.caption = "majority: the most common answer, computed on the test answers, so optimistic"
@@ -260,7 +285,7 @@ def table(result: dict) -> Table:
     for column in ("aligned", "95 % interval", *columns[1:]):
         out.add_column(column, justify="right")
     for name, row in measures.items():
-        style = "{:.1%}" if name in ("accuracy", "exact_match") else "{:.1f}"
+        style = "{:.1f}" if name.startswith(("bleu", "cider")) else "{:.1%}"
         low_high = " .. ".join(style.format(v) for v in row["ci95"])
         cells = ["" if row.get(c) is None else style.format(row[c]) for c in columns]
         out.add_row(name, cells[0], low_high, *cells[1:])
