@@ -242,9 +242,10 @@ def is_video_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
-def by_number(name: str) -> list[str | int]:
-    """A key to sort by that puts frame2 before frame10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+def by_number(name: str) -> tuple[list[str | int], str]:
+    """A key to sort by that puts frame.png before frame2.png, and that before frame10.png."""
+    stem, suffix = os.path.splitext(name)
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", stem))], suffix
 
 
 def note(message: str) -> None:

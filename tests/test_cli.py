@@ -41,7 +41,7 @@ def picture(number):
 
 def test_ask_answers_for_each_of_several_pictures(nanochat):
     pictures = [picture(0), picture(1), picture(0)]
-    out = nanochat("ask", *pictures, QUESTION).out.splitlines()
+    out = nanochat("ask", *pictures, QUESTION, "--each").out.splitlines()
     assert out == [f"{name}: {colour}" for name, colour in zip(pictures, ("red", "black", "red"), strict=True)]
 
 
@@ -281,7 +281,7 @@ BROKEN = {
 @pytest.mark.parametrize(("name", "content"), BROKEN.items())
 def test_broken_pictures_are_one_line(nanochat, tmp_path, name, content):
     (tmp_path / name).write_bytes(content[0])
-    printed = nanochat("ask", PICTURE, tmp_path / name, QUESTION, code=2)
+    printed = nanochat("ask", PICTURE, tmp_path / name, QUESTION, "--each", code=2)
     assert printed.err.startswith(f"error: {tmp_path / name} ") and content[1] in printed.err
     assert printed.out == "" and printed.err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -66,7 +66,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(nanochat, monkeypatch):
     ("words", "message"),
     [
         (["--image", ""], "the name of the picture is empty"),
-        (["--image", str(ROOT / "nanochat/assets")], "a chat is about one picture"),
+        (["--image", str(ROOT / "nanochat/assets")], "is a folder, expected a picture"),
         (["--image", PICTURE, "--camera", "0"], "not both"),
         (["--image", "gone.png"], "there is no file gone.png"),
         (["--checkpoint", " "], "--checkpoint is empty"),

@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["", "*.png", "?.png"])
 def test_ask_about_a_folder(nanochat, folder, pattern):
-    printed = nanochat("ask", folder / pattern, QUESTION)
+    printed = nanochat("ask", folder / pattern, QUESTION, "--each")
     assert printed.out.splitlines() == [f"{folder}/{number}.png: {colour}" for number, colour in enumerate(COLOURS)]
     assert f"left out: {folder}/x.png" in printed.err and "1 of 4 pictures cannot be opened" in printed.err
 
@@ -50,14 +50,14 @@ def test_ask_about_the_standard_input_and_a_camera(nanochat, monkeypatch):
 
 
 def test_json_of_answers(nanochat, folder, tmp_path):
-    rows = [json.loads(line) for line in nanochat("ask", folder, QUESTION, "--json").out.splitlines()]
+    rows = [json.loads(line) for line in nanochat("ask", folder, QUESTION, "--each", "--json").out.splitlines()]
     assert [row.get("answer") for row in rows] == [*COLOURS, None] and "x.png" in rows[3]["error"]
     assert rows[0] == {"file": f"{folder}/0.png", "question": QUESTION, "answer": "red"}
-    assert nanochat("ask", folder, QUESTION, "--json", tmp_path / "r.json").out == f"4 results in {tmp_path}/r.json\n"
-    nanochat("ask", folder, QUESTION, "--json", tmp_path / "r.jsonl")
+    assert nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "r.json").out == f"4 results in {tmp_path}/r.json\n"
+    nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "r.jsonl")
     assert json.loads((tmp_path / "r.json").read_text()) == rows
     assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == rows
-    error = nanochat("ask", folder, QUESTION, "--json", tmp_path / "none/r.json", code=2).err
+    error = nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "none/r.json", code=2).err
     assert "there is no folder" in error
     frame = Path(PICTURE).parents[1] / "demo/frame.png"
     row = json.loads(nanochat("caption", frame, "--checkpoint", "robot", "--json").out)
@@ -71,19 +71,19 @@ def test_json_of_answers(nanochat, folder, tmp_path):
 def test_answers_survive_a_stop(nanochat, folder, tmp_path, monkeypatch, suffix, error, code):
     out, look, n_good = tmp_path / f"r{suffix}", Agent.look, 0
 
-    def look_or_stop(agent, image):
+    def look_or_stop(agent, images):
         nonlocal n_good
         n_good -= 1
         if n_good < 0:
             raise error
-        return look(agent, image)
+        return look(agent, images)
 
     monkeypatch.setattr(Agent, "look", look_or_stop)
     out.write_text("older")
-    printed = nanochat("ask", folder, QUESTION, "--json", out, code=code)
+    printed = nanochat("ask", folder, QUESTION, "--each", "--json", out, code=code)
     assert printed.out == "" and out.read_text() == "older"  # no answer yet: as if it never ran
     n_good = 2
-    printed = nanochat("ask", folder, QUESTION, "--json", out, code=code)
+    printed = nanochat("ask", folder, QUESTION, "--each", "--json", out, code=code)
     assert printed.out == f"2 results in {out}, incomplete\n" and (str(error) or "stopped") in printed.err
     text = out.read_text()
     rows = json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]

@@ -146,7 +146,7 @@ def test_output_that_the_terminal_cannot_show_is_no_bug(tmp_path):
     shutil.copy(PICTURE, tmp_path / "é.png")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-m", "nanochat", "ask", "é.png", PICTURE, QUESTION],
+        [sys.executable, "-m", "nanochat", "ask", "é.png", PICTURE, QUESTION, "--each"],
         capture_output=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith(b"\\xe9.png: red")
