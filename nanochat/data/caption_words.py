@@ -100,10 +100,9 @@ SPORTS = by_form("""
     soccer / football: quarterback / basketball / tennis / baseball: softball / hockey / volleyball: vollyball / rugby /
     cricket / lacrosse / golf: golfer / wrestling: wrestlers wrestler / boxing: boxer boxers / surfing: surfer surfers
     surfboard surfs / skateboarding: skateboarder skateboarders skateboard skateboards / snowboarding: snowboarder
-    snowboard snowboarders / skiing: skier skis skiers / cycling: cyclist bicyclist cyclists biker bicycle bike bmx bikers
-    bikes bicycles / climbing: climber climbers / kayaking: kayak kayaker canoe / skating: skaters rollerblades
+    snowboard snowboarders / skiing: skier skis skiers / cycling: cyclist cyclists bicyclist bicyclists bmx bicycling / climbing: climber climbers / kayaking: kayak kayaker canoe / skating: skaters rollerblades
     rollerblading rollerblader ice-skating skates / wakeboarding: wakeboarder wakeboard waterskiing waterskier /
-    motocross: motorcyclist motorcycle motorbike motorcycles motorcyclists / diving: diver / karate: judo / gymnastics:
+    motocross / diving: diver / karate: judo / gymnastics:
     gymnast / fencing / ping-pong / bowling / horse-riding: horseback jockey
 """)
 PLACES = by_form("""
@@ -210,7 +209,7 @@ PRESENCE = {
     ),
     "a frisbee": ("frisbee frisbees", "disc disk toy plastic object ring something catch"),
     "a guitar": ("guitar guitars guitarist", "instrument instruments band music musician musicians concert"),
-    "a boat": ("boat boats canoe kayak raft sailboat", "water lake ocean river ship dock harbor sea paddle rowing"),
+    "a boat": ("boat boats sailboat", "canoe kayak raft water lake ocean river ship dock harbor sea paddle rowing"),
     "a car": ("car cars", "street road traffic vehicle truck city race van jeep parking suv taxi"),
     "a swing": ("swing swings", "swinging playground hammock rope"),
     "a slide": ("slide slides", "sliding playground tube inflatable"),
