@@ -84,7 +84,7 @@ def read_captions(captions: Iterable[str]) -> Facts:
     texts = [re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", caption.lower().replace("'s", "")) for caption in captions]
     seen = [mentions(tokens) for tokens in texts]
     known = list(subjects(seen))
-    found = [*numbers(texts, seen), *colors(texts, known), *kinds_of_things(texts, seen), *places(texts, known)]
+    found = [*numbers(texts, seen), *colors(texts, seen, known), *kinds_of_things(texts, seen), *places(texts, known)]
     for subject in known:
         found += about(subject, texts, seen)
     present = {noun for noun, (own, _) in words.PRESENCE.items() if votes(texts, own) >= AGREE}
@@ -180,11 +180,15 @@ def numbers(texts: Sequence[Sequence[str]], seen: Sequence[list[Mention]]) -> It
             yield Question("number", f"how many {plural(called)} are there?", str(sums[0]))
 
 
-def colors(texts: Sequence[Sequence[str]], known: Sequence[Subject]) -> Iterator[Question]:
+def colors(
+    texts: Sequence[Sequence[str]], seen: Sequence[list[Mention]], known: Sequence[Subject]
+) -> Iterator[Question]:
     """Of things that all captions give the same colour. Clothes are asked about where there is one person, and animals where
     there is one of them."""
     single = {subject.name for subject in known if not subject.several}
-    one_person = any(subject.is_person and not subject.several for subject in known)
+    one_person = any(subject.is_person and not subject.several for subject in known) and all(
+        sum(mention.is_person for mention in found) <= 1 for found in seen
+    )
     asked = (
         words.COLORED | (words.CLOTHES if one_person else {}) | {f: n for f, n in words.ANIMALS.items() if n in single}
     )

@@ -100,10 +100,10 @@ SPORTS = by_form("""
     soccer / football: quarterback / basketball / tennis / baseball: softball / hockey / volleyball: vollyball / rugby /
     cricket / lacrosse / golf: golfer / wrestling: wrestlers wrestler / boxing: boxer boxers / surfing: surfer surfers
     surfboard surfs / skateboarding: skateboarder skateboarders skateboard skateboards / snowboarding: snowboarder
-    snowboard snowboarders / skiing: skier skis skiers / cycling: cyclist cyclists bicyclist bicyclists bmx bicycling / climbing: climber climbers / kayaking: kayak kayaker canoe / skating: skaters rollerblades
-    rollerblading rollerblader ice-skating skates / wakeboarding: wakeboarder wakeboard waterskiing waterskier /
-    motocross / diving: diver / karate: judo / gymnastics:
-    gymnast / fencing / ping-pong / bowling / horse-riding: horseback jockey
+    snowboard snowboarders / skiing: skier skis skiers / cycling: cyclist cyclists bicyclist bicyclists bmx bicycling /
+    climbing: climber climbers / kayaking: kayak kayaker canoe / skating: skaters rollerblades rollerblading rollerblader
+    ice-skating skates / wakeboarding: wakeboarder wakeboard waterskiing waterskier / motocross / diving: diver / karate:
+    judo / gymnastics: gymnast / fencing / ping-pong / bowling / horse-riding: horseback jockey
 """)
 PLACES = by_form("""
     in the snow: snow / in the water: water / on the beach: beach shore seashore / in the ocean: ocean sea surf / in the
@@ -214,14 +214,14 @@ PRESENCE = {
     "a swing": ("swing swings", "swinging playground hammock rope"),
     "a slide": ("slide slides", "sliding playground tube inflatable"),
     "a pool": ("pool pools", "water swimming swim swims diving dive splash swimmer"),
-    "a beach": ("beach", "sand sandy ocean shore water sea seashore waves surf coast"),
+    "a beach": ("beach", "sand sandy ocean shore water sea seashore wave waves surf surfing surfer coast"),
     "snow": (
         "snow snowy snowboarder skier sledding snowball",
         "ski skiing winter ice sled cold icy white skis snowboard frozen",
     ),
     "water": (
         "water ocean lake river pool stream pond sea",
-        "wave waves beach surf swim swimming boat wet splash splashes "
+        "wave waves beach surf surfing surfers surfboard paddle swim swimming boat wet splash splashes "
         "splashing fountain fishing fish bath kayak canoe shore creek puddle dock raft surfer sprinkler rain wading bridge "
         "hose waterfall snow ice diving bathing rapids underwater wakeboard waterskiing drink drinks cup bottle",
     ),
@@ -270,6 +270,5 @@ AFTER_A_NOUN = set(
     "pool wall shoes suit suits trunks board gear equipment track course game trail machine match event".split()
 )
 PAIRS = {"shorts", "pants", "boots", "shoes", "gloves"}  # "what color are the ...?"
-ONLY_SEEN = set(
-    "water ocean sea mountain mountains hill snow river lake grass woods forest".split()
-)  # "looks at the water"
+# "looks at the water" is not in the water
+ONLY_SEEN = set("water ocean sea mountain mountains hill snow river lake grass woods forest".split())
