@@ -4,7 +4,8 @@
 
 fusion="prefix": projected vision vectors replace the embeddings of placeholders in the token row, N a picture. Only the
 embedding step differs from GPT. fusion="cross": a picture takes one place in the row, and every layer looks at its N cells by
-gated cross-attention before its self-attention. Self-attention, MLP, head and loss are GPT's either way.
+gated cross-attention before its self-attention; how many pictures a batch has depends on its values, so this does not compile
+as one graph. Self-attention, MLP, head and loss are GPT's either way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -200,13 +201,10 @@ class MultimodalGPT(GPT):
         if (most := int(numbers.max()) + 1) > config.max_images:
             raise too_many_images(most, config.max_images)
         shown = torch.arange(len(rows), device=rows.device) if inputs.shown is None else inputs.shown
-        # a picture that many rows show with the same number has the same keys and values in all of them
-        (which, numbers), made_of = torch.stack([shown, numbers]).unique(
-            dim=1, return_inverse=True
-        )  # (V,) each, and (S,)
-        cells = self.vision_projector(self.one_by_one(inputs.images), which, numbers).to(
-            self.compute_dtype
-        )  # (V, N, C)
+        # a picture that many rows show with the same number has the same keys and values in all of them: V of the S are made
+        pairs, made_of = torch.stack([shown, numbers]).unique(dim=1, return_inverse=True)  # (2, V), (S,)
+        cells = self.vision_projector(self.one_by_one(inputs.images), *pairs)  # (V, N, C) float32
+        cells = cells.to(self.compute_dtype)
         shape = (len(places), int(slots.max()) + 1)  # (B, P)
         index = rows.new_zeros(shape)  # where a row has fewer pictures, any one will do: no token sees it
         index[rows, slots] = made_of

@@ -93,9 +93,10 @@ def read_training(folder: Path) -> dict:
     """
     path = folder / "training.json"
     training = {key: value for key, value in read_json(path).items() if value is not None}
-    for key, kind in (("recipe", dict), ("earlier", list), ("history", list), ("learnt", dict), ("multi_turn", bool)):
-        if not isinstance(training.get(key, kind()), kind):
-            expected = {dict: "an object", list: "a list", bool: "true or false"}[kind]
+    kinds = {"recipe": dict, "earlier": list, "history": list, "learnt": dict, "multi_turn": bool, "images": int}
+    for key, kind in kinds.items():
+        if type(training.get(key, kind())) is not kind:
+            expected = {dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}[kind]
             raise CheckpointError(f"{path}: {key!r} should be {expected}, found {short_repr(training[key])}")
     for key in ("earlier", "history"):
         if not all(isinstance(entry, dict) for entry in training.get(key, [])):

@@ -96,7 +96,7 @@ def test_no_path_is_packed_or_pushed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value", [None, [], 3, "x", True, {"data": None}, {"data": 5}, {"data": ["/a/b"]}, [None], [3], {}]
 )
-@pytest.mark.parametrize("key", ["recipe", "earlier", "history", "multi_turn", "learnt", "data"])
+@pytest.mark.parametrize("key", ["recipe", "earlier", "history", "multi_turn", "learnt", "images", "data"])
 def test_any_json_in_training_is_packed_or_refused(tmp_path, key, value):
     folder = with_training(tmp_path / "m", **{key: value})
     try:

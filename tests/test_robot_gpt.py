@@ -218,11 +218,14 @@ def test_optimiser_groups_of_a_robot(model):
     head = ["action_head.weight"] if model.config.action_head == "continuous" else []
     assert sorted(groups["outputs"]) == sorted(["lm_head.weight", "vision_projector.position", *head])
     assert {name.split(".")[0] for name in groups["encoder"]} == {"vision_encoder", "glances"}
-    assert {name.split(".")[0] for name in groups["matrices"]} == {"transformer", "vision_projector", "state_projector"}
+    assert {name.split(".")[0] for name in groups["matrices"]} == {"transformer", "state_projector"}
+    assert {name.split(".")[0] for name in groups["projector"]} == {"vision_projector"}
     assert sum(map(len, groups.values())) == len(names)
 
 
-@pytest.mark.parametrize("change", [{"action_head": "flow"}, {"chunk": 0}, {"bin_token_id": 10_000}])
+@pytest.mark.parametrize(
+    "change", [{"action_head": "flow"}, {"chunk": 0}, {"bin_token_id": 10_000}, {"fusion": "cross"}]
+)
 def test_a_strangers_config_is_checked(model, change):
     with pytest.raises(ValueError, match=next(iter(change))):
         RobotGPTConfig(**asdict(model.config) | change)
