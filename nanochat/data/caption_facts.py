@@ -263,7 +263,8 @@ def about(subject: Subject, texts: Sequence[Sequence[str]], seen: Sequence[list[
     if subject.name != "person" and all(subject.in_caption(found) and len(found) == 1 for found in seen if found):
         yield Question("object", f"who is {activity}?" if activity else "who is in the picture?", name)
     for asked, answers in objects.items():
-        if len(answers) == 1:
+        posture = asked.split()[0] in ("sitting", "lying", "standing")
+        if len(answers) == 1 and (not posture or activity == asked.split()[0]):
             yield Question("object", f"what {subject.verb} the {name} {asked}?", *answers)
     worn = {words.HEADWEAR[token] for tokens in texts for token in tokens if token in words.HEADWEAR}
     if subject.is_person and not subject.several and len(worn) == 1 and votes(texts, words.HEADWEAR) >= AGREE:

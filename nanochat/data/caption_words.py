@@ -33,7 +33,9 @@ SEVERAL_PERSONS = by_form("""
     hikers runners motorcyclists racers wrestlers teenagers teens adults performers dancers swimmers kayakers workers
     musicians pedestrians athletes boxers soldiers students friends couple team teams band family
 """)
-CROWDS = set("group crowd bunch audience spectators onlookers fans others everyone bystanders many several".split())
+CROWDS = set(
+    "group crowd bunch audience spectators onlookers fans others everyone bystanders many several crowded busy parade".split()
+)
 # whom a word may name: "a person" may be a man
 MAY_BE = {
     "man": {"man"},
@@ -171,7 +173,8 @@ OBJECT_OF = {
     "playing with": ("playing with",),
     "playing": ("playing",),
     "reading": ("reading",),
-    "sitting on": ("sitting on", "lying on", "resting on", "sleeping on", "sitting in", "lying in"),
+    "sitting on": ("sitting on", "sitting in"),
+    "lying on": ("lying on", "sleeping on", "resting on"),
     "standing on": ("standing on",),
     "jumping over": ("jumping over",),
     "jumping into": ("jumping into", "diving into", "jumping in"),
