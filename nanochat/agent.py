@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from nanochat.beams import beam_search
+from nanochat.beams import beam_search, beam_search_all
 from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
 from nanochat.data.sample import CAPTION_PROMPT
@@ -175,17 +175,16 @@ class Agent:
         max_new_tokens: int,
         beams: int = 1,
     ) -> list[str]:
-        """The likeliest answers to many conversations: greedy and all at once, or with several beams one after the other.
+        """The likeliest answers to many conversations at once: greedy, or found by beam search with more than one beam.
         vectors: (n_i, N, D) for each, with 0 pictures (0, N, D)."""
         prompts = [self.prompt(messages) for messages in conversations]
         images = [seen if len(seen) else None for seen in vectors]
         if beams == 1:
             rows = Engine(self.model).generate(prompts, max_new_tokens, images=images, stop_ids=self.stop_ids)
         else:
-            rows = [
-                beam_search(self.model, prompt, max_new_tokens, beams=beams, stop_ids=self.stop_ids, images=seen)
-                for prompt, seen in zip(prompts, images, strict=True)
-            ]
+            rows = beam_search_all(
+                self.model, prompts, max_new_tokens, beams=beams, stop_ids=self.stop_ids, images=images
+            )
         return [self.tokenizer.decode(row).strip() for row in rows]
 
     # ---- actions

@@ -9,6 +9,7 @@ does with early_stopping=True, and one beam is greedy decoding.
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from nanochat.engine import Engine
@@ -24,47 +25,86 @@ def check_beams(beams: int) -> None:
         raise UserError(f"the number of beams must be in 1..{MAX_BEAMS} (1 is greedy), got {beams}")
 
 
+def beam_search(model, prompt: Sequence[int], max_new_tokens: int, *, images=None, states=None, **options) -> list[int]:
+    """The best answer to one prompt, see `beam_search_all`. images, states: as `Engine.add` takes them."""
+    return beam_search_all(model, [prompt], max_new_tokens, images=[images], states=[states], **options)[0]
+
+
 @torch.inference_mode()
-def beam_search(
+def beam_search_all(
     model,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     beams: int = 3,
     stop_ids: Iterable[int] = (),
-    images: torch.Tensor | None = None,
-    states: torch.Tensor | None = None,
-) -> list[int]:
-    """The best answer to one prompt, as token ids without the stop token.
+    images: Sequence[torch.Tensor | None] | None = None,
+    states: Sequence[torch.Tensor | None] | None = None,
+) -> list[list[int]]:
+    """The best answer to each prompt, as token ids without the stop token. All prompts are searched at once.
 
-    model: any that `Engine` runs. prompt, max_new_tokens, stop_ids, images, states: as `Engine.add` takes them. Raises ValueError
-    as `Engine.add` does, and for a number of beams outside of 1..MAX_BEAMS.
+    model: any that `Engine` runs. prompts, max_new_tokens, images, states: as `Engine.generate` takes them. Raises ValueError as
+    `Engine.add` does, and for a number of beams outside of 1..MAX_BEAMS.
     """
     check_beams(beams)
-    stop_ids, engine = frozenset(stop_ids), Engine(model)
-    row = engine.add(prompt, max_new_tokens, images=images, states=states)  # checks everything
-    cache = engine.new_cache(1, len(prompt) + max_new_tokens)
-    logits = torch.from_numpy(engine.read([row], cache)[row])[None]  # (1, V)
-    answers, totals = [[]], torch.zeros(1, dtype=torch.float64)  # unfinished; the sum of each one's log probabilities
-    finished: list[tuple[float, list[int]]] = []  # (mean log probability, answer)
-    for length in range(1, max_new_tokens + 1):
+    if not prompts:
+        raise UserError("beam search needs at least one prompt, got an empty list of prompts")
+    engine, nothing = Engine(model), [None] * len(prompts)
+    rows = [
+        engine.add(prompt, max_new_tokens, images=image, states=state)  # checks everything
+        for prompt, image, state in zip(prompts, images or nothing, states or nothing, strict=True)
+    ]
+    searches = [Search(beams, frozenset(stop_ids), max_new_tokens) for _ in prompts]
+    cache = engine.new_cache(len(rows), max(map(len, prompts)) + max_new_tokens)
+    logits = torch.from_numpy(np.stack(list(engine.read(rows, cache).values())))  # (lines of the cache, V)
+    while True:
         if not torch.isfinite(logits).all():
             raise UserError("the model returned NaN or infinite logits: its weights or its input are broken")
-        scores = (totals[:, None] + logits.double().log_softmax(-1)).flatten()  # (beams * V,)
+        parents, tokens, first = [], [], 0  # the lines of a search follow each other, from `first` on
+        for search, scores in zip(
+            searches, logits.double().log_softmax(-1).split([len(s.answers) for s in searches]), strict=True
+        ):
+            for line, token in search.extend(scores):
+                parents.append(first + line)
+                tokens.append(token)
+            first += len(scores)
+        if not tokens:
+            return [max(search.finished)[1] for search in searches]
+        cache.keep_rows(parents)
+        logits = model.logits(
+            model.hidden(Inputs(torch.tensor(tokens, device=model.device)[:, None]), cache)[:, -1]
+        ).cpu()
+
+
+class Search:
+    """The answers to one prompt. answers: the unfinished ones, one for each line of the cache. finished: (mean log probability,
+    answer)."""
+
+    def __init__(self, beams: int, stop_ids: frozenset[int], max_new_tokens: int):
+        self.beams, self.stop_ids, self.max_new_tokens = beams, stop_ids, max_new_tokens
+        self.answers: list[list[int]] = [[]]
+        self.totals = torch.zeros(1, dtype=torch.float64)  # the sum of the log probabilities of each
+        self.finished: list[tuple[float, list[int]]] = []
+
+    def extend(self, scores: torch.Tensor) -> list[tuple[int, int]]:
+        """scores (len(answers), V): the log probability of each next token. Returns (answer, token) of those that go on; none
+        if the search has ended."""
+        if not self.answers:
+            return []
+        length = len(self.answers[0]) + 1
+        totals = (self.totals[:, None] + scores).flatten()
         # each answer has at most len(stop_ids) continuations that stop, so `beams` others are among these
-        best = scores.topk(min(len(scores), beams * (1 + len(stop_ids))))
-        kept: list[tuple[int, int, float]] = []  # (line of the cache, token, sum)
+        best = totals.topk(min(len(totals), self.beams * (1 + len(self.stop_ids))))
+        kept: list[tuple[int, int, float]] = []  # (answer, token, sum)
         for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            line, token = divmod(place, logits.size(-1))
-            if rank < beams and (token in stop_ids or length == max_new_tokens):
-                finished.append((total / length, answers[line] + [token] * (token not in stop_ids)))
-            elif token not in stop_ids and len(kept) < beams:
+            line, token = divmod(place, scores.size(-1))
+            stops = token in self.stop_ids
+            if rank < self.beams and (stops or length == self.max_new_tokens):
+                self.finished.append((total / length, self.answers[line] + [token] * (not stops)))
+            elif not stops and len(kept) < self.beams:
                 kept.append((line, token, total))
-        if len(finished) >= beams or not kept:
-            break
-        answers = [[*answers[line], token] for line, token, _ in kept]
-        totals = torch.tensor([total for _, _, total in kept], dtype=torch.float64)
-        cache.keep_rows([line for line, _, _ in kept])
-        new = torch.tensor([[token] for _, token, _ in kept], device=model.device)
-        logits = model.logits(model.hidden(Inputs(new), cache)[:, -1]).cpu()
-    return max(finished)[1]
+        if len(self.finished) >= self.beams or length == self.max_new_tokens:
+            kept = []
+        self.answers = [[*self.answers[line], token] for line, token, _ in kept]
+        self.totals = torch.tensor([total for _, _, total in kept], dtype=torch.float64)
+        return [(line, token) for line, token, _ in kept]

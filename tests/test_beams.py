@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from nanochat.beams import beam_search
+from nanochat.beams import beam_search, beam_search_all
 from nanochat.engine import Engine
 from tests.conftest import make_model
 
@@ -83,6 +83,22 @@ def test_the_answers_of_transformers(beams, n_stops, with_picture):
         assert beam_search(model, prompt, n_new, beams=beams, stop_ids=stop_ids, images=images) == expected
         lengths.append(len(expected))
     assert (min(lengths) < n_new) == (n_stops > 0)
+
+
+def test_many_prompts_at_once_have_the_answers_of_each_alone():
+    model = make_model()
+    prompts = [[IMAGE, 3, 4], [5], [6, 7, 8, 9, 10, IMAGE, 11], [12, 13]]
+    images = [torch.randn(1, 12), None, torch.randn(1, 12), None]
+    free = beam_search_all(model, prompts, 8, beams=3, images=images)
+    for stop_ids in ([], [free[0][2], free[2][5]]):
+        alone = [
+            beam_search(model, prompt, 8, beams=3, stop_ids=stop_ids, images=image)
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        assert beam_search_all(model, prompts, 8, beams=3, stop_ids=stop_ids, images=images) == alone
+    assert len({len(row) for row in alone}) > 1
+    with pytest.raises(ValueError, match="empty list of prompts"):
+        beam_search_all(model, [], 8)
 
 
 def test_one_beam_is_greedy_and_more_find_likelier_answers():

@@ -79,8 +79,8 @@ class Video:
     def length(self) -> float:
         if self.stream.duration:
             return float(self.stream.duration * self.stream.time_base)
-        if self.container.duration:
-            return self.container.duration / 1e6
+        if self.container.duration:  # of Matroska: it counts from 0, wherever the pictures begin
+            return self.container.duration / 1e6 - self.start * ("matroska" in self.container.format.name)
         # the recordings of browsers do not say it: until the last packet, which are read but not decoded
         ends = [
             packet.pts + (packet.duration or 0)
