@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.actions import Scale
 
@@ -57,6 +58,14 @@ class PositionsHead(AuxiliaryHead):
     def loss(self, vectors: torch.Tensor, items: Sequence[int]) -> torch.Tensor:
         targets = torch.from_numpy(self.targets[items]).to(vectors.device)
         return (self.linear(vectors.flatten(1)) - targets).abs().mean(-1).sum()
+
+
+class CellsHead(AuxiliaryHead):
+    """From the vector of each cell to a teacher's: cosine distance, averaged over the cells of a picture. See distill.py."""
+
+    def loss(self, vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """vectors: (U, N, D); targets: (U, N, K), the teacher's vectors of the same cells."""
+        return (1 - F.cosine_similarity(self.linear(vectors), targets, dim=-1)).mean(1).sum()
 
 
 def answer_tokens(rows) -> list[list[int]]:

@@ -1,0 +1,201 @@
+"""Feature distillation: an encoder learns the map of another one, its teacher (FitNets, Romero et al. 2015, arXiv 1412.6550).
+
+    view of a picture ──┬── student ──> (N, D) ── linear ──> (N, K) ───────────────┐
+                        └── teacher ──> (N, C) ── principal components ──> (N, K) ─┴─> 1 - cosine in each of the N cells
+
+No answers are needed, only pictures: the teacher's map of a picture says far more about it than a caption. The linear layer is
+a helper of the training; what is kept is the student, which other recipes read with --encoder.
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from nanochat.checkpoint import encoder_of
+from nanochat.data import image_key, load_dataset
+from nanochat.errors import UserError
+from nanochat.evaluation.controls import another_group
+from nanochat.fusion import pool_to_tokens
+from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
+from nanochat.tokenizer import Tokenizer
+from nanochat.training.auxiliary import CellsHead
+from nanochat.training.fingerprint import samples_fingerprint
+from nanochat.training.recipes import Distill
+from nanochat.training.squares import Squares
+from nanochat.training.statistics import picture_batches
+from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
+from nanochat.training.teacher import Teacher, View, cached_targets, cells_of, draw_views, pixels_of
+from nanochat.vision.images import ImageSource
+from nanochat.vision.pixels import STRIDE
+
+
+class DistillTask(Task):
+    """The student's vision vectors, one a cell, predict the teacher's map of the same view."""
+
+    unit = "1 - cosine"
+    memory_advice = "lower images_per_step"
+
+    def __init__(self, recipe: Distill):
+        super().__init__(recipe)
+        sources = (recipe.data, *recipe.also)
+        self.images = pictures_in(sources, recipe.train_split, recipe.strict)
+        self.val_images = pictures_in((recipe.data,), recipe.val_split, recipe.strict)[: recipe.val_images]
+        self.steps = recipe.steps
+
+    def new_model(self) -> tuple[MultimodalGPT, Tokenizer]:
+        """The student in a model whose decoder is as small as can be: it learns nothing here."""
+        recipe = self.recipe
+        tokenizer = Tokenizer.train([], recipe.vocab_size)
+        encoder = open_recipe_encoder(recipe)
+        channels = encoder.channels(recipe.layer)
+        model = MultimodalGPT(MultimodalGPTConfig(vision_embedding_dim=channels, **model_shape(recipe, tokenizer)))
+        model.init_weights()
+        model.attach_encoder(encoder)
+        return model, tokenizer
+
+    def adopt(self, model: MultimodalGPT) -> MultimodalGPT:
+        raise UserError(
+            f"distill trains an encoder, and the decoder of {self.recipe.start_from} could not read it any more: use "
+            f"--encoder {self.recipe.start_from} to begin with the encoder in it"
+        )
+
+    def prepare(self, model: MultimodalGPT, tokenizer: Tokenizer) -> None:
+        super().prepare(model, tokenizer)
+        recipe = self.recipe
+        self.teacher = Teacher(encoder_of(recipe.teacher), recipe.image_size, model.compute_dtype, model.device)
+        if self.teacher.side**2 != recipe.vision_tokens:
+            raise UserError(
+                f"the map of {recipe.teacher} has {self.teacher.side} x {self.teacher.side} cells at {recipe.image_size} pixels, "
+                f"but the student gives {recipe.vision_tokens} vectors: use --vision-tokens {self.teacher.side**2}"
+            )
+        self.auxiliary = CellsHead(model.config.vision_embedding_dim, recipe.components).to(model.device)
+
+    def load_images(self, out: Path) -> None:
+        """The teacher's maps, from the cache or by running it, which takes as long as some epochs of training."""
+        recipe, teacher = self.recipe, self.teacher
+        self.model.vision_encoder.to(memory_format=torch.channels_last)
+        memory = recipe.picture_memory * 1e9
+        self.val_pictures = Squares(self.model.vision_encoder, self.val_images, memory)
+        self.pictures = Squares(self.model.vision_encoder, self.images, memory - self.val_pictures.n_bytes)
+        folder = Path(recipe.cache or out.parent / "teacher").expanduser()
+        with Progress(console=console) as progress:
+            bar = progress.add_task("running the teacher", total=None)
+
+            def show(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            teacher.fit(self.pictures, recipe.components, recipe.seed, folder)
+            self.targets = cached_targets(teacher, self.pictures, True, show)
+            self.val_targets = cached_targets(teacher, self.val_pictures, False, show)
+            progress.update(bar, completed=1, total=1)
+        teacher.release()
+
+    def fingerprint(self) -> dict[str, dict]:
+        return {
+            "training": samples_fingerprint([], self.images),
+            "validation": samples_fingerprint([], self.val_images),
+        }
+
+    def describe_data(self) -> str:
+        return f"{len(self.images)} pictures, {len(self.val_images)} to validate"
+
+    def learnt(self) -> dict[str, bool]:
+        return {"questions": False, "captions": False, "actions": False}
+
+    def next_commands(self, out: Path) -> list[str]:
+        words = [
+            "nanochat",
+            "train",
+            "flickr8k",
+            "--data",
+            self.recipe.data,
+            "--encoder",
+            out,
+            "--layer",
+            self.recipe.layer,
+        ]
+        return [shlex.join(map(str, words))]
+
+    # ---- steps
+
+    def views(self, numbers: Sequence[int], rng: np.random.Generator, windows: bool) -> tuple[torch.Tensor, list[View]]:
+        """A random view of each picture: pixels (B, 3, S', S'), and which view it is."""
+        views = draw_views(rng, len(numbers), self.teacher.side, windows)
+        pictures = self.pictures.pixels(numbers)
+        pixels = torch.stack([pixels_of(picture, view) for picture, view in zip(pictures, views, strict=True)])
+        return pixels.contiguous(memory_format=torch.channels_last), views
+
+    def sees_windows(self, step: int) -> bool:
+        """Windows until the learning rates begin to fall: in every epoch another one, for half the price. Then whole pictures, as
+        the encoder will see them; Touvron et al. 2019, arXiv 1906.06423, measure why the larger size comes last."""
+        return step < (1 - self.recipe.cooldown) * self.steps
+
+    def backward(self, step: int) -> StepResult:
+        recipe = self.recipe
+        numbers = pictures_of_step(len(self.images), step, recipe.images_per_step, recipe.seed)
+        pixels, views = self.views(numbers, np.random.default_rng([recipe.seed, step, 2]), self.sees_windows(step))
+        side = self.teacher.side
+        targets = [
+            cells_of(self.targets[number].reshape(2, side, side, -1), view)
+            for number, view in zip(numbers, views, strict=True)
+        ]
+        loss = self.auxiliary.loss(self.see(pixels), torch.from_numpy(np.stack(targets)).to(pixels.device)) / len(
+            numbers
+        )
+        loss.backward()
+        return StepResult(loss.item(), 0, len(numbers))
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S', S') -> (B, cells, D) float32 vectors of the student, one for every STRIDE x STRIDE pixels."""
+        dtype, layer = self.model.compute_dtype, self.recipe.layer
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+            maps = self.model.vision_encoder.maps(pixels, [layer])[layer]
+        return pool_to_tokens(maps.float(), (pixels.size(-1) // STRIDE) ** 2)
+
+    def pixel_batches(self) -> Iterator[torch.Tensor]:
+        rng = np.random.default_rng([self.recipe.seed, 0, 3])
+        for numbers in picture_batches(len(self.images), self.recipe.images_per_step, rng):
+            yield self.views(numbers, rng, windows=False)[0]
+
+    # ---- validation
+
+    def validate(self) -> dict[str, float]:
+        """1 - cosine, averaged over the cells of whole pictures: with the teacher's map of the same picture ("aligned"), and with
+        that of another one ("shuffled")."""
+        numbers, size = list(range(len(self.val_images))), self.recipe.images_per_step
+        partner = another_group(numbers)
+        of = {"aligned": numbers} | ({"shuffled": partner} if partner else {})
+        totals = dict.fromkeys(of, 0.0)
+        for part in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+            vectors = self.see(self.val_pictures.pixels(part))
+            for condition, items in of.items():
+                targets = torch.from_numpy(self.val_targets[[items[number] for number in part]])
+                totals[condition] += self.auxiliary.loss(vectors, targets.to(vectors.device)).item()
+        return {condition: total / len(numbers) for condition, total in totals.items()}
+
+
+def pictures_in(sources: Sequence[str], split: str, strict: bool) -> list[ImageSource]:
+    """The distinct pictures of several data sources, in their order."""
+    found: dict[object, ImageSource] = {}
+    for source in sources:
+        data = load_dataset(source, split, strict)
+        for note in data.notes:
+            say(note)
+        found |= {image_key(image): image for sample in data.samples for image in sample.images}
+    if not found:
+        raise UserError(f"there are no pictures in {', '.join(sources)}: expected at least one")
+    return list(found.values())
+
+
+def pictures_of_step(n: int, step: int, size: int, seed: int) -> list[int]:
+    """The numbers of the pictures of a step. Every epoch is another permutation of all n pictures."""
+    positions = range(step * size, (step + 1) * size)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch, 1]).permutation(n)
+        for epoch in range(positions[0] // n, positions[-1] // n + 1)
+    }
+    return [int(orders[position // n][position % n]) for position in positions]
