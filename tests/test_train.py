@@ -21,7 +21,7 @@ from nanochat.data.sample import vqa_sample
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import recipes
-from nanochat.training.batches import Rows, augment, make_batch, mask_images, mask_tokens
+from nanochat.training.batches import Row, Rows, augment, make_batch, mask_images, mask_rows, mask_tokens
 from nanochat.training.pictures import PictureTask
 from nanochat.training.recipes import RECIPES, Folder
 from nanochat.training.run import Run, started_recipe
@@ -251,8 +251,12 @@ def test_masked_pictures_are_zero_and_as_many_as_asked():
     masked = mask_images(vectors, np.random.default_rng(0), 0.2)
     zero = (masked == 0).all((1, 2))
     assert 150 < zero.sum() < 250 and (masked[~zero] == 1).all()
-    rows = mask_images(vectors, np.random.default_rng(0), 0.2, [2] * 500)  # both pictures of a row, or none
-    assert torch.equal(rows[::2], rows[1::2]) and 50 < (rows[::2, 0, 0] == 0).sum() < 150
+    batch = make_batch([Row([1, 2], [0, 1], (row % 7, 7)) for row in range(500)])
+    seen, shown = mask_rows(vectors[:8], batch, np.random.default_rng(0), 0.2)
+    assert (seen[:8] == 1).all() and (seen[8] == 0).all() and len(seen) == 9
+    masked = (shown == 8).view(500, 2)  # both pictures of a row, or none
+    assert torch.equal(masked[:, 0], masked[:, 1]) and 50 < masked[:, 0].sum() < 150
+    assert torch.equal(shown[shown < 8], batch.slots[shown < 8])
 
 
 def test_word_dropout_replaces_text_and_no_special_tokens(pictures, tmp_path):
@@ -296,7 +300,7 @@ def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
         f"transformer.h.0.{name}.weight"
         for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    assert muon == [[*block, "vision_projector.c_fc.weight", "vision_projector.c_proj.weight"]]
+    assert muon == [block, ["vision_projector.c_fc.weight", "vision_projector.c_proj.weight"]]
     embeddings, outputs, encoder, auxiliary = adamw
     assert embeddings == ["transformer.wte.weight"]
     assert outputs == ["lm_head.weight", "vision_projector.position"]

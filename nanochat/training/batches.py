@@ -5,6 +5,7 @@ Which pictures, questions and augmentations a step gets is a function of (seed, 
 random state.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.conversation import render
-from nanochat.data import DataError, Sample, image_key, picture_groups
+from nanochat.data import CAPTION_PROMPT, DataError, Sample, image_key, picture_groups
 from nanochat.engine import pad_rows
 from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -21,34 +22,40 @@ from nanochat.training.features import Features
 from nanochat.vision.images import square
 from nanochat.vision.pixels import to_pixels
 
+SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: token ids, a mask that is 1 where the token is learnt, and its pictures as indices of `Rows.images`."""
+    """One conversation: token ids, a mask that is 1 where the token is learnt, its pictures as indices of `Rows.images`, and
+    whether it is a caption."""
 
     ids: list[int]
     mask: list[int]
     images: tuple[int, ...] = ()
+    caption: bool = False
 
 
 class Rows:
     """Rendered samples, grouped by their pictures. Raises DataError for a sample that does not fit the context.
 
     images: the distinct pictures. image_rows: the "file:row" where each is first. image_groups: the group of each: pictures that
-    some row shows together are in one. groups: the rows about the same pictures, in the order of the data.
-    multi_turn: whether there are conversations of several turns.
+    some row shows together are in one. groups: the rows of one dataset about the same pictures, in the order of the data.
+    mirrorable: (n_images,) bool, the pictures that may be mirrored: no text about them says left or right, and no row shows
+    them together with another picture. multi_turn: whether there are conversations of several turns.
     """
 
-    def __init__(self, samples: Sequence[Sample], tokenizer, config):
-        self.images, self.image_rows, numbers, groups = [], [], {}, {}
-        for sample in samples:
+    def __init__(self, samples: Sequence[Sample], tokenizer, config, sources: Sequence[int] | None = None):
+        """sources: the number of each sample's dataset; by default there is one."""
+        self.images, self.image_rows, numbers, groups, fixed = [], [], {}, {}, set()
+        for sample, source in zip(samples, sources or [0] * len(samples), strict=True):
             keys = tuple(image_key(image) for image in sample.images)
             for key, image in zip(keys, sample.images, strict=True):
                 if key not in numbers:
                     numbers[key] = len(self.images)
                     self.images.append(image)
                     self.image_rows.append(sample.where)
-            rendered = render(tokenizer, sample.messages, config.vision_tokens_per_image)
+            rendered = render(tokenizer, sample.messages, config.places_per_image)
             if len(rendered.ids) > config.sequence_len + 1:
                 longest = f"{sample.question[:40]!r} ... {sample.answer[:40]!r}"
                 raise DataError(
@@ -56,8 +63,12 @@ class Rows:
                     f"has {config.sequence_len}, vision tokens included: use --sequence-len {len(rendered.ids) - 1}, "
                     "fewer --vision-tokens, or a shorter text"
                 )
-            row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys))
-            groups.setdefault(keys or ("text", len(groups)), []).append(row)
+            caption = sample.question == CAPTION_PROMPT
+            row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys), caption)
+            groups.setdefault((source, keys or len(groups)), []).append(row)
+            if len(keys) > 1 or any(map(SIDES.search, texts_of(sample))):
+                fixed.update(row.images)
+        self.mirrorable = np.array([number not in fixed for number in range(len(self.images))], bool)
         self.multi_turn = any(len(sample.messages) > 3 for sample in samples)
         self.groups = list(groups.values())
         together = picture_groups(samples)
@@ -76,6 +87,13 @@ class Rows:
             picks = rng.permutation(len(group))[:n_rows]
             chosen.append([group[i] for i in picks])
         return chosen
+
+
+def texts_of(sample: Sample) -> list[str]:
+    """All texts of a conversation, answers included."""
+    contents = [message["content"] for message in sample.messages]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return [part["text"] for message in parts for part in message if "text" in part]
 
 
 @dataclass
@@ -121,19 +139,21 @@ def padded(rows: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     return idx, targets
 
 
-def row_inputs(model: MultimodalGPT, idx: torch.Tensor, vectors=None, states=None) -> Inputs:
+def row_inputs(model: MultimodalGPT, idx: torch.Tensor, vectors=None, states=None, shown=None) -> Inputs:
     """What the model reads of rows idx (R, T), on its device. vectors: (S, N, D) of all their pictures, in reading order; without
-    them, add them later by `with_images`. states: (R, state_dim), normalised, of a robot."""
+    them, add them later by `with_images`. states: (R, state_dim), normalised, of a robot. shown: see `with_images`."""
     idx = idx.to(model.device)
     inputs = Inputs(
         idx, idx == model.config.vision_token_id, states=None if states is None else states.to(model.device)
     )
-    return inputs if vectors is None else with_images(inputs, vectors)
+    return inputs if vectors is None else with_images(inputs, vectors, shown)
 
 
-def with_images(inputs: Inputs, vectors: torch.Tensor) -> Inputs:
-    """The same rows with the vectors (S, N, D) of their pictures."""
-    return replace(inputs, images=vectors.flatten(0, 1).to(inputs.idx.device))
+def with_images(inputs: Inputs, vectors: torch.Tensor, shown: torch.Tensor | None = None) -> Inputs:
+    """The same rows with the vectors (S, N, D) of their pictures; or with (U, N, D) of distinct ones, each projected once, and
+    shown (S,): which of them each picture of the rows is, in reading order (`Batch.slots`)."""
+    device = inputs.idx.device
+    return replace(inputs, images=vectors.flatten(0, 1).to(device), shown=None if shown is None else shown.to(device))
 
 
 def exactly_right(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -145,13 +165,21 @@ def exactly_right(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
 
 class CachedVectors:
-    """Vision vectors that were computed once (a frozen encoder): (U, N, D) of the given pictures."""
+    """Vision vectors that were computed once (a frozen encoder): (U, N, D) of the given pictures. With an rng, half of those that
+    have a mirror image are replaced by it.
 
-    def __init__(self, features: Features):
-        self.features = features
+    mirrored: vectors of mirrored pictures; mirror_of: (n_images,) for each picture its row there, or -1.
+    """
+
+    def __init__(self, features: Features, mirrored: Features | None = None, mirror_of: np.ndarray | None = None):
+        self.features, self.mirrored, self.mirror_of = features, mirrored, mirror_of
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
-        return torch.from_numpy(self.features[numbers])
+        found = self.features[numbers]
+        if self.mirrored is not None and rng is not None:
+            rows = np.where(rng.random(len(numbers)) < 0.5, self.mirror_of[numbers], -1)
+            found[rows >= 0] = self.mirrored[rows[rows >= 0]]
+        return torch.from_numpy(found)
 
 
 class EncodedVectors:
@@ -161,8 +189,9 @@ class EncodedVectors:
     epoch takes longer than a small encoder does. memory: bytes for that; the pictures that do not fit are decoded each time.
     """
 
-    def __init__(self, model: MultimodalGPT, images: Sequence, memory: float, flip: str = "none", jitter: float = 0.0):
-        self.model, self.images, self.flip, self.jitter = model, images, flip, jitter
+    def __init__(self, model: MultimodalGPT, rows: Rows, memory: float, flip: str = "none", jitter: float = 0.0):
+        self.model, self.images, self.flip, self.jitter = model, rows.images, flip, jitter
+        self.mirrorable, images = rows.mirrorable, rows.images
         self.squares: dict[int, np.ndarray] = {}
         self.n_kept = min(len(images), int(memory // (3 * model.vision_encoder.image_size**2)))
 
@@ -175,7 +204,8 @@ class EncodedVectors:
         """(S, S, 3) uint8."""
         if number in self.squares:
             return self.squares[number]
-        found = square(self.images[number], self.model.vision_encoder.image_size)[0]
+        encoder = self.model.vision_encoder
+        found = square(self.images[number], encoder.image_size, encoder.antialias)[0]
         if number < self.n_kept:  # every epoch needs every picture once, so no choice is better than another
             self.squares[number] = found
         return found
@@ -185,23 +215,25 @@ class EncodedVectors:
         device = next(self.model.vision_encoder.parameters()).device
         pixels = to_pixels(np.stack([self.square(number) for number in numbers]), device, torch.float32)
         if rng is not None:
-            pixels = augment(pixels, rng, self.flip, self.jitter)
+            pixels = augment(pixels, rng, self.flip, self.jitter, self.mirrorable[numbers])
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
         return self.model.see(self.pixels(numbers, rng))
 
 
-def augment(x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float) -> torch.Tensor:
-    """Mirror, shift and zoom pictures (B, 3, S, S), each by its own random amount."""
+def augment(
+    x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float, mirrorable: np.ndarray | bool = True
+) -> torch.Tensor:
+    """Mirror, shift and zoom pictures (B, 3, S, S), each by its own random amount. mirrorable: (B,) bool, which may be."""
     if flip == "none" and jitter == 0:
         return x
     mirror = rng.choice([-1.0, 1.0], size=(len(x), 2))
     zoom = 1 + rng.uniform(-jitter, jitter, size=len(x))
     shift = rng.uniform(-2 * jitter, 2 * jitter, size=(len(x), 2))  # the picture is 2 wide in grid_sample's units
     theta = np.zeros((len(x), 2, 3), np.float32)
-    theta[:, 0, 0] = zoom * (mirror[:, 0] if flip != "none" else 1)
-    theta[:, 1, 1] = zoom * (mirror[:, 1] if flip == "both" else 1)
+    theta[:, 0, 0] = zoom * np.where(mirrorable, mirror[:, 0] if flip != "none" else 1, 1)
+    theta[:, 1, 1] = zoom * np.where(mirrorable, mirror[:, 1] if flip == "both" else 1, 1)
     theta[:, :, 2] = shift
     grid = F.affine_grid(torch.from_numpy(theta).to(x.device), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -212,17 +244,22 @@ def reduce_gradient(vectors: torch.Tensor, share: float) -> torch.Tensor:
     return share * vectors + (1 - share) * vectors.detach()
 
 
-def mask_images(
-    vectors: torch.Tensor, rng: np.random.Generator, share: float, counts: Sequence[int] | None = None
-) -> torch.Tensor:
-    """Vectors (S, N, D) with a random share of the pictures set to zero: the model learns what to answer without a picture.
-    counts: pictures in each row; then all pictures of a row are masked together."""
+def mask_images(vectors: torch.Tensor, rng: np.random.Generator, share: float) -> torch.Tensor:
+    """Vectors (S, N, D) with a random share of the pictures set to zero: the model learns what to answer without a picture."""
     if share == 0:
         return vectors
-    masked = rng.random(len(vectors) if counts is None else len(counts)) < share
-    if counts is not None:
-        masked = np.repeat(masked, counts)
+    masked = rng.random(len(vectors)) < share
     return vectors.masked_fill(torch.from_numpy(masked).to(vectors.device)[:, None, None], 0.0)
+
+
+def mask_rows(
+    vectors: torch.Tensor, batch: Batch, rng: np.random.Generator, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (U, N, D) of a batch's distinct pictures -> the same and one of zeros (U + 1, N, D), and what the rows show (S,).
+    A random share of the rows shows zeros for all of its pictures."""
+    masked = np.repeat(rng.random(len(batch.counts)) < share, batch.counts)
+    shown = batch.slots.masked_fill(torch.from_numpy(masked), len(vectors))
+    return torch.cat([vectors, torch.zeros_like(vectors[:1])]), shown
 
 
 def mask_tokens(

@@ -25,7 +25,7 @@ import torch
 from nanochat.errors import UserError
 from nanochat.files import DataError, atomic_path, json_object
 from nanochat.multimodal_gpt import MultimodalGPT
-from nanochat.vision.images import ImageSource, file_bytes, image_digest
+from nanochat.vision.images import ImageSource, file_bytes, image_digest, open_image
 
 FORMAT = 3  # raise it when the files, or the way from a picture to pixels, change
 PART_IMAGES = 512  # what a killed run can lose
@@ -59,9 +59,11 @@ def cached_features(
     folder: str | Path,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    mirrored: bool = False,
 ) -> Features:
     """`model.look(images)` from the cache in `folder`; only pictures that are not in it go through the encoder.
 
+    mirrored: of the pictures with left and right exchanged, which are kept in a folder of their own.
     progress: called with (images done, images to do) after each batch.
 
     Returns (n_images, N, D) in the order of `images`.
@@ -74,7 +76,7 @@ def cached_features(
     if not images:
         raise UserError("there are no images to compute features of")
     digests = [source_digest(image) for image in images]
-    place = Path(folder).expanduser() / cache_key(model)
+    place = Path(folder).expanduser() / cache_key(model, mirrored)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +85,7 @@ def cached_features(
     missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in cached}
     if missing:
         check_writable(place)
-    compute(model, missing, place, batch_size, progress)
+    compute(model, missing, place, batch_size, progress, mirrored)
     parts: list[np.ndarray] = []
     rows: dict[str, tuple[int, int]] = {}
     for path in sorted(place.glob("*.json")):
@@ -102,13 +104,13 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"the cache {folder} cannot be written: {error.strerror}: choose another --cache") from error
 
 
-def cache_key(model: MultimodalGPT) -> str:
+def cache_key(model: MultimodalGPT, mirrored: bool = False) -> str:
     """A SHA-256 over all that a picture's vectors depend on: every weight and buffer of the encoder, its architecture and
     input size, the layer, the tokens per image."""
     encoder, config = model.vision_encoder, model.config
     settings = [
         FORMAT, encoder.architecture, encoder.image_size, config.vision_layer, config.vision_tokens_per_image,
-        str(model.compute_dtype),
+        str(model.compute_dtype), *(["mirrored"] if mirrored else []),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in encoder.state_dict().items():
@@ -128,14 +130,16 @@ def source_digest(source: ImageSource) -> str:
     return image_digest(source)
 
 
-def compute(model: MultimodalGPT, images: dict[str, ImageSource], place: Path, batch_size: int, progress) -> None:
+def compute(
+    model: MultimodalGPT, images: dict[str, ImageSource], place: Path, batch_size: int, progress, mirrored: bool
+) -> None:
     """Write parts with the vectors of all `images` (by their digests). An error or Ctrl-C loses one batch at most."""
     digests = list(images)
     for first in range(0, len(digests), PART_IMAGES):
         part, vectors = digests[first : first + PART_IMAGES], []
         try:
             for start in range(0, len(part), batch_size):
-                vectors += look(model, [images[digest] for digest in part[start : start + batch_size]])
+                vectors += look(model, [images[digest] for digest in part[start : start + batch_size]], mirrored)
                 if progress is not None:
                     progress(first + len(vectors), len(digests))
         finally:
@@ -143,8 +147,10 @@ def compute(model: MultimodalGPT, images: dict[str, ImageSource], place: Path, b
                 write_part(place, part[: len(vectors)], vectors)
 
 
-def look(model: MultimodalGPT, images: list[ImageSource]) -> list[np.ndarray]:
+def look(model: MultimodalGPT, images: list[ImageSource], mirrored: bool) -> list[np.ndarray]:
     """(N, D) float32 of each image."""
+    if mirrored:
+        images = [np.asarray(open_image(image))[:, ::-1] for image in images]
     vectors = model.look(images).float().cpu().numpy()
     if not np.isfinite(vectors).all():
         layer = model.config.vision_layer

@@ -18,8 +18,12 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] for `model.param_groups()` and the auxiliary head, which learns as fast as the encoder."""
     groups = model.param_groups()
+    projector_lr = recipe.matrix_lr if recipe.projector_lr is None else recipe.projector_lr
+    muon_groups = [
+        {"params": groups["matrices"], "lr": recipe.matrix_lr}, {"params": groups["projector"], "lr": projector_lr},
+    ]  # fmt: skip
     muon = torch.optim.Muon(
-        groups["matrices"], lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="original"
+        [group for group in muon_groups if group["params"]], weight_decay=recipe.weight_decay, adjust_lr_fn="original"
     )
     adamw_groups = [
         {"params": groups["embeddings"], "lr": recipe.embedding_lr, "weight_decay": 0.0},
@@ -31,7 +35,7 @@ def make_optimizers(
         )
     if auxiliary is not None:
         adamw_groups.append({"params": list(auxiliary.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
-    adamw = torch.optim.AdamW(adamw_groups, betas=BETAS)
+    adamw = torch.optim.AdamW([group for group in adamw_groups if group["params"]], betas=BETAS)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -10,13 +10,16 @@ model does not use the pictures.
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 
-from nanochat.data import CAPTION_PROMPT, Dataset, Sample, load_dataset, one_per_reference
+from nanochat.data import CAPTION_PROMPT, Sample, load_dataset, one_per_reference
 from nanochat.data.image_files import check_decodable
 from nanochat.data.sample import limit
 from nanochat.devices import pick_device
@@ -34,10 +37,11 @@ from nanochat.training.batches import (
     Rows,
     exactly_right,
     make_batch,
-    mask_images,
+    mask_rows,
     mask_tokens,
     reduce_gradient,
     row_inputs,
+    texts_of,
 )
 from nanochat.training.features import cached_features
 from nanochat.training.fingerprint import samples_fingerprint
@@ -61,34 +65,52 @@ class PictureTask(Task):
 
     def __init__(self, recipe: PictureRecipe):
         super().__init__(recipe)
-        self.train_set = load_dataset(recipe.data, recipe.train_split, recipe.strict)
-        self.val_set = load_dataset(recipe.data, recipe.val_split, recipe.strict)
-        for note in dict.fromkeys(self.train_set.notes + self.val_set.notes):  # the same if one source is cut
+        sources = (recipe.data, *recipe.also)
+        train_sets = [load_dataset(source, recipe.train_split, recipe.strict) for source in sources]
+        val_sets = [load_dataset(source, recipe.val_split, recipe.strict) for source in dict.fromkeys(sources)]
+        for note in dict.fromkeys(
+            note for data in train_sets + val_sets for note in data.notes
+        ):  # the same if one is cut
             say(note)
-        self.samples = one_per_reference(self.train_set.samples)
+        self.samples, self.sources = [], []
+        for number, data in enumerate(train_sets):
+            samples = one_per_reference(data.samples)
+            self.samples += samples
+            self.sources += [number] * len(samples)
+        self.val_samples = [sample for data in val_sets for sample in data.samples]
+        self.limited = [  # of each dataset its share of the validation
+            sample for data in val_sets for sample in limit(one_per_reference(data.samples), 5 * recipe.val_images)
+        ]
+        self.images_learnt = max(len(sample.images) for sample in self.samples)
         self.reward_steps = recipe.reward_steps
         if recipe.reward_steps:
-            check_reward(recipe, self.train_set)
+            check_reward(recipe, self.samples)
 
     def new_model(self) -> tuple[MultimodalGPT, Tokenizer]:
         recipe = self.recipe
         if recipe.tokenizer:
             tokenizer = Tokenizer.load(Path(recipe.tokenizer).expanduser())
         else:
-            tokenizer = Tokenizer.train(texts_of(self.samples), recipe.vocab_size)
+            tokenizer = Tokenizer.train(chain.from_iterable(map(texts_of, self.samples)), recipe.vocab_size)
         encoder = open_recipe_encoder(recipe)
         channels = encoder.channels(recipe.layer)
-        model = MultimodalGPT(MultimodalGPTConfig(vision_embedding_dim=channels, **model_shape(recipe, tokenizer)))
+        model = MultimodalGPT(
+            MultimodalGPTConfig(vision_embedding_dim=channels, fusion=recipe.fusion, **model_shape(recipe, tokenizer))
+        )
         model.init_weights()
         model.attach_encoder(encoder)
         return model, tokenizer
 
+    def adopt(self, model: MultimodalGPT) -> MultimodalGPT:
+        model = super().adopt(model)
+        self.recipe = replace(self.recipe, fusion=model.config.fusion)
+        return model
+
     def prepare(self, model: MultimodalGPT, tokenizer: Tokenizer) -> None:
         super().prepare(model, tokenizer)
         recipe = self.recipe
-        self.rows = Rows(self.samples, tokenizer, model.config)
-        val_samples = limit(one_per_reference(self.val_set.samples), 5 * recipe.val_images)
-        self.val_rows = Rows(val_samples, tokenizer, model.config)
+        self.rows = Rows(self.samples, tokenizer, model.config, self.sources)
+        self.val_rows = Rows(self.limited, tokenizer, model.config)
         self.multi_turn = self.rows.multi_turn
         of_epochs = math.ceil(recipe.epochs * len(self.rows.groups) / recipe.images_per_step)
         self.imitation_steps = recipe.steps or max(of_epochs, recipe.min_steps)
@@ -115,9 +137,9 @@ class PictureTask(Task):
         if recipe.train_encoder:
             encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16
             memory = recipe.picture_memory * 1e9
-            self.val_vectors = EncodedVectors(self.model, self.val_rows.images, memory)
+            self.val_vectors = EncodedVectors(self.model, self.val_rows, memory)
             memory -= self.val_vectors.n_bytes
-            self.vectors = EncodedVectors(self.model, self.rows.images, memory, recipe.flip, recipe.jitter)
+            self.vectors = EncodedVectors(self.model, self.rows, memory, recipe.flip, recipe.jitter)
             decode_all([self.vectors, self.val_vectors])
             self.say_what_is_kept()
             return
@@ -127,7 +149,8 @@ class PictureTask(Task):
                 "Use --train-encoder --batchnorm train, or --encoder with weights.[/yellow]"
             )
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
-        self.vectors, self.val_vectors = compute_features(self.model, [self.rows, self.val_rows], folder)
+        self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
+        self.val_vectors = compute_features(self.model, self.val_rows, folder)
 
     def say_what_is_kept(self) -> None:
         n, kept = len(self.vectors.images), self.vectors.n_kept
@@ -141,7 +164,7 @@ class PictureTask(Task):
     def fingerprint(self) -> dict[str, dict]:
         return {
             "training": samples_fingerprint(self.samples, self.rows.images),
-            "validation": samples_fingerprint(self.val_set.samples, self.val_rows.images),
+            "validation": samples_fingerprint(self.val_samples, self.val_rows.images),
         }
 
     def pixel_batches(self) -> Iterator[torch.Tensor]:
@@ -151,7 +174,7 @@ class PictureTask(Task):
             yield self.vectors.pixels(numbers, rng)
 
     def next_commands(self, out: Path) -> list[str]:
-        sample = self.val_set.samples[0]
+        sample = self.val_samples[0]
         picture = sample.images[0] if sample.images and isinstance(sample.images[0], (str, Path)) else "PICTURE"
         words = ["ask", picture, sample.question]
         if sample.question == CAPTION_PROMPT:
@@ -187,10 +210,19 @@ class PictureTask(Task):
         recipe, rewarded = self.recipe, self.is_reward_step(step)
         n_rows = None if rewarded else recipe.questions_per_image
         groups = self.rows.step(step, recipe.images_per_step, n_rows, recipe.seed)
-        size = recipe.device_batch_size or len(groups)
-        chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
         rng = np.random.default_rng([recipe.seed, step, 2])
-        return self.reward_gradients(chunks, rng) if rewarded else self.imitation_gradients(chunks, rng)
+        if not rewarded:
+            return self.imitation_gradients(self.chunks(groups), rng)
+        # captions follow the reward; questions are learnt as before, so that they are not forgotten
+        questions = [rows[: recipe.questions_per_image] for rows in groups if not rows[0].caption]
+        if questions:
+            self.imitation_gradients(self.chunks(questions), rng)
+        return self.reward_gradients(self.chunks([rows for rows in groups if rows[0].caption]), rng)
+
+    def chunks(self, groups: list[list[Row]]) -> list[list[list[Row]]]:
+        """Groups of rows that are in memory together."""
+        size = self.recipe.device_batch_size or max(1, len(groups))
+        return [groups[i : i + size] for i in range(0, len(groups), size)]
 
     def imitation_gradients(self, chunks: list[list[list[Row]]], rng: np.random.Generator) -> StepResult:
         """chunks: groups of rows that are in memory together."""
@@ -207,21 +239,22 @@ class PictureTask(Task):
 
     def losses(self, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Sums over a batch: cross-entropy of the answers' tokens, and the auxiliary loss of the pictures."""
-        recipe, model, auxiliary, vectors = self.recipe, self.model, 0.0, None
+        recipe, model, auxiliary, vectors, shown = self.recipe, self.model, 0.0, None, None
         if batch.numbers:
             vectors = self.vectors(batch.numbers, rng).to(model.device)
+            vectors = F.dropout(vectors, recipe.feature_dropout)
             if self.auxiliary is not None:
                 auxiliary = self.auxiliary.loss(vectors, batch.numbers)
-            vectors = batch.in_rows(reduce_gradient(vectors, recipe.decoder_gradient))
-            vectors = mask_images(vectors, rng, recipe.blind_share, batch.counts)
+            vectors = reduce_gradient(vectors, recipe.decoder_gradient)
+            vectors, shown = mask_rows(vectors, batch, rng, recipe.blind_share)
         idx = mask_tokens(batch.idx, rng, recipe.word_dropout, self.tokenizer.special_ids, self.unknown_id)
-        hidden = model.hidden(row_inputs(model, idx, vectors))
-        return model.loss(hidden, batch.targets.to(model.device), "sum"), auxiliary
+        hidden = model.hidden(row_inputs(model, idx, vectors, shown=shown))
+        return model.loss(hidden, batch.targets.to(model.device), "sum", recipe.label_smoothing), auxiliary
 
     def reward_gradients(self, chunks: list[list[list[Row]]], rng: np.random.Generator) -> StepResult:
         """Sampled captions, each weighted by its advantage. The encoder is not trained."""
         model, n_samples = self.model, self.recipe.questions_per_image
-        n_images, total, tokens = sum(map(len, chunks)), 0.0, 0
+        n_images, total, tokens = max(1, sum(map(len, chunks))), 0.0, 0
         for chunk in chunks:
             model.eval()  # with BatchNorm's statistics as they are
             with torch.no_grad():
@@ -229,7 +262,8 @@ class PictureTask(Task):
             seed = int(rng.integers(2**31))
             rows, advantages, reward = sample_captions(model, self.tokenizer, chunk, vectors, n_samples, seed)
             batch = make_batch(rows)
-            hidden = model.hidden(row_inputs(model, batch.idx, vectors.repeat_interleave(n_samples, 0)))
+            shown = torch.arange(len(chunk)).repeat_interleave(n_samples)
+            hidden = model.hidden(row_inputs(model, batch.idx, vectors, shown=shown))
             nats = model.loss(hidden, batch.targets.to(model.device), "none").view(batch.idx.shape).sum(1)
             ((nats * advantages.to(model.device)).sum() / (n_images * n_samples)).backward()
             total, tokens = total + reward * len(chunk) / n_images, tokens + batch.idx.numel()
@@ -295,29 +329,27 @@ def decode_all(parts: Sequence[EncodedVectors]) -> None:
                 progress.advance(bar)
 
 
-def compute_features(model: MultimodalGPT, parts: Sequence[Rows], folder: Path) -> list[CachedVectors]:
+def compute_features(model: MultimodalGPT, rows: Rows, folder: Path, mirror: bool = False) -> CachedVectors:
+    """mirror: also of the mirror images of the pictures that may be mirrored."""
     with Progress(console=console) as progress:
         bar = progress.add_task("encoding pictures", total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        features = [cached_features(model, rows.images, folder, progress=show) for rows in parts]
+        features = cached_features(model, rows.images, folder, progress=show)
+        numbers, mirrored = np.flatnonzero(rows.mirrorable), None
+        if mirror and len(numbers):
+            images = [rows.images[number] for number in numbers]
+            mirrored = cached_features(model, images, folder, progress=show, mirrored=True)
         progress.update(bar, completed=1, total=1)  # also where everything was cached
-    return [CachedVectors(found) for found in features]
+    mirror_of = np.full(len(rows.images), -1)
+    mirror_of[numbers] = np.arange(len(numbers))
+    return CachedVectors(features, mirrored, mirror_of)
 
 
-def check_reward(recipe: PictureRecipe, data: Dataset) -> None:
-    if data.task != "caption":
+def check_reward(recipe: PictureRecipe, samples: Sequence[Sample]) -> None:
+    if all(sample.question != CAPTION_PROMPT for sample in samples):
         raise UserError(f"reward_steps need captions, but {recipe.data} holds questions: use reward_steps=0")
     if recipe.questions_per_image < 2:
         raise UserError("reward_steps compare samples for the same picture: questions_per_image must be 2 or more")
-
-
-def texts_of(samples: Sequence[Sample]):
-    """All texts of the conversations, to train a tokenizer on."""
-    for sample in samples:
-        for message in sample.messages:
-            content = message["content"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            yield from (part["text"] for part in parts if part["type"] == "text")

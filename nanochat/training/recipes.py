@@ -13,18 +13,21 @@ from nanochat.errors import UserError
 AT_LEAST = {
     1: (
         "val_images", "vision_tokens", "n_layer", "n_head", "n_embd", "sequence_len", "steps", "min_steps", "images_per_step",
-        "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk",
+        "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk", "components",
     ),
     0: (
         "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "embedding_lr",
         "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift", "picture_memory",
     ),
 }  # fmt: skip
-SHARES = ("jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown")
+SHARES = (
+    "jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown", "dropout", "feature_dropout", "label_smoothing",
+)  # fmt: skip
 
 DType = Literal["float32", "bfloat16"]
 BatchNorm = Literal["frozen", "train"]
 Flip = Literal["none", "horizontal", "both"]
+Fusion = Literal["prefix", "cross"]
 ActionHead = Literal["continuous", "bins"]
 Targets = Literal["auto", "relative", "absolute"]
 
@@ -39,7 +42,7 @@ class Recipe:
     "Checkpoint to start from instead of random weights. Its tokenizer and its shape replace the fields for them."
 
     encoder: str = "yolov9t.yaml"
-    "Vision encoder: an official name, a .pt path, a .yaml for random weights, or a checkpoint folder whose encoder is used."
+    "Vision encoder: yolov9t.pt, a .pt path, a .yaml for random weights, efficientnet_lite2, timm:NAME, or a checkpoint with one."
     layer: str = "p3"
     "Map of the encoder that the decoder reads: head, p3, p4, p5, the number of a module, or several joined by +."
     image_size: int = 224
@@ -48,6 +51,10 @@ class Recipe:
     "Vision tokens per picture."
     train_encoder: bool = False
     "Train the encoder as well."
+    train_encoder_from: str = ""
+    "First layer of the encoder that is trained (p5, p4, a module's number); those before it stay as they are; default all."
+    train_decoder: bool = True
+    "Train the decoder. Without it, only the way from the encoder to it learns: projector and cross-attention."
     batchnorm: BatchNorm = "frozen"
     "BatchNorm of a trained encoder: frozen for pretrained weights; train for random ones, estimated before each validation."
 
@@ -74,9 +81,13 @@ class Recipe:
     "Share of the training rows whose picture is masked, so that the blind score of a report is the model's best guess."
     decoder_gradient: float = 1.0
     "Share of the decoder's gradient that reaches the encoder. With a loss of the encoder's own, a small share is best."
+    dropout: float = 0.0
+    "Share of the decoder's activations that are dropped in training; prevents learning small data by heart."
 
     matrix_lr: float = 0.02
     "Peak learning rate of the decoder's matrices (Muon)."
+    projector_lr: float | None = None
+    "Peak learning rate of the matrices of projector and cross-attention (Muon); default matrix_lr."
     embedding_lr: float = 5e-3
     "Peak learning rate of the token embeddings (AdamW)."
     head_lr: float = 5e-3
@@ -125,6 +136,8 @@ class PictureRecipe(Recipe):
 
     data: str = ""
     "Dataset name or path: easy_vqa, captions.csv or its folder, .jsonl, LLaVA .json, .parquet, or hf:owner/name."
+    also: tuple[str, ...] = ()
+    "Further datasets to train on in the same run, named like --data. One named twice is seen twice in an epoch."
     train_split: str = "fit"
     "Split to train on."
     val_split: str = "val"
@@ -142,12 +155,18 @@ class PictureRecipe(Recipe):
 
     vision_tokens: int = 16
     "Vision tokens per picture: 1 is the mean of the map, a square number is a grid."
+    fusion: Fusion = "prefix"
+    "How pictures reach the decoder: prefix puts vision tokens in the row; cross lets every block attend to the picture's cells."
     flip: Flip = "none"
-    "Random mirroring of training pictures (needs a trained encoder)."
+    "Random mirroring of training pictures, except where a text has left or right; a frozen encoder can have horizontal."
     jitter: float = 0.0
     "Random shift of training pictures, as a share of their side, and zoom by as much (needs a trained encoder)."
     word_dropout: float = 0.0
     "Share of the text tokens that are replaced in training; prevents learning small texts by heart."
+    feature_dropout: float = 0.0
+    "Share of the numbers in vision vectors that are dropped in training."
+    label_smoothing: float = 0.0
+    "Share of the target that is spread over the whole vocabulary."
     word_loss: float = 0.0
     "Weight of an auxiliary loss that predicts answer words from the vision vectors (needs a trained encoder)."
 
@@ -240,6 +259,36 @@ class Daquar(PictureRecipe):
 
 
 @dataclass
+class Photos(PictureRecipe):
+    """Captions of photographs and questions about them, one model for all: the one that ships as `photos`.
+
+    The encoder is EfficientNet-Lite2 with ImageNet weights (extra "photos"), frozen, so its maps are computed once. The data of
+    the model that ships: --data flickr8k --also captions-questions:flickr8k daquar pairs"""
+
+    encoder: str = "efficientnet_lite2"
+    layer: str = "features"
+    vision_tokens: int = 49
+    fusion: Fusion = "cross"
+    dtype: DType = "bfloat16"
+    flip: Flip = "horizontal"
+    vocab_size: int = 3072
+    sequence_len: int = 128
+    n_layer: int = 3
+    n_head: int = 5
+    n_embd: int = 320
+    epochs: float = 8
+    questions_per_image: int = 5
+    dropout: float = 0.3
+    feature_dropout: float = 0.2
+    label_smoothing: float = 0.1
+    matrix_lr: float = 0.01
+    embedding_lr: float = 0.05
+    head_lr: float = 3e-3
+    cooldown: float = 0.6
+    reward_steps: int = 600
+
+
+@dataclass
 class Folder(PictureRecipe):
     """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH.
 
@@ -304,7 +353,58 @@ class Robot(Recipe):
     "Weight of an auxiliary loss that predicts object positions from the vision vectors (only for data of a simulator)."
 
 
-RECIPES = {"easy_vqa": EasyVQA, "flickr8k": Flickr8k, "daquar": Daquar, "folder": Folder, "robot": Robot}
+@dataclass
+class Distill(Recipe):
+    """An encoder that learns to see as another one does, from pictures alone: --data DIR. Other recipes take it by --encoder.
+
+    The teacher's maps are computed once and kept on disk, 100 kB a picture."""
+
+    data: str = ""
+    "Dataset name or path, see docs/DATA.md; only its pictures count."
+    also: tuple[str, ...] = ()
+    "Further data to train on."
+    train_split: str = "fit"
+    "Split to train on."
+    val_split: str = "val"
+    "Split of --data to validate on."
+    val_images: int = 400
+    "Validation pictures, at most."
+    strict: bool = False
+    "Refuse data with missing pictures instead of skipping their rows."
+    teacher: str = "efficientnet_lite2"
+    "The encoder to learn from, named as in --encoder."
+    components: int = 256
+    "Principal components of the teacher's map that are learnt."
+    cache: str = ""
+    "Folder for the teacher's maps; default OUT/../teacher."
+    picture_memory: float = 2.0
+    "Gigabytes for decoded training pictures; those that do not fit are decoded again in every epoch."
+
+    layer: str = "p5+p4+p3+8"
+    vision_tokens: int = 49
+    train_encoder: bool = True
+    batchnorm: BatchNorm = "train"
+    vocab_size: int = 300
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 16
+    dtype: DType = "bfloat16"
+    encoder_lr: float = 2e-3
+    warmup_steps: int = 100
+    steps: int = 4000
+    "Optimiser steps."
+    threads: int | None = 1
+
+
+RECIPES = {
+    "easy_vqa": EasyVQA,
+    "flickr8k": Flickr8k,
+    "daquar": Daquar,
+    "photos": Photos,
+    "folder": Folder,
+    "robot": Robot,
+    "distill": Distill,
+}
 
 
 def recipe_name(recipe: Recipe) -> str:

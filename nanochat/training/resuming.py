@@ -15,7 +15,7 @@ from nanochat.training.task import Task, say
 PLACES = ("out", "cache", "resume")
 HOW = (
     "data", "encoder", "start_from", "device", "encoder_device", "device_batch_size", "gradient_checkpointing", "threads",
-    "save_every", "eval_every", "reward_steps", "picture_memory",
+    "save_every", "eval_every", "reward_steps", "picture_memory", "also",
 )  # fmt: skip
 LENGTH = ("epochs", "steps", "min_steps")  # compared as the steps that follow from them
 
@@ -53,7 +53,8 @@ def first_state(training: dict | None = None) -> dict:
     if not isinstance(learnt, dict):
         learnt = dict.fromkeys(("questions", "captions", "actions"), True)
     earlier = earlier if isinstance(earlier, list) else []
-    return first_state() | {"earlier": [*earlier, run], "learnt": learnt}
+    images = training.get("images") if isinstance(training.get("images"), int) else 1
+    return first_state() | {"earlier": [*earlier, run], "learnt": learnt, "images": images}
 
 
 def all_learnt(before: dict[str, bool] | None, now: dict[str, bool]) -> dict[str, bool]:
@@ -76,6 +77,9 @@ def started_recipe(recipe: Recipe) -> Recipe:
         )
     known = {field.name for field in fields(recipe)}
     saved = {"min_steps": 1} | training["recipe"]  # release 0.1 had no least number of steps
+    saved = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+    }  # JSON has lists
     return type(recipe)(**{name: value for name, value in saved.items() if name in known}, out=recipe.out, resume=True)
 
 
@@ -99,6 +103,8 @@ def fits(value: object, default: object) -> bool:
     number = (int, float)
     if isinstance(default, number) and not isinstance(default, bool):
         return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value) or value == default
     return type(value) is type(default)
 
 

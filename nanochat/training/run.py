@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,6 +26,7 @@ from nanochat.errors import UserError, user_errors
 from nanochat.evaluation.controls import CONDITIONS
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.distill import DistillTask
 from nanochat.training.history import advice, describe, history_files
 from nanochat.training.optimizers import (
     gradients_are_finite,
@@ -34,7 +36,7 @@ from nanochat.training.optimizers import (
 )
 from nanochat.training.out_folder import check_new, hold_folder, release_folder, released_at_end
 from nanochat.training.pictures import PictureTask
-from nanochat.training.recipes import Recipe, Robot, recipe_name
+from nanochat.training.recipes import Distill, Recipe, Robot, recipe_name
 from nanochat.training.resuming import (
     PLACES,
     all_learnt,
@@ -48,7 +50,7 @@ from nanochat.training.resuming import (
     started_recipe,
 )
 from nanochat.training.statistics import estimate_statistics, trained_norms
-from nanochat.training.task import StepResult, Task, console, say, set_training
+from nanochat.training.task import StepResult, Task, console, say, set_trainable, set_training
 
 LOG_EVERY = 10  # steps that a line of the history averages, at most
 MAX_SKIPPED = 10  # steps in a row without a finite gradient: the run is lost
@@ -90,7 +92,7 @@ class Run:
             self.model, self.tokenizer, state = self.open_model(recipe)
             self.recipe = task.recipe
             self.model.to(device).set_compute_dtype(DTYPES[recipe.dtype])
-            self.model.vision_encoder.requires_grad_(recipe.train_encoder)
+            set_trainable(self.model, self.recipe)
             if started is not None:
                 check_settings(self.recipe, started)
             task.prepare(self.model, self.tokenizer)
@@ -114,6 +116,7 @@ class Run:
         self.steps, self.step, self.seconds = self.task.steps, state["step"], state["seconds"]
         self.history, self.earlier = state["history"], state.get("earlier", [])
         self.learnt = all_learnt(state.get("learnt"), self.task.learnt())
+        self.images = max(state.get("images", 1), self.task.images_learnt)  # in one conversation, at most
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), 0
         self.eval_every = self.recipe.eval_every or min(250, max(1, self.steps // 10))
         self.log_every = min(LOG_EVERY, max(1, self.steps // 10))
@@ -181,6 +184,7 @@ class Run:
         if self.step >= self.steps - self.task.reward_steps:
             self.update_statistics()  # reward steps read them
         set_training(self.model, self.recipe)
+        torch.manual_seed(step_seed(self.recipe.seed, self.step))  # of dropout
         result = self.task.backward(self.step)
         parameters = list(self.model.parameters())
         if math.isfinite(result.value) and gradients_are_finite([*parameters, *self.auxiliary_parameters()]):
@@ -278,6 +282,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "multi_turn": self.task.multi_turn,
             "learnt": self.learnt,
+            "images": self.images,
             "skipped": self.skipped,
             "fingerprint": self.fingerprint,
         }
@@ -305,6 +310,11 @@ class Run:
         say(f"checkpoint and loss curve in {self.out}")
         for command in self.task.next_commands(self.out):
             say(f"next: {command}")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of torch's random numbers in a step, so that a resumed run draws the same ones."""
+    return int(np.random.SeedSequence([seed, step, 4]).generate_state(1)[0])
 
 
 class Meter:
@@ -375,4 +385,6 @@ def task_class_of(recipe: Recipe) -> type[Task]:
         from nanochat.training.robots import RobotTask  # needs pyarrow, which training on pictures does not
 
         return RobotTask
+    if isinstance(recipe, Distill):
+        return DistillTask
     return PictureTask

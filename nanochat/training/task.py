@@ -49,13 +49,14 @@ class Task:
 
     steps: of the whole run. reward_steps: how many of them, at the end, have learning rates of their own. unit: of the
     validation loss. auxiliary: a head for training only, or None. multi_turn: whether the model learns conversations of
-    several turns. memory_advice: what helps when a GPU is full.
+    several turns. images_learnt: most pictures in one of them. memory_advice: what helps when a GPU is full.
     """
 
     steps: int
     reward_steps = 0
     unit = "loss (nats per token)"
     auxiliary: AuxiliaryHead | None = None
+    images_learnt = 1
     multi_turn = False
     memory_advice = ""
 
@@ -161,9 +162,24 @@ def set_training(model: GPT, recipe: Recipe) -> None:
     """Training mode, except what must not change: a frozen encoder, and the statistics of a pretrained one."""
     model.train()
     model.gradient_checkpointing = recipe.gradient_checkpointing
+    model.dropout = recipe.dropout
     if not recipe.train_encoder:
         model.vision_encoder.eval()
-    elif recipe.batchnorm == "frozen":
-        for module in model.vision_encoder.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
+        return
+    for module in model.vision_encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and (
+            recipe.batchnorm == "frozen" or not module.weight.requires_grad
+        ):
+            module.eval()
+
+
+def set_trainable(model: GPT, recipe: Recipe) -> None:
+    """Only what the recipe names gets gradients: the projector and the cross-attention always, the decoder, the encoder from a
+    layer on."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(recipe.train_decoder or model.is_projector(name))
+    encoder = model.vision_encoder
+    encoder.requires_grad_(False)
+    if recipe.train_encoder:
+        for parameter in encoder.parameters_from(recipe.train_encoder_from):
+            parameter.requires_grad_(True)
