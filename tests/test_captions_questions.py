@@ -80,6 +80,7 @@ def test_one_of_two_persons_and_a_group():
         (("A dog runs .", "A dog is jumping .", "A dog runs and jumps .", "A dog jumps ."), "what is the dog doing?"),
         (("A dog carrying a ball .", "A dog with a stick in its mouth .", "A dog ."), "what is the dog carrying?"),
         (("A dog in the snow .", "A dog on the beach .", "A dog ."), "where is the dog?"),
+        (("A boy jumps into a pool .", "A boy is jumping into a pool .", "A boy ."), "where is the boy?"),
         (("A man looks at the water .", "A man stares at the water .", "A man ."), "where is the man?"),
         (("A man at the swimming pool .", "A man by the swimming pool .", "A man ."), "what is the man doing?"),
         (("A black man runs .", "A black man is running .", "A black man runs ."), "what color is the man?"),

@@ -284,6 +284,16 @@ def test_pictures_that_were_trained_on_are_counted(photos, monkeypatch):
     assert training_overlap([], {}).note == ""
 
 
+def test_all_sources_of_a_run_count(photos):
+    """Questions made from captions are about the same pictures."""
+    questions = f"captions-questions:{photos}"
+    for run in ({"data": "easy_vqa", "also": [str(photos)]}, {"data": "/gone", "also": ["/gone", questions]}):
+        run |= {"train_split": "fit", "val_split": "val"}
+        assert training_overlap(load_dataset(photos).samples, run).trained_on == 18
+        assert default_split(str(photos), run) == default_split(questions, run) == ("val", HELD_OUT)
+    assert default_split(questions, {})[0] == "all"
+
+
 def test_eval_says_what_it_evaluates(photos, tmp_path, monkeypatch, capsys):
     """The whole command, with an agent that knows the numbers of pictures."""
     pytest.importorskip("pycocoevalcap")

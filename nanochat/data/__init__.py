@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Sample",
+    "captions_of",
     "image_key",
     "limit",
     "load_dataset",

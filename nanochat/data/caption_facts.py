@@ -329,5 +329,5 @@ def places_in(tokens: Sequence[str]) -> Iterator[str]:
         if token not in words.PLACES or after in words.PLACES or after in words.THINGS or after == "covered":
             continue
         before = next((w for w in reversed(tokens[max(0, place - 5) : place]) if w in STOP - words.ARTICLES), "")
-        if before in PREPOSITIONS and (before != "at" or token not in words.ONLY_SEEN):
+        if before in PREPOSITIONS - {"into", "onto"} and (before != "at" or token not in words.ONLY_SEEN):
             yield words.PLACES[token]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.data import DataError, Sample, image_key, load_dataset, own_splits
+from nanochat.data import DataError, Sample, captions_of, image_key, load_dataset, own_splits
 from nanochat.data.splits import OWN_VALIDATION, WHOLE
 
 HELD_OUT = "the part that training held out (--split chooses another)"
@@ -29,7 +29,8 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
     own = own_splits(dataset)
     if "test" in own:
         return "test", "its test split"
-    run = next((run for run in (recipe, *earlier) if same_data(dataset, run.get("data") or "")), None)
+    pictures = captions_of(dataset) or dataset
+    run = next((run for run in (recipe, *earlier) if any(same_data(pictures, name) for name in sources_of(run))), None)
     if run is not None:
         split = run.get("val_split") or "val"
         is_held_out = split not in (run.get("train_split"), *WHOLE)
@@ -40,6 +41,11 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
     if "train" in own:
         return "train", "its only split" if len(own) == 1 else f"it has the splits {', '.join(own)}"
     return ("all", "all of it") if not own else (own[0], f"it has the splits {', '.join(own)}")
+
+
+def sources_of(run: dict) -> list[str]:
+    """The data sets whose pictures a run was trained on, from its recipe."""
+    return [captions_of(name) or name for name in (run.get("data"), *(run.get("also") or ())) if name]
 
 
 def same_data(dataset: str, trained_on: str) -> bool:
@@ -62,13 +68,12 @@ def same_data(dataset: str, trained_on: str) -> bool:
 def training_overlap(samples: Sequence[Sample], recipe: dict, earlier: Sequence[dict] = ()) -> Overlap:
     """Compares the pictures with those of the training run, and of the earlier runs whose weights it started from."""
     known, read, gone = set(), False, ""
-    for run in (recipe, *earlier):
-        if not run.get("data"):
-            continue
+    sources = [(name, run.get("train_split") or "fit") for run in (recipe, *earlier) for name in sources_of(run)]
+    for source, split in dict.fromkeys(sources):
         try:
-            trained = load_dataset(run["data"], run.get("train_split") or "fit").samples
+            trained = load_dataset(source, split).samples
         except (DataError, ImportError, OSError):
-            gone = gone or run["data"]
+            gone = gone or source
             continue
         read = True
         known |= {identity(image) for sample in trained for image in sample.images}
