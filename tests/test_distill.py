@@ -21,10 +21,10 @@ from nanochat.training.teacher import Teacher, cells_of, draw_views, pixels_of, 
 from nanochat.vision.timm_encoder import TimmEncoder, described
 from tests.test_train import interrupt_at
 
-SIZE, SIDE = 96, 3  # a picture of 3 x 3 cells
+SIZE, SIDE = 64, 2  # a picture of 2 x 2 cells
 SMALL = dict(
-    image_size=SIZE, vision_tokens=SIDE**2, layer="4", components=8, images_per_step=8, steps=4, warmup_steps=2, dtype="float32",
-    save_every=2, eval_every=2, val_images=4,
+    image_size=SIZE, vision_tokens=SIDE**2, layer="4", components=8, images_per_step=8, steps=4, eval_every=4, warmup_steps=2,
+    dtype="float32", val_images=4,
 )  # fmt: skip
 
 
@@ -56,11 +56,18 @@ def pictures(tmp_path_factory):
     """20 pictures of smooth colours, with a caption each."""
     folder, rng, lines = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), ["file,caption"]
     for i in range(20):
-        small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8))
+        small = Image.fromarray(rng.integers(0, 256, (2, 2, 3), np.uint8))
         small.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
         lines.append(f"{i}.png,a picture")
     (folder / "captions.csv").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, teacher_file, tmp_path_factory):
+    """The checkpoint folder of a short run."""
+    changes = dict(steps=40, eval_every=40, encoder_lr=5e-3, out=str(tmp_path_factory.mktemp("trained") / "run"))
+    return Run(Distill(**SMALL | changes, data=str(pictures), teacher=teacher_file)).train()
 
 
 @pytest.fixture
@@ -93,7 +100,7 @@ def test_targets_are_principal_components_of_the_teachers_own_maps(recipe):
     with torch.no_grad():
         cells = (
             torch.stack([encoder(pixels), encoder(pixels.flip(-1))], 1).permute(0, 1, 3, 4, 2).flatten(1, 3)
-        )  # (2, 18, C)
+        )  # (2, 8, C)
     expected = (cells - task.teacher.mean) @ task.teacher.basis
     assert torch.allclose(torch.from_numpy(task.targets[[0, 7]]), expected, atol=1e-5)
     with torch.no_grad():
@@ -137,9 +144,8 @@ def test_every_epoch_shows_every_picture_once_whatever_the_step():
     assert flat[:10] != flat[10:]
 
 
-def test_the_student_learns_to_see_as_its_teacher(recipe):
-    out = Run(replace(recipe, steps=60, save_every=60, eval_every=30, encoder_lr=5e-3)).train()
-    checks = [line for line in load_checkpoint(out)[2]["history"] if "aligned" in line]
+def test_the_student_learns_to_see_as_its_teacher(trained):
+    checks = [line for line in load_checkpoint(trained)[2]["history"] if "aligned" in line]
     assert checks[0]["aligned"] > 0.9  # random weights
     assert checks[-1]["aligned"] < 0.75 * checks[0]["aligned"]
     assert checks[-1]["aligned"] < checks[-1]["shuffled"] - 0.1
@@ -167,18 +173,17 @@ def test_a_resumed_run_equals_an_unbroken_one(recipe, tmp_path):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_the_encoder_is_read_by_other_recipes_and_the_model_says_that_it_learnt_nothing(recipe, pictures, tmp_path):
-    out = Run(recipe).train()
-    training = json.loads((out / "training.json").read_text())
+def test_the_encoder_is_read_by_other_recipes_and_the_model_says_that_it_learnt_nothing(trained, pictures, tmp_path):
+    training = json.loads((trained / "training.json").read_text())
     assert training["learnt"] == {"questions": False, "captions": False, "actions": False}
     with pytest.raises(UserError, match="has learnt nothing yet"):
-        Agent.load(str(out)).check_learnt("what is this?")
+        Agent.load(str(trained)).check_learnt("what is this?")
     reader = Folder(
-        data=str(pictures), encoder=str(out), layer="4", image_size=SIZE, vision_tokens=9, steps=1, train_encoder=False,
+        data=str(pictures), encoder=str(trained), layer="4", image_size=SIZE, vision_tokens=4, steps=1, train_encoder=False,
         word_loss=0, vocab_size=300, n_layer=1, n_embd=16, n_head=1, out=str(tmp_path / "reader"),
     )  # fmt: skip
     found = Run(reader).model.vision_encoder.state_dict()
-    expected = load_checkpoint(out)[0].vision_encoder.state_dict()
+    expected = load_checkpoint(trained)[0].vision_encoder.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in found)
 
 
@@ -203,7 +208,7 @@ def test_further_data_are_trained_on_and_not_validated_on(recipe, pictures, tmp_
     [
         ({"teacher": "no_such_encoder"}, "no_such_encoder"),
         ({"teacher": "timm:no_such_network"}, "timm has no network 'no_such_network'"),
-        ({"vision_tokens": 4}, "has 3 x 3 cells at 96 pixels, but the student gives 4 vectors: use --vision-tokens 9"),
+        ({"vision_tokens": 9}, "has 2 x 2 cells at 64 pixels, but the student gives 9 vectors: use --vision-tokens 4"),
         ({"components": 10000}, "components must be at most the 256 channels of the teacher, got 10000"),
         ({"components": 0}, "components must be at least 1, got 0"),
         ({"start_from": "default"}, "use --encoder default to begin with the encoder in it"),
