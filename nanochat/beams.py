@@ -61,9 +61,8 @@ def beam_search_all(
         if not torch.isfinite(logits).all():
             raise UserError("the model returned NaN or infinite logits: its weights or its input are broken")
         parents, tokens, first = [], [], 0  # the lines of a search follow each other, from `first` on
-        for search, scores in zip(
-            searches, logits.double().log_softmax(-1).split([len(s.answers) for s in searches]), strict=True
-        ):
+        parts = logits.double().log_softmax(-1).split([len(search.answers) for search in searches])
+        for search, scores in zip(searches, parts, strict=True):
             for line, token in search.extend(scores):
                 parents.append(first + line)
                 tokens.append(token)
@@ -71,9 +70,8 @@ def beam_search_all(
         if not tokens:
             return [max(search.finished)[1] for search in searches]
         cache.keep_rows(parents)
-        logits = model.logits(
-            model.hidden(Inputs(torch.tensor(tokens, device=model.device)[:, None]), cache)[:, -1]
-        ).cpu()
+        hidden = model.hidden(Inputs(torch.tensor(tokens, device=model.device)[:, None]), cache)
+        logits = model.logits(hidden[:, -1]).cpu()
 
 
 class Search:
