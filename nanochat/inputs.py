@@ -144,10 +144,15 @@ def pictures_matching(pattern: str, word: str, frames: int | None) -> list[Pictu
         raise ImageError(f"no file matches {printable(word)}{folders}")
     videos = [path for path in found if is_video_name(path)]
     pictures = [Picture(printable(path), path, named=False) for path in found if path not in videos]
-    return [
-        *(evenly(pictures, frames) if pictures else []),
-        *(picture for path in videos for picture in frames_of(path, path, frames)),
-    ]
+    pictures = evenly(pictures, frames) if pictures else []
+    for path in videos:
+        try:
+            pictures += frames_of(path, path, frames)
+        except ImageError as error:
+            note(f"left out: {error}")
+    if not pictures:
+        raise ImageError(f"none of the {len(videos)} videos that match {printable(word)} can be read")
+    return pictures
 
 
 def standard_input() -> bytes:

@@ -283,7 +283,11 @@ def test_other_commands_say_who_reads_videos(nanochat, clip):
 
 def test_frames_of_several_videos_and_a_picture(nanochat, clip, tmp_path):
     write_clip(tmp_path / "clip2.mp4", 20)
+    (tmp_path / "clip3.mp4").write_bytes(b"no video")
     printed = nanochat("ask", PICTURE, f"{tmp_path}/*.mp4", QUESTION, "--frames", "2", "--each", "--json")
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(row["file"]).name for row in rows] == ["0.png", "clip.mp4", "clip.mp4", "clip2.mp4", "clip2.mp4"]
     assert [row.get("time") for row in rows] == [None, 1.0, 3.0, 0.5, 1.5]
+    assert f"left out: {tmp_path}/clip3.mp4 cannot be read as a video" in printed.err
+    error = nanochat("ask", f"{tmp_path}/*3.mp4", QUESTION, "--frames", "2", "--each", code=2).err
+    assert "none of the 1 videos that match" in error

@@ -1,6 +1,7 @@
 """One question about several pictures: where they stand, how many a model has learnt, what fits, and beams."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -267,3 +268,18 @@ def test_captions_with_beams(nanochat):
     error = nanochat("caption", frame, "--checkpoint", "robot", "--beams", "3", "--temperature", "1", code=2).err
     assert "no temperature" in error and error.count("\n") == 1
     assert "1..64" in nanochat("caption", frame, "--checkpoint", "robot", "--beams", "0", code=2).err
+
+
+def test_eval_takes_beams(nanochat, tmp_path):
+    pytest.importorskip("pycocoevalcap")
+    for number in range(2):
+        shutil.copy(picture(number), tmp_path / f"{number}.png")
+    (tmp_path / "captions.csv").write_text("image,caption\n0.png,a red shape\n1.png,a black shape\n")
+    out = tmp_path / "r.json"
+    nanochat("eval", "robot", tmp_path / "captions.csv", "--beams", "3", "--json", out)
+    result = json.loads(out.read_text())
+    assert result["beams"] == 3 and result["n"] == 2 and "bleu4" in result
+    assert "1..64" in nanochat("eval", "robot", tmp_path / "captions.csv", "--beams", "0", code=2).err
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    assert "--beams is for captions" in nanochat("eval", "robot", tmp_path, "--beams", "3", code=2).err
