@@ -17,7 +17,7 @@ N = 1500
 
 
 @cache
-def changes(kind: str) -> list[pairs.Change]:
+def made(kind: str) -> list[pairs.Change]:
     rng = random.Random(f"test {kind}")
     return [pairs.KINDS[kind](rng) for _ in range(N)]
 
@@ -49,7 +49,7 @@ def test_one_picture_leaves_all_answers_equally_likely(kind, shown):
         lambda scene, question: len({shape.form for shape in scene}),
     ):
         seen = defaultdict(Counter)
-        for change in changes(kind):
+        for change in made(kind):
             scene, question, answer = change[shown], change[2], change[3]
             seen[view(scene, question)][role(answer, scene)] += 1
         if kind in ("new", "missing") and shown == (kind == "missing"):
@@ -62,14 +62,23 @@ def test_one_picture_leaves_all_answers_equally_likely(kind, shown):
 @pytest.mark.parametrize(("kind", "shown"), [("new", 0), ("missing", 1)])
 def test_a_shape_that_is_not_shown_may_be_any_other(kind, shown):
     counts = Counter()
-    for change in changes(kind):
+    for change in made(kind):
         scene, answer = change[shown], change[3]
         others = sorted({f"{c} {f}" for c in pairs.COLORS for f in pairs.SHAPES} - {shape.name for shape in scene})
         counts[others.index(answer)] += 1
     assert len(counts) == 21 and max(counts.values()) < 1.6 * N / 21
 
 
-def test_both_pictures_give_the_answer():
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_pictures_give_the_answer(turned):
+    def changes(kind):  # of a kind, also made from the other order
+        if not turned:
+            return made(kind)
+        back = {"new": "missing", "missing": "new"}.get(kind, kind)
+        found = [pairs.other_way(back, change) for change in made(back)]
+        assert {other for other, _ in found} == {kind}
+        return [change for _, change in found]
+
     for first, second, _, answer in changes("moved")[:300]:
         changed = set(first) ^ set(second)
         assert {shape.name for shape in changed} == {answer} and len({shape.cell for shape in changed}) == 2
@@ -96,7 +105,7 @@ def test_both_pictures_give_the_answer():
 @pytest.mark.parametrize("kind", pairs.KINDS)
 def test_scenes_are_valid(kind):
     """No two shapes in one cell or of one name, and all inside the picture."""
-    for first, second, _, _ in changes(kind)[:300]:
+    for first, second, _, _ in made(kind)[:300]:
         for scene in (first, second):
             assert len({shape.cell for shape in scene}) == len({shape.name for shape in scene}) == len(scene)
             assert all(0 <= c < pairs.CELLS for shape in scene for c in shape.cell)
@@ -119,12 +128,16 @@ def test_what_is_drawn():
 def test_samples(monkeypatch):
     monkeypatch.setattr(pairs, "OWN_SPLITS", {"train": 64, "val": 32})
     train, val = load_dataset("pairs"), load_dataset("pairs", "val")
-    assert (train.task, len(train.samples), len(val.samples)) == ("vqa", 64, 32)
-    assert Counter(sample.kind for sample in train.samples) == dict.fromkeys(pairs.KINDS, 8)
+    assert (train.task, len(train.samples), len(val.samples)) == ("vqa", 128, 64)
+    assert Counter(sample.kind for sample in train.samples) == dict.fromkeys(pairs.KINDS, 16)
     assert all(
         len(sample.images) == 2 and sample.messages[0]["content"][1] == {"type": "image"} for sample in val.samples
     )
-    keys = [image_key(image) for sample in train.samples + val.samples for image in sample.images]
+    for sample, turned in zip(train.samples[::2], train.samples[1::2], strict=True):
+        assert sample.images == turned.images[::-1] and (sample.question == turned.question) == (
+            sample.kind not in ("new", "missing")
+        )
+    keys = [image_key(image) for sample in (train.samples + val.samples)[::2] for image in sample.images]
     assert len(set(keys)) == len(keys)  # also of pictures that look the same: controls exchange each of them
     again = load_dataset("pairs", "fit")
     assert [sample.images for sample in again.samples] == [sample.images for sample in train.samples]

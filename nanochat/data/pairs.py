@@ -11,7 +11,7 @@
 
 An answer needs both pictures: whichever one is shown alone, all answers that it leaves open are equally likely. Each pair is
 drawn so that the first and the second picture are exchangeable, and a change is drawn without looking at what it gives. What the
-best guess from one picture scores is in `CHANCE`.
+best guess from one picture scores is in `CHANCE`. Each pair is asked about in both orders.
 """
 
 import io
@@ -68,32 +68,48 @@ Scene = tuple[Shape, ...]
 
 
 def load(name: str = "pairs", split: str | None = "train", strict: bool = False) -> Dataset:
-    """The drawn pairs; each is a sample with two PNG pictures. name, strict: not used, nothing is read.
+    """Two samples of each drawn pair, with its two PNG pictures in both orders. name, strict: not used, nothing is read.
 
     Splits: "train" (also "fit") and "val", of different drawings. Raises DataError for another one.
     """
     chosen, _ = choose_split("pairs", tuple(OWN_SPLITS), split)
-    samples = [drawn_sample(chosen, number) for number in range(OWN_SPLITS[chosen])]
+    samples = [sample for number in range(OWN_SPLITS[chosen]) for sample in drawn_samples(chosen, number)]
     return Dataset(f"pairs/{chosen}", "vqa", samples)
 
 
-def drawn_sample(split: str, number: int) -> Sample:
+def drawn_samples(split: str, number: int) -> list[Sample]:
     rng = random.Random(f"pairs {split} {number}")
     kind = list(KINDS)[number % len(KINDS)]
-    first, second, question, answer = KINDS[kind](rng)
+    change = first, second, *_ = KINDS[kind](rng)
     background = rng.randrange(2**32)  # the same for both: only shapes differ
+    where = f"pairs/{split}:{number}"
+    images = [draw(scene, background, f"{where} {place}") for scene, place in ((first, "first"), (second, "second"))]
+    return [
+        pair_sample(images, where, kind, change),
+        pair_sample(images[::-1], f"{where} reversed", *other_way(kind, change)),
+    ]
+
+
+def pair_sample(images: Sequence[bytes], where: str, kind: str, change: "Change") -> Sample:
+    *_, question, answer = change
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
     messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
-    where = f"pairs/{split}:{number}"
-    images = tuple(
-        draw(scene, background, f"{where} {place}") for scene, place in ((first, "first"), (second, "second"))
-    )
-    return Sample(images, messages, where=where, kind=kind)
+    return Sample(tuple(images), messages, where=where, kind=kind)
 
 
 # ---- the changes: each gives (first scene, second scene, question, answer)
 
 Change = tuple[Scene, Scene, str, str]
+NEW, MISSING = "what is new in the second picture?", "what is missing in the second picture?"
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "first": "second", "second": "first"}
+
+
+def other_way(kind: str, change: Change) -> tuple[str, Change]:
+    """The kind and the change with the second picture first."""
+    first, second, question, answer = change
+    kind = {"new": "missing", "missing": "new"}.get(kind, kind)
+    question = {NEW: MISSING, MISSING: NEW}.get(question, question)
+    return kind, (second, first, question, OPPOSITE.get(answer, answer))
 
 
 def shapes(rng: random.Random, n: int, cells: Sequence[tuple[int, int]] = ()) -> list[Shape]:
@@ -142,12 +158,11 @@ def direction(rng: random.Random) -> Change:
 def new(rng: random.Random) -> Change:
     scene = shapes(rng, 4)
     i = rng.randrange(4)
-    return tuple(scene[:i] + scene[i + 1 :]), tuple(scene), "what is new in the second picture?", scene[i].name
+    return tuple(scene[:i] + scene[i + 1 :]), tuple(scene), NEW, scene[i].name
 
 
 def missing(rng: random.Random) -> Change:
-    fewer, scene, _, answer = new(rng)
-    return scene, fewer, "what is missing in the second picture?", answer
+    return other_way("new", new(rng))[1]
 
 
 def recolored(rng: random.Random) -> Change:

@@ -237,7 +237,7 @@ def score_vqa(samples: Sequence[Sample], by_condition: dict[str, list[str]], key
                 {condition: [answers[row] for row in own] for condition, answers in by_condition.items()},
                 [keys[row] for row in own],
             )["accuracy"]
-            for kind, own in rows.items()
+            for kind, own in sorted(rows.items())
         }
     return result
 
