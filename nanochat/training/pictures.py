@@ -149,8 +149,11 @@ class PictureTask(Task):
                 "Use --train-encoder --batchnorm train, or --encoder with weights.[/yellow]"
             )
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
+        dtype = self.model.compute_dtype
+        self.model.set_compute_dtype(torch.float32)  # of the encoder too: computed once, the vectors may cost a little more
         self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
         self.val_vectors = compute_features(self.model, self.val_rows, folder)
+        self.model.set_compute_dtype(dtype)
 
     def say_what_is_kept(self) -> None:
         n, kept = len(self.vectors.images), self.vectors.n_kept
