@@ -61,7 +61,10 @@ def find_pictures(words: Sequence[str], camera: int | None = None, frames: int |
     if frames is not None and not 1 <= frames <= MAX_FRAMES:
         raise UserError(f"--frames must be in 1..{MAX_FRAMES}, got {frames}")
     if frames is not None and not any(holds_frames(word) for word in words):
-        raise UserError("--frames takes pictures from videos, folders and globs, and there is none")
+        raise UserError(
+            "--frames takes pictures from videos, folders and globs, and there is none; an animated GIF is no video "
+            "here: convert it to .mp4"
+        )
     found = [picture for word in words for picture in pictures_of(word, frames)]
     return found if camera is None else [*found, Picture(f"camera {camera}", camera_frame(camera))]
 

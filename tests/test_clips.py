@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanochat.agent import Agent
+from nanochat.checkpoint import load_checkpoint, save_checkpoint
 from nanochat.errors import UserError
 from nanochat.vision import clips
 from nanochat.vision.clips import clip_frames
 from nanochat.vision.images import ImageError
 from tests.test_cli import PICTURE, QUESTION, picture
+from tests.test_images import animated
 
 av = pytest.importorskip("av")
 
@@ -275,6 +278,27 @@ def test_a_folder_of_frames(nanochat, tmp_path):
 def test_wrong_words(nanochat, clip, words, message):
     printed = nanochat("ask", *[clip if word == "CLIP" else word for word in words], code=2)
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_the_frames_of_one_question(nanochat, clip, tmp_path):
+    model, tokenizer, training = load_checkpoint("default")
+    save_checkpoint(tmp_path / "m", model, tokenizer, training | {"images": 2})
+    words = ("ask", clip, QUESTION, "--frames", "2", "--checkpoint", tmp_path / "m")
+    printed = nanochat(*words)
+    assert printed.out.count("\n") == 1 and printed.err == f"note: about {clip} at 1.00 s, {clip} at 3.00 s\n"
+    agent = Agent.load(tmp_path / "m")
+    seen = agent.look([frame.pixels for frame in clip_frames(clip, 2)])
+    row = json.loads(nanochat(*words, "--json").out)
+    expected = {"files": [clip, clip], "times": [1.0, 3.0], "question": QUESTION}
+    assert row == expected | {"answer": "".join(agent.ask(QUESTION, seen)).strip()}
+    row = json.loads(nanochat("ask", PICTURE, clip, QUESTION, "--frames", "1", *words[-2:], "--json").out)
+    assert row["files"] == [PICTURE, clip] and row["times"] == [None, 2.0]
+
+
+def test_an_animation_is_no_picture(nanochat, tmp_path):
+    (tmp_path / "a.gif").write_bytes(animated("GIF"))
+    assert "animated" in nanochat("ask", tmp_path / "a.gif", QUESTION, code=2).err
+    assert "convert it to .mp4" in nanochat("ask", tmp_path / "a.gif", QUESTION, "--frames", "2", code=2).err
 
 
 def test_other_commands_say_who_reads_videos(nanochat, clip):
