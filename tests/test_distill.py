@@ -18,6 +18,7 @@ from nanochat.training.distill import pictures_of_step
 from nanochat.training.recipes import Distill, Folder
 from nanochat.training.run import Run
 from nanochat.training.teacher import Teacher, cells_of, draw_views, pixels_of, principal_components
+from nanochat.vision.pixels import to_pixels
 from nanochat.vision.timm_encoder import TimmEncoder, described
 from tests.test_train import interrupt_at
 
@@ -32,6 +33,7 @@ class ColourTeacher(torch.nn.Module):
     """An encoder whose map is the mean colour of each cell."""
 
     architecture = {"kind": "colours"}
+    antialias = False
 
     def __init__(self):
         super().__init__()
@@ -83,8 +85,9 @@ def test_a_view_and_its_target_show_the_same_part_of_the_picture(windows):
     side, rng = 4, np.random.default_rng(0)
     teacher = Teacher(ColourTeacher(), 32 * side, torch.float32, torch.device("cpu"))
     teacher.mean, teacher.basis = torch.zeros(3), torch.eye(3)
-    picture = torch.rand(3, 32 * side, 32 * side)
-    targets = teacher.look(picture[None], mirrored=True)[0].numpy().reshape(2, side, side, 3)
+    square = rng.integers(0, 256, (32 * side, 32 * side, 3), np.uint8)
+    picture = to_pixels(square[None], "cpu", torch.float32)[0]
+    targets = teacher.look([square], mirrored=True)[0].reshape(2, side, side, 3)
     views = set(draw_views(rng, 200, side, windows))
     for view in views:
         seen = F.avg_pool2d(pixels_of(picture, view), 32)  # (3, H, W), what a perfect student would say

@@ -19,8 +19,7 @@ from nanochat.engine import pad_rows
 from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
-from nanochat.vision.images import square
-from nanochat.vision.pixels import to_pixels
+from nanochat.training.squares import Squares
 
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
@@ -182,40 +181,19 @@ class CachedVectors:
         return torch.from_numpy(found)
 
 
-class EncodedVectors:
-    """Vision vectors through the model's encoder, differentiable: (U, N, D) of the given pictures, augmented if there is an rng.
-
-    Letterboxed pictures are kept in memory as bytes (64 x 64: 12 kB each, 224 x 224: 150 kB), since decoding them every
-    epoch takes longer than a small encoder does. memory: bytes for that; the pictures that do not fit are decoded each time.
-    """
+class EncodedVectors(Squares):
+    """Vision vectors through the model's encoder, differentiable: (U, N, D) of the given pictures, augmented
+    if there is an rng."""
 
     def __init__(self, model: MultimodalGPT, rows: Rows, memory: float, flip: str = "none", jitter: float = 0.0):
-        self.model, self.images, self.flip, self.jitter = model, rows.images, flip, jitter
-        self.mirrorable, images = rows.mirrorable, rows.images
-        self.squares: dict[int, np.ndarray] = {}
-        self.n_kept = min(len(images), int(memory // (3 * model.vision_encoder.image_size**2)))
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the pictures that are kept."""
-        return self.n_kept * 3 * self.model.vision_encoder.image_size**2
-
-    def square(self, number: int) -> np.ndarray:
-        """(S, S, 3) uint8."""
-        if number in self.squares:
-            return self.squares[number]
-        encoder = self.model.vision_encoder
-        found = square(self.images[number], encoder.image_size, encoder.antialias)[0]
-        if number < self.n_kept:  # every epoch needs every picture once, so no choice is better than another
-            self.squares[number] = found
-        return found
+        super().__init__(model.vision_encoder, rows.images, memory)
+        self.model, self.mirrorable, self.flip, self.jitter = model, rows.mirrorable, flip, jitter
 
     def pixels(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
-        """(U, 3, S, S) in 0..1, on the encoder's device."""
-        device = next(self.model.vision_encoder.parameters()).device
-        pixels = to_pixels(np.stack([self.square(number) for number in numbers]), device, torch.float32)
-        if rng is not None:
-            pixels = augment(pixels, rng, self.flip, self.jitter, self.mirrorable[numbers])
+        pixels = super().pixels(numbers)
+        if rng is None:
+            return pixels
+        pixels = augment(pixels, rng, self.flip, self.jitter, self.mirrorable[numbers])
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:

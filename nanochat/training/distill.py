@@ -28,7 +28,7 @@ from nanochat.training.recipes import Distill
 from nanochat.training.squares import Squares
 from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
-from nanochat.training.teacher import Teacher, View, cached_targets, cells_of, draw_views, pixels_of
+from nanochat.training.teacher import Teacher, View, cells_of, draw_views, pixels_of
 from nanochat.vision.images import ImageSource
 from nanochat.vision.pixels import STRIDE
 
@@ -88,9 +88,9 @@ class DistillTask(Task):
             def show(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total)
 
-            teacher.fit(self.pictures, recipe.components, recipe.seed, folder)
-            self.targets = cached_targets(teacher, self.pictures, True, show)
-            self.val_targets = cached_targets(teacher, self.val_pictures, False, show)
+            teacher.fit(self.images, recipe.components, recipe.seed, folder)
+            self.targets = teacher.targets(self.images, True, show)
+            self.val_targets = teacher.targets(self.val_images, False, show)
             progress.update(bar, completed=1, total=1)
         teacher.release()
 

@@ -73,19 +73,28 @@ def cached_features(
         DataError: a file of the cache is damaged (it is named, and is to be deleted).
         ImageError: an image cannot be read. OSError: the disk is full. Vectors computed before are kept.
     """
+    place = Path(folder).expanduser() / cache_key(model, mirrored)
+    return cached_vectors(place, images, lambda missing: look(model, missing, mirrored), batch_size, progress)
+
+
+def cached_vectors(
+    place: Path,
+    images: Sequence[ImageSource],
+    look: Callable[[list[ImageSource]], Sequence[np.ndarray]],
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """What `look` says of the images, (N, D) float32 of each, from the folder `place`; it is asked only for what is not there.
+    Raises as `cached_features`."""
     if not images:
         raise UserError("there are no images to compute features of")
     digests = [source_digest(image) for image in images]
-    place = Path(folder).expanduser() / cache_key(model, mirrored)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"the cache {place} cannot be made: {error.strerror}: choose another --cache") from error
+    make_folder(place)
     cached = {digest for path in place.glob("*.json") for digest in read_index(path)["images"]}
     missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in cached}
     if missing:
         check_writable(place)
-    compute(model, missing, place, batch_size, progress, mirrored)
+    compute(missing, place, look, batch_size, progress)
     parts: list[np.ndarray] = []
     rows: dict[str, tuple[int, int]] = {}
     for path in sorted(place.glob("*.json")):
@@ -94,6 +103,13 @@ def cached_features(
             rows |= {digest: (len(parts), row) for row, digest in enumerate(index["images"])}
             parts.append(read_vectors(path.with_suffix(".npy"), index))
     return Features(parts, [rows[digest] for digest in digests])
+
+
+def make_folder(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the cache {place} cannot be made: {error.strerror}: choose another --cache") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -130,16 +146,14 @@ def source_digest(source: ImageSource) -> str:
     return image_digest(source)
 
 
-def compute(
-    model: MultimodalGPT, images: dict[str, ImageSource], place: Path, batch_size: int, progress, mirrored: bool
-) -> None:
+def compute(images: dict[str, ImageSource], place: Path, look: Callable, batch_size: int, progress) -> None:
     """Write parts with the vectors of all `images` (by their digests). An error or Ctrl-C loses one batch at most."""
     digests = list(images)
     for first in range(0, len(digests), PART_IMAGES):
         part, vectors = digests[first : first + PART_IMAGES], []
         try:
             for start in range(0, len(part), batch_size):
-                vectors += look(model, [images[digest] for digest in part[start : start + batch_size]], mirrored)
+                vectors += list(look([images[digest] for digest in part[start : start + batch_size]]))
                 if progress is not None:
                     progress(first + len(vectors), len(digests))
         finally:

@@ -7,7 +7,7 @@ window of the teacher's map.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,18 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_path
-from nanochat.training.features import (
-    PART_IMAGES,
-    Features,
-    check_writable,
-    read_index,
-    read_vectors,
-    source_digest,
-    write_part,
-)
-from nanochat.training.squares import Squares
+from nanochat.training.features import FORMAT, Features, cached_vectors, make_folder, source_digest
 from nanochat.vision.encoder import Encoder
-from nanochat.vision.pixels import STRIDE
+from nanochat.vision.images import ImageSource
+from nanochat.vision.pixels import STRIDE, read_pixels
 
 LAYER = "features"  # the teacher's map: the last one, which its classifier averages
 MARGIN = 2  # cells by which a window is smaller than the picture
@@ -72,6 +64,7 @@ class Teacher:
     def __init__(self, encoder: Encoder, image_size: int, dtype: torch.dtype, device: torch.device):
         """dtype: of the activations. Raises ValueError for an encoder without a last map at stride 32."""
         self.encoder = encoder.to(device=device, memory_format=torch.channels_last).eval()
+        self.encoder.image_size = image_size
         self.dtype, self.device = dtype, device
         shape = self.maps(torch.zeros(1, 3, image_size, image_size, device=device)).shape
         self.side = shape[1]
@@ -87,39 +80,48 @@ class Teacher:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.encoder.maps(pixels, [LAYER])[LAYER].permute(0, 2, 3, 1).float()
 
-    def fit(self, pictures: Squares, components: int, seed: int, folder: Path) -> None:
-        """Find the principal components of the cells of up to FIT_PICTURES pictures, or read them from `folder`.
+    def fit(self, images: Sequence[ImageSource], components: int, seed: int, folder: Path) -> None:
+        """Find the principal components of the cells of up to FIT_PICTURES images, or read them from the cache in `folder`.
 
         They are stored, since the same sums on another machine give slightly other ones. Raises ValueError where there are
         fewer than `components`.
         """
-        numbers = np.random.default_rng([seed, 0, 4]).permutation(len(pictures.images))[:FIT_PICTURES].tolist()
-        digests = [source_digest(pictures.images[number]) for number in numbers]
-        self.folder = folder / self.key(digests, components)
-        make_folder(self.folder)
+        numbers = np.random.default_rng([seed, 0, 4]).permutation(len(images))[:FIT_PICTURES]
+        chosen = [images[number] for number in numbers]
+        self.folder = folder / self.key([source_digest(image) for image in chosen], components)
         file = self.folder / "components.safetensors"
         if not file.is_file():
-            parts = (numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH))
-            cells = torch.cat([self.maps(pictures.pixels(part)).flatten(0, 2).cpu() for part in parts])
-            mean, basis = principal_components(cells, components)
+            make_folder(self.folder)
+            batches = (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
+            cells = [self.maps(read_pixels(self.encoder, batch)[0]).flatten(0, 2).cpu() for batch in batches]
+            mean, basis = principal_components(torch.cat(cells), components)
             with atomic_path(file) as new:
                 save_file({"mean": mean, "basis": basis}, new)
         found = load_file(file)
         self.mean, self.basis = (found[name].to(self.device) for name in ("mean", "basis"))
 
     def key(self, digests: list[str], components: int) -> str:
-        """A SHA-256 over all that a target depends on, except its picture."""
-        settings = [1, self.encoder.architecture, self.side, str(self.dtype), components, digests]
+        """A SHA-256 over all that a target depends on, except its picture. digests: of the pictures that `fit` sees."""
+        settings = [FORMAT, self.encoder.architecture, self.side, str(self.dtype), components, digests]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in self.encoder.state_dict().items():
             key.update(name.encode())
             key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return key.hexdigest()
 
-    def look(self, pictures: torch.Tensor, mirrored: bool) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, M, K): the cells of each picture, then with `mirrored` those of its mirror image."""
-        seen = [pictures, pictures.flip(-1)] if mirrored else [pictures]
-        return torch.cat([(self.maps(pixels).flatten(1, 2) - self.mean) @ self.basis for pixels in seen], 1)
+    def look(self, images: Sequence[ImageSource], mirrored: bool) -> np.ndarray:
+        """(B, M, K) float32: the cells of each image, row by row; with `mirrored` then those of its mirror image."""
+        pixels = read_pixels(self.encoder, images)[0]
+        seen = [pixels, pixels.flip(-1)] if mirrored else [pixels]
+        found = torch.cat([(self.maps(view).flatten(1, 2) - self.mean) @ self.basis for view in seen], 1).cpu().numpy()
+        if not np.isfinite(found).all():
+            raise UserError("the teacher's map holds NaN or infinite values: check its weights")
+        return found
+
+    def targets(self, images: Sequence[ImageSource], mirrored: bool, progress: Callable[[int, int], None]) -> Features:
+        """`look(images)` from the cache; only images that are not in it are looked at. progress: images done, images to do."""
+        place = self.folder / ("mirrored" if mirrored else "whole")
+        return cached_vectors(place, images, lambda missing: self.look(missing, mirrored), BATCH, progress)
 
     def release(self) -> None:
         """Free the encoder: all targets are known."""
@@ -135,43 +137,3 @@ def principal_components(cells: torch.Tensor, components: int) -> tuple[torch.Te
     cells -= mean
     basis = torch.linalg.eigh(cells.T @ cells).eigenvectors.flip(1)[:, :components]
     return mean.float(), basis.float().contiguous()
-
-
-def cached_targets(
-    teacher: Teacher,
-    pictures: Squares,
-    mirrored: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> Features:
-    place = teacher.folder / ("mirrored" if mirrored else "whole")
-    make_folder(place)
-    digests = [source_digest(image) for image in pictures.images]
-    cached = {digest for path in place.glob("*.json") for digest in read_index(path)["images"]}
-    missing = list({digest: number for number, digest in enumerate(digests) if digest not in cached}.items())
-    for first in range(0, len(missing), PART_IMAGES):
-        part, found = missing[first : first + PART_IMAGES], []
-        try:
-            for start in range(0, len(part), BATCH):
-                numbers = [number for _, number in part[start : start + BATCH]]
-                found += list(teacher.look(pictures.pixels(numbers), mirrored).cpu().numpy())
-                if progress is not None:
-                    progress(first + len(found), len(missing))
-        finally:
-            if found:
-                write_part(place, [digest for digest, _ in part[: len(found)]], found)
-    parts: list[np.ndarray] = []
-    rows: dict[str, tuple[int, int]] = {}
-    for path in sorted(place.glob("*.json")):
-        index = read_index(path)
-        if not set(digests).isdisjoint(index["images"]):
-            rows |= {digest: (len(parts), row) for row, digest in enumerate(index["images"])}
-            parts.append(read_vectors(path.with_suffix(".npy"), index))
-    return Features(parts, [rows[digest] for digest in digests])
-
-
-def make_folder(place: Path) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"the cache {place} cannot be made: {error.strerror}: choose another --cache") from error
-    check_writable(place)
