@@ -107,17 +107,8 @@ class DistillTask(Task):
         return {"questions": False, "captions": False, "actions": False}
 
     def next_commands(self, out: Path) -> list[str]:
-        words = [
-            "nanochat",
-            "train",
-            "flickr8k",
-            "--data",
-            self.recipe.data,
-            "--encoder",
-            out,
-            "--layer",
-            self.recipe.layer,
-        ]
+        data, layer = self.recipe.data, self.recipe.layer
+        words = ["nanochat", "train", "photos", "--data", data, "--encoder", out, "--layer", layer]
         return [shlex.join(map(str, words))]
 
     # ---- steps
