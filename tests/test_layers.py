@@ -24,6 +24,7 @@ LAYERS = (
     ("action_heads", "beams"),
     ("multimodal_gpt",),
     ("robot_gpt",),
+    ("attention",),
     ("data.*",),
     ("data",),
     ("checkpoint",),
