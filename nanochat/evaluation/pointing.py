@@ -1,0 +1,203 @@
+"""Pointing accuracy: how often the cell that an answer attends to most is on the object which the question is about (the
+pointing game of Zhang et al. 2016, arXiv 1608.00507).
+
+    chosen_on, held_out = point(agent, training_items), point(agent, other_items)
+    pointing_score(chosen_on, held_out)              # {"view": "layer 1, head 2", "attention": 0.9, ...}
+
+Which layer and head is read is chosen on pictures that are not in the report.
+A cell is on the object if its centre is inside the object's box; so is the cell that holds the centre of the box, since an object
+can be smaller than a cell. Controls: cells that are chosen without the attention, and the boxes of another picture.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from nanochat.agent import Agent
+from nanochat.attention import attention_to_images
+from nanochat.conversation import user_message
+from nanochat.errors import UserError
+from nanochat.evaluation.controls import another_group
+from nanochat.evaluation.metrics import accuracy, exact_match
+from nanochat.fusion import grid_side
+from nanochat.metaworld.scene import project
+from nanochat.vision.images import ImageSource, Letterbox, open_image, square
+
+NEW_TOKENS = 24
+BATCH = 64
+OBJECT_SIDE = 0.1  # metres: the box of a simulated object is what a cube of this side around its position covers
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """A question about one object of a picture. box: the object's, x1, y1, x2, y2 in pixels of the picture; group: items of one
+    group show pictures that are alike, and are not used as controls of each other."""
+
+    image: ImageSource
+    question: str
+    answer: str
+    box: tuple[float, float, float, float]
+    group: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """What the answers to n questions attended to. weights: (n, n_layer, n_head, N), the mean over the answer's tokens; answers:
+    as the model gave them; fits: how each picture was fitted into the encoder's square of `image_size` pixels."""
+
+    items: Sequence[Pointed]
+    answers: list[str]
+    weights: np.ndarray
+    fits: list[Letterbox]
+    image_size: int
+
+    @cached_property
+    def on_object(self) -> np.ndarray:
+        """(n, N) bool, see `cells_on_box`."""
+        pairs = zip(self.items, self.fits, strict=True)
+        return np.array([self.cells_on(item.box, fit) for item, fit in pairs])
+
+    @cached_property
+    def on_another(self) -> np.ndarray | None:
+        """(n, N) bool, for the box of a picture of another group at the same share of the sides; None where there is none."""
+        partner = another_group([item.group for item in self.items])
+        if partner is None:
+            return None
+        boxes = [scaled_box(self.items[other].box, self.fits[other], fit)
+                 for other, fit in zip(partner, self.fits, strict=True)]  # fmt: skip
+        return np.array([self.cells_on(box, fit) for box, fit in zip(boxes, self.fits, strict=True)])
+
+    def cells_on(self, box: Sequence[float], fit: Letterbox) -> np.ndarray:
+        return cells_on_box(box, fit, self.image_size, self.weights.shape[-1])
+
+
+def foreground_box(image: ImageSource) -> tuple[int, int, int, int]:
+    """The box of what is not background in a drawing with one background colour, which most of the corners have. Raises
+    UserError for an empty drawing."""
+    pixels = np.asarray(open_image(image))
+    corners = [tuple(pixels[y, x]) for y in (0, -1) for x in (0, -1)]
+    rows, columns = (pixels != max(corners, key=corners.count)).any(-1).nonzero()
+    if not len(rows):
+        raise UserError("the picture has one colour: there is no object to point at")
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def simulated_box(position: np.ndarray, image_size: int) -> tuple[float, float, float, float]:
+    """The box, in a frame of image_size pixels, of a cube of OBJECT_SIDE around an object's position (x, y, z in metres)."""
+    corners = np.array(np.meshgrid(*[[-OBJECT_SIDE / 2, OBJECT_SIDE / 2]] * 3)).reshape(3, -1).T
+    places = project(position + corners) * image_size
+    return (*places.min(0).tolist(), *places.max(0).tolist())
+
+
+def scaled_box(box: Sequence[float], of: Letterbox, to: Letterbox) -> np.ndarray:
+    """A box of one picture in another of another size, at the same share of its sides."""
+    return np.asarray(box) * np.array([to.width / of.width, to.height / of.height] * 2)
+
+
+def cells_on_box(box: Sequence[float], fit: Letterbox, image_size: int, n_cells: int) -> np.ndarray:
+    """(n_cells,) bool, row by row: cells of the square whose centre is inside the box, and the one with the centre of the box.
+
+    box: x1, y1, x2, y2 in pixels of the picture, which `fit` fitted into a square of image_size pixels.
+    """
+    side = grid_side(n_cells)
+    scale = np.array([n / m for n, m in zip(fit.fitted, (fit.width, fit.height), strict=True)] * 2)
+    cell = image_size / side
+    x1, y1, x2, y2 = (np.asarray(box) * scale + [fit.pad_x, fit.pad_y] * 2) / cell  # in cells of the square
+    centres = np.arange(side) + 0.5
+    inside = ((centres >= y1) & (centres < y2))[:, None] & ((centres >= x1) & (centres < x2))
+    row, column = (min(side - 1, int((low + high) / 2)) for low, high in ((y1, y2), (x1, x2)))
+    inside[row, column] = True
+    return inside.ravel()
+
+
+def point(
+    agent: Agent,
+    items: Sequence[Pointed],
+    progress: Callable[[Iterable], Iterable] = lambda starts: starts,
+) -> Pointing:
+    """Answer each question greedily and record what its words attended to. Raises UserError for a model without cells (see
+    `attention.check_has_cells`). progress: wraps the starts of the batches."""
+    answers, weights, fits = [], [], []
+    size, antialias = agent.model.config.vision_image_size, agent.model.vision_encoder.antialias
+    for start in progress(range(0, len(items), BATCH)):
+        part = items[start : start + BATCH]
+        seen = agent.look([item.image for item in part])
+        fits += [square(item.image, size, antialias)[1] for item in part]
+        conversations = [[user_message(item.question, 1)] for item in part]
+        said = agent.answer_all(conversations, list(seen[:, None]), NEW_TOKENS)
+        for messages, vectors, answer in zip(conversations, seen, said, strict=True):
+            weights.append(answer_weights(agent, agent.prompt(messages), answer, vectors))
+        answers += said
+    return Pointing(items, answers, np.array(weights), fits, size)
+
+
+def answer_weights(agent: Agent, prompt: list[int], answer: str, vectors: torch.Tensor) -> np.ndarray:
+    """(n_layer, n_head, N): the mean over the positions that say the answer; of an empty one, that it ends. vectors: (N, D)."""
+    tokens = agent.tokenizer.encode(answer)
+    found = attention_to_images(agent.model, [*prompt, *tokens[:-1]], vectors[None])
+    return found[:, :, len(prompt) - 1 :, 0].mean(2).numpy()
+
+
+def views(weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The ways to read one map (n, N) from the weights (n, n_layer, n_head, N): each head, each layer's mean, and all."""
+    n_layers, n_heads = weights.shape[1:3]
+    found = {"all layers and heads": weights.mean((1, 2))}
+    for layer in range(n_layers):
+        found[f"layer {layer + 1}, all heads"] = weights[:, layer].mean(1)
+        found |= {f"layer {layer + 1}, head {head + 1}": weights[:, layer, head] for head in range(n_heads)}
+    return found
+
+
+def hits(maps: np.ndarray, on: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether the strongest cell of each map (n, N) is one of those in `on` (n, N) bool."""
+    return on[np.arange(len(maps)), maps.argmax(1)]
+
+
+def best_view(pointing: Pointing) -> str:
+    """The view of `views` with the highest pointing accuracy. To be found on pictures that are not in the report."""
+    found = {name: hits(maps, pointing.on_object).mean() for name, maps in views(pointing.weights).items()}
+    return max(found, key=found.get)
+
+
+def pointing_score(chosen_on: Pointing, held_out: Pointing) -> dict:
+    """The layer, head and constant cell that are best on `chosen_on`, scored on `held_out`:
+
+    {"view", "n", "attention", "ci95": [low, high] of it, "mean_view" (all layers and heads), "shuffled" (boxes of other pictures;
+    None if there is only one group), "fixed_cell", "centre_cell", "random_cell", "answers" (the share that is right), "kinds":
+    {kind: {"n", "attention"}} if there are several}. All are shares.
+
+    The centre cell is each of the one or four cells around the centre in turn, the random cell each of all.
+    """
+    if not len(chosen_on.items) or not len(held_out.items):
+        raise UserError("pointing needs questions to choose the layer on, and others to report")
+    view, on = best_view(chosen_on), held_out.on_object
+    maps = views(held_out.weights)
+    pointed = hits(maps[view], on)
+    side = grid_side(on.shape[1])
+    middle = sorted({(side - 1) // 2, side // 2})
+    centre = [side * row + column for row in middle for column in middle]
+    estimate = accuracy(pointed.tolist(), [item.group for item in held_out.items])
+    right = [exact_match(a, [item.answer]) for a, item in zip(held_out.answers, held_out.items, strict=True)]
+    result = {
+        "view": view,
+        "n": len(pointed),
+        "attention": float(pointed.mean()),
+        "ci95": [estimate.low, estimate.high],
+        "mean_view": float(hits(maps["all layers and heads"], on).mean()),
+        "shuffled": None if held_out.on_another is None else float(hits(maps[view], held_out.on_another).mean()),
+        "fixed_cell": float(on[:, chosen_on.on_object.mean(0).argmax()].mean()),
+        "centre_cell": float(on[:, centre].mean()),
+        "random_cell": float(on.mean()),
+        "answers": float(np.mean(right)),
+    }
+    kinds = np.array([item.kind for item in held_out.items])
+    if len(set(kinds)) > 1:
+        result["kinds"] = {
+            str(kind): {"n": int((kinds == kind).sum()), "attention": float(pointed[kinds == kind].mean())}
+            for kind in dict.fromkeys(kinds)
+        }
+    return result

@@ -1,0 +1,149 @@
+"""Pointing accuracy: which cells are on an object, what is chosen where, and a model whose attention is known."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from benchmarks import pointing as benchmark
+from nanochat.agent import Agent
+from nanochat.errors import UserError
+from nanochat.evaluation.pointing import (
+    Pointed,
+    Pointing,
+    best_view,
+    cells_on_box,
+    foreground_box,
+    point,
+    pointing_score,
+    simulated_box,
+)
+from nanochat.vision.images import Letterbox, square
+from tests.test_cli import PICTURE, picture
+
+SQUARE = Letterbox(1.0, 0, 0, 64, 64)
+
+
+def cells(*args):
+    return set(np.flatnonzero(cells_on_box(*args)).tolist())
+
+
+def test_cells_on_a_box():
+    assert cells((0, 0, 64, 64), SQUARE, 64, 16) == set(range(16))
+    assert cells((16, 0, 48, 16), SQUARE, 64, 16) == {1, 2}
+    assert cells((20, 4, 28, 12), SQUARE, 64, 16) == {1}  # no centre but (24, 8) in it
+    assert cells((17, 1, 22, 6), SQUARE, 64, 16) == {1}  # smaller than a cell: the one that holds it
+    assert cells((8, 8, 25, 25), SQUARE, 64, 16) == {0, 1, 4, 5}  # from its first pixel to before its last edge
+    assert cells((9, 9, 24, 24), SQUARE, 64, 16) == {5}
+    assert cells((60, 60, 64, 64), SQUARE, 64, 4) == {3}
+
+
+def test_cells_of_a_letterboxed_picture():
+    """128 x 64 pixels in a square of 64: rows 16..48 of the square, so the second and third of four rows of cells."""
+    fit = square(Image.new("RGB", (128, 64)), 64)[1]
+    assert (fit.pad_x, fit.pad_y) == (0, 16)
+    assert cells((0, 0, 128, 64), fit, 64, 16) == set(range(4, 12))
+    assert cells((96, 32, 128, 64), fit, 64, 16) == {11}
+
+
+@pytest.mark.parametrize("touches_a_corner", [False, True])
+def test_the_box_of_a_drawing(touches_a_corner):
+    image = Image.new("RGB", (40, 30), (250, 240, 255))
+    box = (0, 0, 9, 9) if touches_a_corner else (12, 7, 20, 19)
+    ImageDraw.Draw(image).rectangle(box, fill=(250, 240, 254))
+    assert foreground_box(image) == (box[0], box[1], box[2] + 1, box[3] + 1)
+    with pytest.raises(UserError, match="one colour"):
+        foreground_box(Image.new("RGB", (8, 8)))
+
+
+def test_the_box_of_a_simulated_object():
+    """The cube's centre is in it, it grows when the object comes nearer to the camera, at (0.75, 0.075, 0.7)."""
+    from nanochat.metaworld.scene import project
+
+    far, near = np.array([0.0, 0.6, 0.05]), np.array([0.3, 0.4, 0.3])
+    for place in (far, near):
+        x1, y1, x2, y2 = simulated_box(place, 128)
+        (x, y) = project(place[None])[0] * 128
+        assert x1 < x < x2 and y1 < y < y2
+    sides = [np.subtract(box[2:], box[:2]) for box in (simulated_box(far, 128), simulated_box(near, 128))]
+    assert (sides[1] > 1.3 * sides[0]).all() and (8 < sides[0]).all() and (sides[0] < 24).all()
+
+
+# ---- scores
+
+
+def made(n, heads, seed=0, wrong=0):
+    """n questions about pictures of 64 x 64 with one object in each; 1 layer, 16 cells. heads: what each head attends to: "object",
+    or a cell. The last `wrong` items: all heads attend to the cell that is opposite."""
+    rng = np.random.default_rng(seed)
+    at = rng.integers(16, size=n)
+    items = [Pointed("", "q", "a", box_of(cell), f"picture {i}", "kind " + "ab"[i % 2]) for i, cell in enumerate(at)]
+    weights = np.zeros((n, 1, len(heads), 16), np.float32)
+    for number, head in enumerate(heads):
+        target = at.copy() if head == "object" else np.full(n, head)
+        if wrong and head == "object":
+            target[-wrong:] = 15 - at[-wrong:]
+        weights[np.arange(n), 0, number, target] = 0.5 + number / 10
+    return Pointing(items, ["a"] * (n - 1) + ["b"], weights, [SQUARE] * n, 64)
+
+
+def box_of(cell):
+    row, column = divmod(int(cell), 4)
+    return (16 * column + 2, 16 * row + 2, 16 * column + 14, 16 * row + 14)
+
+
+def test_the_head_is_chosen_on_other_pictures():
+    chosen_on, held_out = made(80, [3, "object", 3]), made(60, [3, "object", 3], seed=1, wrong=6)
+    assert best_view(chosen_on) == "layer 1, head 2"
+    result = pointing_score(chosen_on, held_out)
+    assert result["view"] == "layer 1, head 2" and result["n"] == 60
+    assert result["attention"] == pytest.approx(54 / 60) and result["ci95"][0] < 54 / 60 < result["ci95"][1]
+    where = np.array([int(on.argmax()) for on in held_out.on_object])
+    assert result["mean_view"] == pytest.approx(np.mean(where == 3))  # two of three heads look there
+    assert result["random_cell"] == pytest.approx(1 / 16)
+    assert result["centre_cell"] == pytest.approx(np.isin(where, (5, 6, 9, 10)).mean() / 4)
+    usual = np.bincount([int(on.argmax()) for on in chosen_on.on_object], minlength=16).argmax()
+    assert result["fixed_cell"] == pytest.approx((where == usual).mean())
+    assert result["shuffled"] < 0.25 and result["answers"] == pytest.approx(59 / 60)
+    assert result["kinds"]["kind a"]["n"] == 30
+    assert np.mean([row["attention"] for row in result["kinds"].values()]) == pytest.approx(54 / 60)
+
+
+def test_one_picture_has_no_shuffled_row():
+    one = made(1, ["object"])
+    assert pointing_score(one, one)["shuffled"] is None
+    with pytest.raises(UserError, match="needs questions"):
+        pointing_score(one, Pointing([], [], np.zeros((0, 1, 1, 16)), [], 64))
+
+
+def test_pointing_of_the_shipped_model():
+    """It looks at the shape more often than any constant cell does."""
+    agent = Agent.load("default")
+    boxes = [foreground_box(picture(n)) for n in range(4)]
+    items = [Pointed(picture(n), "what color is the shape?", "", box, str(n)) for n, box in enumerate(boxes)]
+    found = point(agent, items)
+    assert found.weights.shape == (4, 2, 4, 16) and found.answers[0] == "red"
+    assert (found.weights.sum(-1) < 1).all() and found.on_object.shape == (4, 16)
+    with pytest.raises(UserError, match="no cells"):
+        point(Agent.load("robot"), [Pointed(PICTURE, "is the gripper open?", "", (0, 0, 9, 9), "")])
+
+
+# ---- the benchmark
+
+
+def test_items_of_a_folder_of_frames(tmp_path):
+    row = {
+        "image": "a.png",
+        "question": "q",
+        "answer": "row 1 column 2",
+        "kind": "cell",
+        "box": [1, 2, 3, 4],
+        "layout": "x",
+    }
+    rows = [row, row | {"kind": "gripper"}, row | {"box": None}, row | {"kind": "object", "layout": "y"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = benchmark.frame_items(tmp_path, "test", 10)
+    assert sorted((item.kind, item.group) for item in found) == [("cell", "x"), ("object", "y")]
+    assert found[0].image == str(tmp_path / "a.png") and found[0].box == (1, 2, 3, 4)
+    assert len(benchmark.frame_items(tmp_path, "test", 1)) == 1
