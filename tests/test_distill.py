@@ -154,13 +154,16 @@ def test_the_student_learns_to_see_as_its_teacher(trained):
     assert checks[-1]["aligned"] < checks[-1]["shuffled"] - 0.1
 
 
-def test_windows_first_then_whole_pictures(recipe):
+def test_windows_first_then_whole_pictures_and_only_the_encoder_moves(recipe):
     run, seen = Run(recipe), []
+    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     see = run.task.see
     run.task.see = lambda pixels: seen.append(pixels.shape[-1]) or see(pixels)
     for _ in range(4):
         run.take_step()
     assert seen == [32, 32, SIZE, SIZE]
+    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.startswith("vision_encoder.")}
 
 
 def test_a_resumed_run_equals_an_unbroken_one(recipe, tmp_path):

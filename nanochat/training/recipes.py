@@ -383,6 +383,7 @@ class Distill(Recipe):
     layer: str = "p5+p4+p3+8"
     vision_tokens: int = 49
     train_encoder: bool = True
+    train_decoder: bool = False
     batchnorm: BatchNorm = "train"
     vocab_size: int = 300
     n_layer: int = 1
