@@ -1,6 +1,5 @@
-"""The commands that read pictures: ask, caption, embed and detect. See cli.py."""
+"""The commands that read pictures and give no text: embed and detect; and --json of all that read pictures. See cli.py."""
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, arg
 
-from nanochat.cli_chat import print_stream
 from nanochat.errors import UserError
 from nanochat.flags import (
-    Beams,
     Camera,
     EncoderFlags,
-    Frames,
     JsonRows,
     MaybeOut,
     Pictures,
-    SamplingFlags,
     check_out,
     next_step,
 )
@@ -30,143 +25,7 @@ EMBED_BATCH = 16  # images per forward pass of `embed`: limits the memory
 BOX_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
-# ---- asking ----
-
-
-def ask(
-    args: Annotated[
-        Positional[tuple[str, ...]],
-        arg(
-            metavar='IMAGE... "QUESTION"',
-            help="Pictures (image files, folders, quoted globs, or - for the standard input) or videos, then the question.",
-            help_behavior_hint="",
-        ),
-    ],
-    each: bool = False,
-    frames: Frames = None,
-    camera: Camera = None,
-    json_rows: JsonRows = None,
-    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
-) -> None:
-    """Ask a question about a picture, about several together, or about a video.
-
-    - nanochat ask a.jpg "what color is the car?"
-    - nanochat ask a.jpg b.jpg "what changed?"
-    - nanochat ask clip.mp4 "what happens?" --frames 8
-    - nanochat ask photos/ "is there a dog?" --each
-
-    Several pictures are one question, unless --each is given. They stand before it in their order, or where it has
-    <image>: "is <image> brighter than <image>?" A model answers about as many as it was trained on.
-
-    Args:
-        each: Ask the question about each picture separately, instead of once about all of them together.
-    """
-    images, question = split_question(args, camera)
-    answer_pictures(
-        images, camera, frames, question, sampling, json_rows,
-        to_row=lambda text: {"question": question, "answer": text}, each=each,
-    )  # fmt: skip
-
-
-def caption(
-    images: Pictures,
-    beams: Beams = 1,
-    frames: Frames = None,
-    camera: Camera = None,
-    json_rows: JsonRows = None,
-    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(),
-) -> None:
-    """Describe each picture in one line. Needs a checkpoint that was trained on captions."""
-    from nanochat.data import CAPTION_PROMPT
-
-    if not images and camera is None:
-        raise UserError("caption needs at least one picture: nanochat caption IMAGE...")
-    answer_pictures(
-        images, camera, frames, CAPTION_PROMPT, sampling, json_rows,
-        to_row=lambda text: {"caption": text}, each=True, beams=beams,
-    )  # fmt: skip
-
-
-def split_question(args: Sequence[str], camera: int | None) -> tuple[Sequence[str], str]:
-    """(pictures, question). Raises UserError where they are in another order, or the question lacks quotes."""
-    usage = 'nanochat ask IMAGE... "QUESTION"'
-    if len(args) < (2 if camera is None else 1):
-        raise UserError(f"ask needs at least one picture, then a question: {usage}; got {len(args)} arguments")
-    *images, question = args
-    if not question.strip():
-        raise UserError(f"the question is empty: {usage}")
-    from nanochat.inputs import is_picture_name, is_video_name
-
-    def is_input_name(word: str) -> bool:
-        return is_picture_name(word) or is_video_name(word)
-
-    def is_there(word: str) -> bool:
-        is_pattern = glob.has_magic(word) and (not word.endswith("?") or glob.glob(word))  # not a question
-        return word == "-" or bool(is_pattern) or os.path.exists(os.path.expanduser(word))
-
-    missing = [word for word in images if not is_there(word) and not is_input_name(word)]
-    picture_last = is_input_name(question) and not question.endswith("?")
-    if question == "-" or picture_last or (missing and os.path.exists(os.path.expanduser(question))):
-        raise UserError(f"the question comes last: {usage}; the last argument is {question!r}, a picture")
-    if any(" " in word for word in missing):
-        raise UserError(
-            f"there is no file {missing[0]!r}; a question is the last argument, and there is only one: {usage}"
-        )
-    if missing:
-        whole = " ".join([*missing, question])
-        raise UserError(f'there is no file {missing[0]}; a question of several words needs quotes: "{whole}"')
-    return images, question
-
-
-def answer_pictures(
-    words: Sequence[str],
-    camera: int | None,
-    frames: int | None,
-    question: str,
-    flags: SamplingFlags,
-    out: Path | None,
-    *,
-    to_row: Callable[[str], dict],
-    each: bool,
-    beams: int = 1,
-) -> None:
-    """Print or write the answers to a question: one about each picture, or one about all of them together."""
-    from nanochat.inputs import find_pictures, note, opened
-
-    with written_rows(out) as add:
-        pictures = find_pictures(words, camera, frames)
-        sampling, agent = flags.sampling(), flags.agent()
-
-        def whole() -> Iterator[tuple]:
-            for picture, image in opened(pictures, "answering", prints=each and str(out) in ("None", "-")):
-                if isinstance(image, Exception):
-                    add({"file": picture.name, "error": str(image)})
-                else:
-                    yield picture, image
-
-        if not each:
-            agent.check_images(len(pictures))
-        for group in ([one] for one in whole()) if each else [list(whole())]:
-            shown, images = zip(*group, strict=True)
-            answer = agent.ask(question, agent.look(list(images)), flags.max_new_tokens, sampling, beams)
-            if out is not None:
-                add(sources(shown) | to_row("".join(answer).strip()))
-                continue
-            if each and (len(pictures) > 1 or shown[0].time is not None):
-                print(f"{shown[0].label}: ", end="")
-            elif any(picture.time is not None for picture in shown):
-                note("about " + ", ".join(picture.label for picture in shown))
-            print_stream(answer)
-
-
-def sources(pictures: Sequence) -> dict:
-    """The pictures behind an answer as they stand in --json: "file" for one, "files" for several; for frames of a video also
-    their "time" or "times" in seconds, null for other pictures."""
-    names, times = [picture.name for picture in pictures], [picture.time for picture in pictures]
-    row = {"file": names[0]} if len(names) == 1 else {"files": names}
-    if set(times) != {None}:
-        row |= {"time": times[0]} if len(times) == 1 else {"times": times}
-    return row
+# ---- results as JSON ----
 
 
 @contextmanager
@@ -216,7 +75,8 @@ def embed(
     """Write the embeddings of pictures to a .npz file with `embeddings` (n, C) float32 and `files` (n,), or as JSON.
 
     Args:
-        layer: Feature map of the encoder: head (the predictions), p3, p4, p5, a module index, or several joined by +.
+        layer: Feature map of the encoder: head (the predictions), p3, p4, p5, a module index, or several joined by +; networks
+            of timm have features (the last map), p3, p4 and p5.
         pool: How a map becomes one vector: its mean, its maximum, or all values.
     """
     import numpy as np
@@ -224,6 +84,7 @@ def embed(
     from nanochat.files import atomic_path
     from nanochat.inputs import find_pictures, opened
     from nanochat.vision.images import square
+    from nanochat.vision.pixels import embeddings
 
     if not images and camera is None:
         raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
@@ -239,7 +100,7 @@ def embed(
         def flush() -> None:
             if not batch:
                 return
-            vectors = encoder.get_image_embeddings([image for _, image in batch], pool, layer).cpu().numpy()
+            vectors = embeddings(encoder, [image for _, image in batch], pool, layer).cpu().numpy()
             for (name, _), vector in zip(batch, vectors, strict=True):
                 add({"file": name, "embedding": vector.tolist()} if json_rows is not None else {})
             names.extend(name for name, _ in batch)
@@ -296,6 +157,10 @@ def detect(
         write = BoxWriter(out, single=len(pictures) == 1 and pictures[0].named)
         check_keeps(out, [picture.source for picture in pictures if isinstance(picture.source, str)])
         encoder, n_objects = vision.encoder(), 0
+        if not hasattr(encoder, "detect"):
+            raise UserError(
+                f"{vision.weights} finds no objects, it is no detector: use --weights yolov9t.pt, or nanochat embed"
+            )
         for picture, image in opened(pictures, "detecting", prints=str(json_rows) in ("None", "-")):
             if isinstance(image, Exception):
                 add({"file": picture.name, "error": str(image)})

@@ -93,10 +93,10 @@ class EncoderFlags:
     """Which vision encoder, and its input size."""
 
     weights: str | None = None
-    """Official name (yolov9t.pt, ...), .pt file, .yaml file (random weights), or a checkpoint, whose encoder is used; default
-    $NANOCHAT_YOLO_WEIGHTS, then yolov9t.pt."""
+    """Official name (yolov9t.pt, ...), .pt file, .yaml file (random weights), efficientnet_lite2, timm:NAME, or a checkpoint,
+    whose encoder is used; default $NANOCHAT_YOLO_WEIGHTS, then yolov9t.pt."""
     image_size: int | None = None
-    "Side of the square input in pixels, a multiple of 32; default 640, or the checkpoint's."
+    "Side of the square input in pixels, a multiple of 32; default 640, 224 for timm's, or the checkpoint's."
     device: Device = "auto"
     trust_pickle: bool = False
     "Also load .pt files that contain other objects than a plain detector. They can run any code: only for files you trust."

@@ -61,7 +61,7 @@ def open_encoder(
     name: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
-    image_size: int = 640,
+    image_size: int | None = None,
     trust_pickle: bool = False,
 ) -> Encoder:
     """The only place that resolves the name of an encoder.
@@ -69,6 +69,7 @@ def open_encoder(
     name: an official YOLOv9 name (yolov9t.pt ... yolov9e.pt), a .pt file, a .yaml for random weights, or None for
         $NANOCHAT_YOLO_WEIGHTS, else yolov9t.pt; efficientnet_lite0, efficientnet_lite2, timm:NAME or timm:NAME=FILE for a
         network of timm, see `timm_encoder`.
+    image_size: side of the square input in pixels; by default 640, and 224 for networks of timm.
     trust_pickle: load a .pt file that contains more than a plain detector. Such a file can run any code.
 
     Raises FileNotFoundError for an unknown name and for weights that are not there; ValueError for files that hold no
@@ -77,7 +78,7 @@ def open_encoder(
     if is_timm_name(name):
         from nanochat.vision.timm_encoder import open_timm
 
-        return open_timm(str(name), device, image_size)
+        return open_timm(str(name), device, image_size or 224)
     from nanochat.vision.yolov9 import YOLOv9Plus
 
     path = Path(name).expanduser() if name else None
@@ -89,7 +90,7 @@ def open_encoder(
             "yolov9c.pt, yolov9e.pt), a .pt file, a .yaml for random weights (yolov9t.yaml), efficientnet_lite0, "
             "efficientnet_lite2, timm:NAME, timm:NAME=FILE, or a nanochat checkpoint"
         )
-    return YOLOv9Plus(name, device=device, image_size=image_size, trust_pickle=trust_pickle)
+    return YOLOv9Plus(name, device=device, image_size=image_size or 640, trust_pickle=trust_pickle)
 
 
 def is_timm_name(name: str | Path | None) -> bool:

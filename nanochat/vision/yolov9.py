@@ -17,7 +17,7 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
-from nanochat.vision.pixels import STRIDE, check_pixels, checked_size, evaluating, read_pixels
+from nanochat.vision.pixels import STRIDE, check_pixels, checked_size, embeddings, evaluating, read_pixels
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -246,12 +246,7 @@ class YOLOv9Plus(nn.Module):
         self, images: ImageSource | Sequence[ImageSource], pool: str = "avg", layer: str | int = "head"
     ) -> torch.Tensor:
         """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". Raises as `encode` does."""
-        if pool not in ("avg", "max", "flatten"):
-            raise UserError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
-        features = self.extract_features(images, layer)
-        if pool == "flatten":
-            return features.flatten(1)
-        return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
+        return embeddings(self, images, pool, layer)
 
     def detect(
         self, images: ImageSource | Sequence[ImageSource], conf: float = 0.25, iou: float = 0.7
