@@ -339,7 +339,8 @@ def main(args: Args, base: Photos | None = None) -> None:
         say(f"row {row.name}: {row.text}")
         run_row(study, row)
         write_report(study)
-    write_report(study)
+    if not left:
+        write_report(study)
 
 
 def write_report(study: Study) -> None:
