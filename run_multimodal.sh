@@ -12,10 +12,11 @@ extras=""
 [ "$what" = test ] && extras="[dev]"
 case "$what" in
   demo | record | demos | rollout | policy-server) extras="[robot]" ;;
-  train | eval) extras="[train,eval]" ;;
+  train) extras="[train,eval,photos]" ;;
+  eval) extras="[train,eval]" ;;
   import-upstream) extras="[upstream]" ;;
 esac
-[ "$what ${2:-}" = "train robot" ] && extras="[train,eval,robot]" # its data has tables and videos
+[ "$what ${2:-}" = "train robot" ] && extras="[train,eval,photos,robot]" # its data has tables and videos
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "Python 3.11 or newer is needed; found $("$python" --version). Set PYTHON to another interpreter." >&2; exit 2; }

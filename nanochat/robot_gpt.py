@@ -112,6 +112,9 @@ class RobotGPT(MultimodalGPT):
         projected = self.state_projector(waves(inputs.states.clamp(-STATE_LIMIT, STATE_LIMIT)))
         return x.masked_scatter((inputs.idx == self.config.state_token_id)[..., None], projected.to(x.dtype))
 
+    def is_projector(self, name: str) -> bool:
+        return name.startswith("glances.") or super().is_projector(name)
+
     def param_group(self, name: str, parameter: nn.Parameter) -> str:
         if name.startswith("glances."):  # they learn with the encoder, from the same losses
             return "encoder"

@@ -41,7 +41,7 @@ def test_the_demo_is_the_default_and_is_installed_once(run):
     ("command", "extras"),
     [
         ("record", "[robot]"), ("demos", "[robot]"), ("rollout", "[robot]"), ("policy-server", "[robot]"),
-        ("train", "[train,eval]"), ("eval", "[train,eval]"), ("import-upstream", "[upstream]"),
+        ("train", "[train,eval,photos]"), ("eval", "[train,eval]"), ("import-upstream", "[upstream]"),
         ("ask", ""), ("pack", ""), ("export", ""), ("models", ""), ("chat", ""),
     ],
 )  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_command_installs_what_it_needs(run, command, extras):
 
 
 def test_training_a_robot_installs_what_reads_its_data(run):
-    assert run("train", "robot", "--data", "d")[0] == f"{INSTALL}.[train,eval,robot]"
+    assert run("train", "robot", "--data", "d")[0] == f"{INSTALL}.[train,eval,photos,robot]"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.training.recipes import Recipe
 
@@ -18,10 +19,15 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] for `model.param_groups()` and the auxiliary head, which learns as fast as the encoder."""
     groups = model.param_groups()
-    projector_lr = recipe.matrix_lr if recipe.projector_lr is None else recipe.projector_lr
-    muon_groups = [
-        {"params": groups["matrices"], "lr": recipe.matrix_lr}, {"params": groups["projector"], "lr": projector_lr},
-    ]  # fmt: skip
+    if recipe.projector_lr is None:  # one group in the order of the model, as in runs that are older than this field
+        order = {parameter: number for number, parameter in enumerate(model.parameters())}
+        matrices = sorted(groups["matrices"] + groups["projector"], key=order.__getitem__)
+        muon_groups = [{"params": matrices, "lr": recipe.matrix_lr}]
+    else:
+        muon_groups = [
+            {"params": groups["matrices"], "lr": recipe.matrix_lr},
+            {"params": groups["projector"], "lr": recipe.projector_lr},
+        ]
     muon = torch.optim.Muon(
         [group for group in muon_groups if group["params"]], weight_decay=recipe.weight_decay, adjust_lr_fn="original"
     )
@@ -66,11 +72,19 @@ def optimizer_tensors(optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_optimizers(optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave. The optimisers must have the same parameters in the same order."""
+    """Restore what `optimizer_tensors` gave. Raises UserError where the optimisers have other parameters, or another order."""
     for i, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict] = {}
         for name, value in tensors.items():
             owner, number, key = name.split(".", 2)
-            if int(owner) == i:
-                state.setdefault(int(number), {})[key] = value
+            if int(owner) != i:
+                continue
+            known = int(number) < len(parameters)
+            if not known or value.dim() and value.shape != parameters[int(number)].shape:  # a step count has no shape
+                raise UserError(
+                    f"the optimiser's state {name} of shape {tuple(value.shape)} fits none of this run's parameters: it was "
+                    "saved by another version. Resume the run with that version, or train on with --start-from"
+                )
+            state.setdefault(int(number), {})[key] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

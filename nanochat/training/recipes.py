@@ -16,8 +16,9 @@ AT_LEAST = {
         "questions_per_image", "device_batch_size", "threads", "eval_every", "save_every", "glance_dim", "chunk", "components",
     ),
     0: (
-        "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "embedding_lr",
-        "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift", "picture_memory",
+        "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "projector_lr",
+        "embedding_lr", "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift",
+        "picture_memory",
     ),
 }  # fmt: skip
 SHARES = (
@@ -128,6 +129,8 @@ class Recipe:
         for name in SHARES:
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise UserError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+        if self.train_encoder_from and not self.train_encoder:
+            raise UserError(f"train_encoder_from={self.train_encoder_from} needs --train-encoder")
 
 
 @dataclass
