@@ -252,7 +252,8 @@ def test_masked_pictures_are_zero_and_as_many_as_asked():
     zero = (masked == 0).all((1, 2))
     assert 150 < zero.sum() < 250 and (masked[~zero] == 1).all()
     batch = make_batch([Row([1, 2], [0, 1], (row % 7, 7)) for row in range(500)])
-    seen, shown = mask_rows(vectors[:8], batch, np.random.default_rng(0), 0.2)
+    seen, masked = mask_rows(vectors[:8], batch, np.random.default_rng(0), 0.2)
+    shown = masked.slots
     assert (seen[:8] == 1).all() and (seen[8] == 0).all() and len(seen) == 9
     masked = (shown == 8).view(500, 2)  # both pictures of a row, or none
     assert torch.equal(masked[:, 0], masked[:, 1]) and 50 < masked[:, 0].sum() < 150
@@ -300,7 +301,7 @@ def test_parameters_have_the_optimiser_that_suits_them(pictures, tmp_path):
         f"transformer.h.0.{name}.weight"
         for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    assert muon == [block, ["vision_projector.c_fc.weight", "vision_projector.c_proj.weight"]]
+    assert muon == [[*block, "vision_projector.c_fc.weight", "vision_projector.c_proj.weight"]]
     embeddings, outputs, encoder, auxiliary = adamw
     assert embeddings == ["transformer.wte.weight"]
     assert outputs == ["lm_head.weight", "vision_projector.position"]

@@ -6,7 +6,7 @@ random state.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
 from nanochat.training.squares import Squares
 
+MOST_PADDING = 1.3  # the longest row of a part, as a multiple of its shortest
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -62,6 +63,11 @@ class Rows:
                     f"has {config.sequence_len}, vision tokens included: use --sequence-len {len(rendered.ids) - 1}, "
                     "fewer --vision-tokens, or a shorter text"
                 )
+            if config.fusion == "cross" and len(keys) > config.max_images:
+                raise DataError(
+                    f"{sample.where or 'the data'}: the conversation has {len(keys)} pictures, but the model takes "
+                    f"{config.max_images} at most with --fusion cross: leave some out, or use --fusion prefix"
+                )
             caption = sample.question == CAPTION_PROMPT
             row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys), caption)
             groups.setdefault((source, keys or len(groups)), []).append(row)
@@ -101,7 +107,7 @@ class Batch:
 
     idx, targets: (R, T) int64, targets shifted and -1 where nothing is learnt. numbers: the distinct pictures of the batch, as
     indices of `Rows.images`. slots: (S,) for every picture of the rows, in reading order, its position in `numbers`.
-    counts: pictures in each row.
+    counts: pictures in each row. lengths: tokens in each row.
     """
 
     idx: torch.Tensor
@@ -109,10 +115,27 @@ class Batch:
     numbers: list[int]
     slots: torch.Tensor
     counts: list[int]
+    lengths: list[int]
 
     @property
     def n_learnt(self) -> int:
         return int((self.targets != IGNORE_INDEX).sum())
+
+    def by_length(self) -> Iterator["Batch"]:
+        """The same rows in parts of similar length, each without the padding that it does not need: captions beside short answers
+        would be mostly padding. `numbers` stays that of the whole."""
+        order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        slots, parts = self.slots.split(self.counts), []
+        for row in order:
+            if not parts or self.lengths[row] > MOST_PADDING * self.lengths[parts[-1][0]]:
+                parts.append([])
+            parts[-1].append(row)
+        for rows in parts:
+            longest = self.lengths[rows[-1]]
+            yield Batch(
+                self.idx[rows, :longest], self.targets[rows, :longest], self.numbers, torch.cat([slots[row] for row in rows]),
+                [self.counts[row] for row in rows], [self.lengths[row] for row in rows],
+            )  # fmt: skip
 
     def in_rows(self, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors (U, N, D) of the distinct pictures -> (S, N, D) in the reading order of the rows."""
@@ -125,7 +148,8 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     numbers = sorted({number for row in rows for number in row.images})
     position = {number: i for i, number in enumerate(numbers)}
     slots = torch.tensor([position[number] for row in rows for number in row.images], dtype=torch.long)
-    return Batch(idx[:, :-1], targets[:, :-1], numbers, slots, [len(row.images) for row in rows])
+    counts, lengths = [len(row.images) for row in rows], [len(row.ids) - 1 for row in rows]
+    return Batch(idx[:, :-1], targets[:, :-1], numbers, slots, counts, lengths)
 
 
 def padded(rows: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,12 +256,12 @@ def mask_images(vectors: torch.Tensor, rng: np.random.Generator, share: float) -
 
 def mask_rows(
     vectors: torch.Tensor, batch: Batch, rng: np.random.Generator, share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors (U, N, D) of a batch's distinct pictures -> the same and one of zeros (U + 1, N, D), and what the rows show (S,).
-    A random share of the rows shows zeros for all of its pictures."""
+) -> tuple[torch.Tensor, Batch]:
+    """Vectors (U, N, D) of a batch's pictures -> the same and one of zeros (U + 1, N, D), and the batch with a random share
+    of its rows showing that one for all of their pictures."""
     masked = np.repeat(rng.random(len(batch.counts)) < share, batch.counts)
-    shown = batch.slots.masked_fill(torch.from_numpy(masked), len(vectors))
-    return torch.cat([vectors, torch.zeros_like(vectors[:1])]), shown
+    slots = batch.slots.masked_fill(torch.from_numpy(masked), len(vectors))
+    return torch.cat([vectors, torch.zeros_like(vectors[:1])]), replace(batch, slots=slots)
 
 
 def mask_tokens(

@@ -150,7 +150,9 @@ class PictureTask(Task):
             )
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
         dtype = self.model.compute_dtype
-        self.model.set_compute_dtype(torch.float32)  # of the encoder too: computed once, the vectors may cost a little more
+        self.model.set_compute_dtype(
+            torch.float32
+        )  # of the encoder too: computed once, the vectors may cost a little more
         self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
         self.val_vectors = compute_features(self.model, self.val_rows, folder)
         self.model.set_compute_dtype(dtype)
@@ -216,10 +218,11 @@ class PictureTask(Task):
         rng = np.random.default_rng([recipe.seed, step, 2])
         if not rewarded:
             return self.imitation_gradients(self.chunks(groups), rng)
-        # captions follow the reward; questions are learnt as before, so that they are not forgotten
+        # captions follow the reward; questions are learnt as before, so that they are not forgotten, but not by the encoder
         questions = [rows[: recipe.questions_per_image] for rows in groups if not rows[0].caption]
         if questions:
-            self.imitation_gradients(self.chunks(questions), rng)
+            self.model.vision_encoder.eval()  # with BatchNorm's statistics as they are
+            self.imitation_gradients(self.chunks(questions), rng, encoder_learns=False)
         return self.reward_gradients(self.chunks([rows for rows in groups if rows[0].caption]), rng)
 
     def chunks(self, groups: list[list[Row]]) -> list[list[list[Row]]]:
@@ -227,7 +230,9 @@ class PictureTask(Task):
         size = self.recipe.device_batch_size or max(1, len(groups))
         return [groups[i : i + size] for i in range(0, len(groups), size)]
 
-    def imitation_gradients(self, chunks: list[list[list[Row]]], rng: np.random.Generator) -> StepResult:
+    def imitation_gradients(
+        self, chunks: list[list[list[Row]]], rng: np.random.Generator, encoder_learns: bool = True
+    ) -> StepResult:
         """chunks: groups of rows that are in memory together."""
         batches = [make_batch([row for rows in chunk for row in rows]) for chunk in chunks]
         # of the whole step, so that every token and every picture has the same weight
@@ -235,24 +240,30 @@ class PictureTask(Task):
         n_images = max(1, sum(len(batch.numbers) for batch in batches))
         total = 0.0
         for batch in batches:
-            answers, auxiliary = self.losses(batch, rng)
+            answers, auxiliary = self.losses(batch, rng, encoder_learns)
             (answers / n_learnt + self.recipe.word_loss * auxiliary / n_images).backward()
             total += answers.item() / n_learnt
-        return StepResult(total, sum(batch.idx.numel() for batch in batches), n_images)
+        return StepResult(total, sum(sum(batch.lengths) for batch in batches), n_images)
 
-    def losses(self, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def losses(
+        self, batch: Batch, rng: np.random.Generator, encoder_learns: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Sums over a batch: cross-entropy of the answers' tokens, and the auxiliary loss of the pictures."""
-        recipe, model, auxiliary, vectors, shown = self.recipe, self.model, 0.0, None, None
+        recipe, model, answers, auxiliary, vectors = self.recipe, self.model, 0.0, 0.0, None
         if batch.numbers:
-            vectors = self.vectors(batch.numbers, rng).to(model.device)
+            with torch.set_grad_enabled(encoder_learns):
+                vectors = self.vectors(batch.numbers, rng).to(model.device)
             vectors = F.dropout(vectors, recipe.feature_dropout)
             if self.auxiliary is not None:
                 auxiliary = self.auxiliary.loss(vectors, batch.numbers)
             vectors = reduce_gradient(vectors, recipe.decoder_gradient)
-            vectors, shown = mask_rows(vectors, batch, rng, recipe.blind_share)
+            vectors, batch = mask_rows(vectors, batch, rng, recipe.blind_share)
         idx = mask_tokens(batch.idx, rng, recipe.word_dropout, self.tokenizer.special_ids, self.unknown_id)
-        hidden = model.hidden(row_inputs(model, idx, vectors, shown=shown))
-        return model.loss(hidden, batch.targets.to(model.device), "sum", recipe.label_smoothing), auxiliary
+        for part in replace(batch, idx=idx).by_length():
+            shown = vectors if len(part.slots) else None
+            hidden = model.hidden(row_inputs(model, part.idx, shown, shown=part.slots))
+            answers += model.loss(hidden, part.targets.to(model.device), "sum", recipe.label_smoothing)
+        return answers, auxiliary
 
     def reward_gradients(self, chunks: list[list[list[Row]]], rng: np.random.Generator) -> StepResult:
         """Sampled captions, each weighted by its advantage. The encoder is not trained."""
