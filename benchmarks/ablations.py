@@ -124,6 +124,10 @@ def open_study(args: Args, base: Photos | None = None) -> Study:
         raise UserError(f"{args.data} holds questions, expected pictures with captions only")
     if args.samples is not None:
         val.samples = limit(val.samples, args.samples)
+    if len(val.samples) < 2:
+        raise UserError(
+            f"found {len(val.samples)} picture to score, expected 2 or more: each is exchanged with another one"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     args.docs.mkdir(parents=True, exist_ok=True)
     texts = (text for sample in one_per_reference(fit.samples) for text in texts_of(sample))

@@ -18,10 +18,12 @@ COLUMNS = (
 INTRODUCTION = """\
 # Ablations
 
-What each part of the recipe `photos` is worth. Every row is one short run of the same size: {size}. Rows can be compared with
-each other; the models that ship were trained longer. Made by:
+What each part of the recipe `photos` is worth. Every row is one short run of the same size: {size}.
+Compare rows with each other only; the models that ship were trained longer. Made by:
 
-    python benchmarks/ablations.py --data {data}
+    python benchmarks/ablations.py --data {data} --epochs {epochs:g} --taught DIR
+
+DIR is the checkpoint of `nanochat train distill`; without it, the rows of the taught encoder are left out.
 
 `vectors`: numbers of a picture that the decoder reads, vectors x width. `trained`, `all`: parameters in millions, without
 and with those that stay as they are. `min`: minutes of training on {threads}; a frozen encoder's maps are computed before and not
@@ -55,10 +57,14 @@ def write(
 def page(data: str, comparisons, texts, records) -> str:
     settings = next(iter(records.values()))["settings"]
     threads = settings["threads"] or "all"
-    size = f"{settings['epochs']:g} epochs of the captions of {data}, {settings['scored']:,} held-out pictures scored greedily"
+    size = f"{settings['epochs']:g} x the captions of {data}, {settings['scored']:,} held-out pictures, greedy"
     parts = [
         INTRODUCTION.format(
-            size=size, data=data, plot=PLOT, threads="one thread" if threads == 1 else f"{threads} threads"
+            size=size,
+            data=data,
+            epochs=settings["epochs"],
+            plot=PLOT,
+            threads="one thread" if threads == 1 else f"{threads} threads",
         )
     ]
     for heading, names in comparisons.items():
@@ -84,28 +90,27 @@ def cells(text: str, record: dict) -> list[str]:
         measure = record["scores"][name]
         low, high = measure["ci95"]
         found += [f"**{measure['aligned']:.1f}**", f"{low:.1f} .. {high:.1f}"]
-        found += ["-" if measure[key] is None else f"{measure[key]:.1f}" for key in ("shuffled", "blind")]
+        found += [f"{measure[key]:.1f}" for key in ("shuffled", "blind")]
     return found
 
 
 def plot(records: Mapping[str, dict]) -> Figure:
-    """BLEU-4 with its interval and its controls on the left, milliseconds to a caption on the right, a line for each row."""
-    figure = Figure(figsize=(11, 1.2 + 0.36 * len(records)), layout="constrained")
+    """BLEU-4 and CIDEr with their intervals and controls, and the milliseconds to a caption; a line for each row."""
+    figure = Figure(figsize=(13, 1.6 + 0.36 * len(records)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    *scores, speed = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
     places = range(len(records))
-    bleu = [record["scores"]["bleu4"] for record in records.values()]
-    values = [measure["aligned"] for measure in bleu]
-    reach = [[abs(value - measure["ci95"][end]) for value, measure in zip(values, bleu, strict=True)] for end in (0, 1)]
-    left.barh(places, values, xerr=reach, color="#8ab4d8", capsize=3, label="right picture, 95 %")
-    for key, marker, colour in (("shuffled", "o", "#c0392b"), ("blind", "x", "#333333")):
-        shown = [(measure[key], place) for measure, place in zip(bleu, places, strict=True) if measure[key] is not None]
-        if shown:
-            left.scatter(*zip(*shown, strict=True), marker=marker, color=colour, zorder=3, label=key)
-    left.set_xlabel("BLEU-4")
-    left.legend(loc="lower right", fontsize=8)
-    right.barh(places, [record["ms"]["caption"] for record in records.values()], color="#a9cfa0")
-    right.set_xlabel("ms to a caption, one thread")
-    left.set_yticks(places, list(records))
-    left.invert_yaxis()
+    for axes, (name, label) in zip(scores, MEASURES.items(), strict=True):
+        found = [record["scores"][name] for record in records.values()]
+        values = [measure["aligned"] for measure in found]
+        reach = [[abs(v - measure["ci95"][end]) for v, measure in zip(values, found, strict=True)] for end in (0, 1)]
+        axes.barh(places, values, xerr=reach, color="#8ab4d8", capsize=3, label="right picture, 95 % interval")
+        for key, marker, colour in (("shuffled", "o", "#c0392b"), ("blind", "x", "#333333")):
+            axes.scatter([measure[key] for measure in found], places, marker=marker, color=colour, zorder=3, label=key)
+        axes.set_xlabel(label)
+    speed.barh(places, [record["ms"]["caption"] for record in records.values()], color="#a9cfa0")
+    speed.set_xlabel("ms to a caption, one thread")
+    speed.set_yticks(places, [name.replace("`", "") for name in records])
+    speed.invert_yaxis()
+    figure.legend(*scores[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     return figure

@@ -49,9 +49,9 @@ def rows_of(taught: str, detector: str, reward_steps: int) -> dict[str, Row]:
     moves = {"train_encoder": True, "encoder_lr": 3e-4, "word_loss": 1.0, "decoder_gradient": 0.1}
     without = ", random weights" if detector.endswith((".yaml", ".yml")) else ""
     rows = [
-        Row("cross", "Lite2, 49 cells, cross-attention (recipe `photos`)"),
+        Row("cross", "Lite2, 49 cells, cross-attention (`photos`)"),
         Row(
-            "head", f"pooled head vector of {Path(detector).name}{without}, 1 token (the first design)",
+            "head", f"first design: head of {Path(detector).stem}{without}, 1 token",
             prefix | {"encoder": detector, "layer": "head", "vision_tokens": 1},
         ),
         Row("pooled", "Lite2, 1 token", prefix | {"vision_tokens": 1}),
@@ -59,18 +59,18 @@ def rows_of(taught: str, detector: str, reward_steps: int) -> dict[str, Row]:
         Row("grid49", "Lite2, 49 tokens", same_width),
         Row("grid49-parameters", "Lite2, 49 tokens, parameters of cross-attention", same_width, width_of="cross"),
         Row(
-            "grid49-minutes", "the same, minutes of cross-attention", same_width, width_of="cross",
+            "grid49-minutes", "Lite2, 49 tokens, minutes of cross-attention", same_width, width_of="cross",
             minutes_of=("grid49-parameters", "cross"),
         ),
-        Row("lite0", "Lite0", {"encoder": "efficientnet_lite0"}),
-        Row("yolo-random", "YOLOv9-t, random weights", random),
-        Row("yolo-random-trained", "YOLOv9-t, random weights, trained", random | learns),
-        Row("lite2-trained", "Lite2, trained", {"train_encoder": True, "encoder_lr": 1e-4}),
-        Row("reward", "cross-attention, then reward steps", {"reward_steps": reward_steps}, after="cross"),
+        Row("lite0", "Lite0, cross-attention", {"encoder": "efficientnet_lite0"}),
+        Row("yolo-random", "YOLOv9-t, random weights, cross-attention", random),
+        Row("yolo-random-trained", "YOLOv9-t, random weights, trained, cross-attention", random | learns),
+        Row("lite2-trained", "Lite2, trained, cross-attention", {"train_encoder": True, "encoder_lr": 1e-4}),
+        Row("reward", "Lite2, cross-attention, then reward steps", {"reward_steps": reward_steps}, after="cross"),
     ]  # fmt: skip
     if taught:
         rows += [
-            Row("yolo-taught", "YOLOv9-t, taught by Lite2", as_taught),
-            Row("yolo-taught-trained", "YOLOv9-t, taught by Lite2, trained", as_taught | moves),
+            Row("yolo-taught", "YOLOv9-t, taught by Lite2, cross-attention", as_taught),
+            Row("yolo-taught-trained", "YOLOv9-t, taught by Lite2, trained, cross-attention", as_taught | moves),
         ]
     return {row.name: row for row in rows}

@@ -202,6 +202,7 @@ def test_all_rows_of_the_study_exist():
         (dict(data=""), "need the path of your captions: --data PATH"),
         (dict(rows=("crosss",)), "no row 'crosss'; there are cross, head"),
         (dict(rows=("yolo-taught",)), "no row 'yolo-taught' without --taught"),
+        (dict(samples=1), "found 1 picture to score, expected 2 or more"),
         (dict(data="QUESTIONS"), "holds questions, expected pictures with captions only"),
     ],
 )
