@@ -21,7 +21,7 @@ from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
 from nanochat.training.squares import Squares
 
-MOST_PADDING = 1.3  # the longest row of a part, as a multiple of its shortest
+MOST_PADDING = 2  # the longest row of a part, as a multiple of its shortest
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
