@@ -150,9 +150,7 @@ class PictureTask(Task):
             )
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
         dtype = self.model.compute_dtype
-        self.model.set_compute_dtype(
-            torch.float32
-        )  # of the encoder too: computed once, the vectors may cost a little more
+        self.model.set_compute_dtype(torch.float32)  # the encoder runs once, so its vectors may cost a little more
         self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
         self.val_vectors = compute_features(self.model, self.val_rows, folder)
         self.model.set_compute_dtype(dtype)
