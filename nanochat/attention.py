@@ -113,13 +113,10 @@ def attention_of_words(
 ) -> list[WordAttention]:
     """Each word of the answer, in its order, with the attention of the positions that say it: those before its tokens.
 
-    prompt: the ids up to where the answer begins. vectors: (P, N, D). Raises UserError for an answer without a word, and as
-    `attention_to_images` does.
+    prompt: the ids up to where the answer begins. vectors: (P, N, D). Raises UserError as `attention_to_images` does.
     """
     tokens = tokenizer.encode(answer)
     words = word_tokens(tokenizer, tokens)
-    if not words:
-        raise UserError("the answer has no word, so there is no attention to show")
     weights = attention_to_images(model, [*prompt, *tokens[:-1]], vectors)[:, :, len(prompt) - 1 :]
     return [WordAttention(text, weights[:, :, places].mean(2)) for text, places in words]
 

@@ -1,7 +1,7 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
-Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_pictures.py, cli_chat.py and
-cli_robot.py.
+Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_ask.py, cli_pictures.py,
+cli_chat.py and cli_robot.py.
 """
 
 import inspect
@@ -17,8 +17,9 @@ import tyro
 from tyro.conf import HelptextFromCommentsOff, Positional, arg
 
 from nanochat import __version__
+from nanochat.cli_ask import ask, caption
 from nanochat.cli_chat import chat
-from nanochat.cli_pictures import ask, caption, detect, embed, written_rows
+from nanochat.cli_pictures import detect, embed, written_rows
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where

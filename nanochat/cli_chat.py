@@ -122,10 +122,14 @@ class Session:
         print(f"looking at {', '.join(names)}" if names else "no picture now")
 
 
-def print_stream(pieces: Iterable[str]) -> None:
+def print_stream(pieces: Iterable[str]) -> str:
+    """Print the pieces as they come. Returns the whole text."""
+    printed = []
     for piece in pieces:
         print(piece, end="", flush=True)
+        printed.append(piece)
     print()
+    return "".join(printed)
 
 
 def edit_lines() -> None:

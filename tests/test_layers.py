@@ -34,9 +34,10 @@ LAYERS = (
     ("evaluation", "evaluation.*"),
     ("training", "training.*"),
     ("serving", "serving.*"),
-    ("flags", "inputs"),
+    ("flags", "inputs", "heatmaps"),
     ("demo", "cli_chat"),
     ("cli_pictures", "cli_robot"),
+    ("cli_ask",),
     ("cli",),
     ("__main__",),
     ("assistant", "robot", "robot.policy"),  # deprecated names
