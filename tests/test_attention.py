@@ -1,5 +1,7 @@
 """The attention of an answer's words to the cells of pictures, against the weights that a forward pass really used."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from nanochat.agent import Agent
 from nanochat.attention import attention_of_words, attention_to_images, word_tokens
 from nanochat.conversation import user_message
+from nanochat.cross_attention import GatedCrossAttention
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -27,17 +30,38 @@ def row(model, n_images=2):
     return ids, torch.randn(n_images, N, D, generator=torch.Generator().manual_seed(1))
 
 
-def used_weights(model, ids, vectors, monkeypatch):
-    """The weights of a forward pass, read off its own attention kernel: values of one-hot vectors give the weights back."""
+def self_weights(model, ids, vectors, monkeypatch):
+    """The weights of self-attention in a forward pass, each (H, T, T), from its own kernel: values that are one-hot give back
+    the weights."""
     found, kernel = [], F.scaled_dot_product_attention
 
-    def spy(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    def spy(q, k, v, **options):
         keys = k.size(-2)
-        identity = torch.eye(keys).expand(*k.shape[:-2], keys, keys)
-        found.append(kernel(q, k, identity, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)[0])
-        return kernel(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        found.append(kernel(q, k, torch.eye(keys).expand(*k.shape[:-2], keys, keys), **options)[0])
+        return kernel(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        model(torch.tensor([ids]), [vectors.flatten(0, 1)])
+    monkeypatch.undo()
+    return found
+
+
+def cross_weights(model, ids, vectors, monkeypatch):
+    """The same of cross-attention, (H, T, P * N), from the layer's own forward without gate and output projection: a head is
+    as wide as two pictures have cells."""
+    found, forward = [], GatedCrossAttention.forward
+
+    def spy(layer, x, keys, values, mask, blind, dropout):
+        bare = copy.deepcopy(layer)
+        bare.c_proj.weight.copy_(torch.eye(x.size(-1)))
+        bare.gate.fill_(100.0)
+        one_hot = torch.eye(2 * N)[:, None].expand(values.shape)
+        y = forward(bare, x, keys, one_hot, mask, blind, 0.0) - x
+        found.append(y[0].unflatten(-1, (HEADS, 2 * N)).transpose(0, 1))
+        return forward(layer, x, keys, values, mask, blind, dropout)
+
+    monkeypatch.setattr(GatedCrossAttention, "forward", spy)
     with torch.no_grad():
         model(torch.tensor([ids]), [vectors.flatten(0, 1)])
     monkeypatch.undo()
@@ -49,16 +73,13 @@ def used_weights(model, ids, vectors, monkeypatch):
 def test_the_weights_are_those_that_the_forward_pass_used(fusion, n_kv_head, monkeypatch):
     model = tiny(fusion, n_kv_head=n_kv_head)
     ids, vectors = row(model)
-    used, found = used_weights(model, ids, vectors, monkeypatch), attention_to_images(model, ids, vectors)
-    assert found.shape == (LAYERS, HEADS, len(ids), 2, N) and found.dtype == torch.float32
-    assert len(used) == (LAYERS if fusion == "prefix" else 2 * LAYERS)
+    used = (self_weights if fusion == "prefix" else cross_weights)(model, ids, vectors, monkeypatch)
+    found = attention_to_images(model, ids, vectors)
+    assert found.shape == (LAYERS, HEADS, len(ids), 2, N) and found.dtype == torch.float32 and len(used) == LAYERS
     places = [i for i, token in enumerate(ids) if token == IMAGE]
     for layer in range(LAYERS):
-        expected = used[layer][:, :, places] if fusion == "prefix" else used[2 * layer]
-        expected = expected.reshape(HEADS, len(ids), 2, N).clone()
-        if fusion == "cross":
-            expected[:, 0] = 0  # before any picture: the kernel's row there is discarded
-        torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-6)
+        expected = used[layer][:, :, places] if fusion == "prefix" else used[layer]
+        torch.testing.assert_close(found[layer], expected.unflatten(-1, (2, N)), rtol=1e-4, atol=1e-5)
     assert not found[:, :, 0].any()
     between = ids.index(5)
     assert not found[:, :, between, 1].any() and found[:, :, between, 0].any()  # the second picture comes later
