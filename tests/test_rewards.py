@@ -12,7 +12,8 @@ from nanochat.conversation import render
 from nanochat.data.sample import caption_sample, one_per_reference
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, make_batch
-from nanochat.training.rewards import sample_captions, sentence_bleu, split_row
+from nanochat.training.caption_reward import CaptionReward, Cider, sentence_bleu
+from nanochat.training.rewards import sample_captions, split_row
 from tests.conftest import make_model
 
 CAPTIONS = ("a red square .", "one red box on white .")
@@ -54,10 +55,32 @@ def test_the_reward_is_a_share_and_full_for_a_reference_itself(said, other):
     assert sentence_bleu("", [other, "a dog"]) == sentence_bleu("cat", ["a dog"]) == 0
 
 
+references = st.lists(st.lists(words.filter(bool), min_size=1, max_size=3), min_size=2, max_size=5)
+
+
+@given(references, st.lists(words.filter(bool), min_size=5, max_size=5))
+def test_cider_is_that_of_the_library_that_scores(truths, said):
+    scorer = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    said = said[: len(truths)]
+    _, expected = scorer.compute_score(dict(enumerate(truths)), {i: [text] for i, text in enumerate(said)})
+    cider = Cider(truths)  # the statistics of the same captions, as the library takes them
+    found = [cider(text, captions) for text, captions in zip(said, truths, strict=True)]
+    assert found == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+def test_the_reward_prefers_what_few_pictures_have():
+    many = [["a man in a park .", "a man outside ."]] * 9
+    reward = CaptionReward([*many, ["a man rides a horse .", "a man on a brown horse ."]])
+    truth = ["a man rides a horse .", "a man on a brown horse ."]
+    assert reward("a man rides a horse .", truth) > reward("a man in a park .", truth) + 0.5
+    common, rare = reward.cider("a man .", truth), reward.cider("a horse .", truth)
+    assert rare > 2 * common
+
+
 def test_samples_are_rows_of_the_same_picture_and_advantages_compare_them(tokenizer):
     model = captioner(tokenizer)
     groups = [caption_rows(tokenizer, 7), caption_rows(tokenizer, 3)]
-    rows, advantages, reward = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=1)
+    rows, advantages, reward = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, 1, sentence_bleu)
     assert [row.images for row in rows] == [(7,)] * 4 + [(3,)] * 4
     prompt = split_row(groups[0][0])[0]
     for row in rows:
@@ -67,7 +90,7 @@ def test_samples_are_rows_of_the_same_picture_and_advantages_compare_them(tokeni
     for i in range(4):  # against the mean of the other three
         others = np.delete(rewards, i, axis=1).mean(1)
         np.testing.assert_allclose(advantages.view(2, 4)[:, i], rewards[:, i] - others, atol=1e-6)
-    again, _, _ = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, seed=2)
+    again, _, _ = sample_captions(model, tokenizer, groups, torch.randn(2, 1, 12), 4, 2, sentence_bleu)
     assert [row.ids for row in again] != [row.ids for row in rows]
 
 
@@ -83,7 +106,7 @@ def test_following_the_reward_raises_it(tokenizer):
         optimizer.step()
     rewards = []
     for seed in range(40):
-        rows, advantages, reward = sample_captions(model, tokenizer, groups, vectors, 8, seed)
+        rows, advantages, reward = sample_captions(model, tokenizer, groups, vectors, 8, seed, sentence_bleu)
         rewards.append(reward)
         batch = make_batch(rows)
         nats = model(batch.idx, vectors.repeat_interleave(8, 0), targets=batch.targets, loss_reduction="none")

@@ -43,6 +43,7 @@ from nanochat.training.batches import (
     row_inputs,
     texts_of,
 )
+from nanochat.training.caption_reward import CaptionReward
 from nanochat.training.features import cached_features
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.optimizers import learning_rate_factor
@@ -85,6 +86,8 @@ class PictureTask(Task):
         self.reward_steps = recipe.reward_steps
         if recipe.reward_steps:
             check_reward(recipe, self.samples)
+            captioned = (sample for data in train_sets for sample in data.samples if sample.question == CAPTION_PROMPT)
+            self.caption_reward = CaptionReward([sample.references for sample in captioned])
 
     def new_model(self) -> tuple[MultimodalGPT, Tokenizer]:
         recipe = self.recipe
@@ -272,7 +275,9 @@ class PictureTask(Task):
             with torch.no_grad():
                 vectors = self.vectors([rows[0].images[0] for rows in chunk], rng).to(model.device)
             seed = int(rng.integers(2**31))
-            rows, advantages, reward = sample_captions(model, self.tokenizer, chunk, vectors, n_samples, seed)
+            rows, advantages, reward = sample_captions(
+                model, self.tokenizer, chunk, vectors, n_samples, seed, self.caption_reward
+            )
             batch = make_batch(rows)
             shown = torch.arange(len(chunk)).repeat_interleave(n_samples)
             hidden = model.hidden(row_inputs(model, batch.idx, vectors, shown=shown))

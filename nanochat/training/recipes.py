@@ -184,7 +184,7 @@ class PictureRecipe(Recipe):
     device_batch_size: int | None = None
     "Pictures in memory at a time; a step accumulates gradients until it has --images-per-step."
     reward_steps: int = 0
-    "Steps at the end in which captions that the model samples are rewarded by their BLEU score."
+    "Steps at the end in which captions that the model samples are rewarded by BLEU and CIDEr."
     reward_lr: float = 0.05
     "Learning rates of the reward steps, as a share of the peak rates."
 

@@ -6,34 +6,16 @@ Imitation teaches the next word of human captions. This teaches whole captions o
 imitation: the samples of an untrained model all have a reward of zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from nanochat.engine import Engine
-from nanochat.evaluation.metrics import MAX_N, bleu_statistics, caption_tokens
 from nanochat.sampling import Sampling
 from nanochat.training.batches import Row
 
 NEW_TOKENS = 32
-
-
-def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
-    """BLEU-4 of one caption, 0..1, as a reward.
-
-    One match is added to each n-gram count from n = 2 on (Lin & Och 2004): without it a caption without four matching words in
-    a row scores zero. That favours short captions (Nakov et al. 2012), and so does corpus BLEU, which compares with the
-    closest reference length. The length to reach is therefore the mean of the references.
-    """
-    *counted, length, _ = bleu_statistics(prediction, references)
-    if length == 0 or counted[0] == 0:
-        return 0.0
-    matches, counts = np.array(counted[:MAX_N], float), np.array(counted[MAX_N:], float)
-    matches[1:] += 1
-    counts[1:] += 1
-    expected = np.mean([len(caption_tokens(reference)) for reference in references])
-    return float(min(1.0, np.exp(1 - expected / length)) * np.exp(np.log(matches / counts).mean()))
 
 
 def split_row(row: Row) -> tuple[list[int], list[int]]:
@@ -43,11 +25,18 @@ def split_row(row: Row) -> tuple[list[int], list[int]]:
 
 
 def sample_captions(
-    model, tokenizer, groups: Sequence[Sequence[Row]], vectors: torch.Tensor, n_samples: int, seed: int
+    model,
+    tokenizer,
+    groups: Sequence[Sequence[Row]],
+    vectors: torch.Tensor,
+    n_samples: int,
+    seed: int,
+    reward_of: Callable,
 ) -> tuple[list[Row], torch.Tensor, float]:
     """Captions that the model samples for each picture, as rows to train on, and the advantage of each.
 
-    groups: for each picture the rows of all its captions; vectors: (len(groups), N, D), one picture each.
+    groups: for each picture the rows of all its captions; vectors: (len(groups), N, D), one picture each. reward_of: a caption
+    and its references -> its reward, see caption_reward.py.
     Returns len(groups) * n_samples rows, picture by picture; (rows,) float32, the reward minus the mean reward of the
     picture's other samples; and the mean reward. Leaves the model in evaluation mode.
     """
@@ -65,7 +54,7 @@ def sample_captions(
     for i, (prompt, rows) in enumerate(zip(prompts, groups, strict=True)):
         references = [tokenizer.decode(split_row(row)[1]) for row in rows]
         captions = sampled[i * n_samples : (i + 1) * n_samples]
-        rewards = np.array([sentence_bleu(tokenizer.decode(ids), references) for ids in captions])
+        rewards = np.array([reward_of(tokenizer.decode(ids), references) for ids in captions])
         total += rewards.mean()
         advantages += list((rewards - rewards.mean()) * n_samples / (n_samples - 1))
         for ids in captions:
