@@ -25,7 +25,7 @@ from nanochat.agent import Agent
 from nanochat.data import image_key, load_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
-from nanochat.evaluation.pointing import Pointed, foreground_box, point, pointing_score, simulated_box
+from nanochat.evaluation.pointing import CRITERIA, Pointed, foreground_box, point, pointing_score, simulated_box
 from nanochat.files import atomic_path, json_lines
 from nanochat.metaworld.instructions import MT10
 from nanochat.metaworld.scene import OBJECT, scene_questions
@@ -33,7 +33,7 @@ from nanochat.metaworld.simulator import Arm
 
 LIMIT = 1000  # questions that are asked, of each split
 SIZE = 128  # pixels of a frame
-SPLITS = {"train": (500_000, 150), "val": (600_000, 10), "test": (700_000, 30)}  # first seed, layouts of each task
+SPLITS = {"train": (500_000, 150), "val": (600_000, 5), "test": (700_000, 15)}  # first seed, layouts of each task
 FRAMES = 3  # of each layout
 STEPS = 80  # of the expert, before the last frame at most
 ABOUT_OBJECT = ("cell", "object", "side")  # kinds of questions that need a look at the object
@@ -100,28 +100,36 @@ def report(agent: Agent, title: str, parts: Sequence[Sequence[Pointed]], json_ou
     )
     result = pointing_score(chosen_on, held_out)
     table = Table(
-        "what points", "on the object", title=f"{title}: {result['n']:,} questions", caption="% of the questions"
+        "what points",
+        "inside",
+        "touching",
+        title=f"{title}: {result['n']:,} questions, {100 * result['answers']:.1f} % answered rightly",
+        caption="% of the questions whose strongest cell has its centre in the object's box, or touches the box",
     )
-    low, high = result["ci95"]
+    found = [result[criterion] for criterion in CRITERIA]
     table.add_row(
-        f"attention, {result['view']}", f"{100 * result['attention']:.1f} ({100 * low:.1f} .. {100 * high:.1f})"
+        f"attention, {result['view']}",
+        *(f"{percent(row['attention'])} ({' .. '.join(map(percent, row['ci95']))})" for row in found),
     )
-    for kind, row in result.get("kinds", {}).items():
-        table.add_row(f"  {kind}, {row['n']}", f"{100 * row['attention']:.1f}")
-    rows = {
+    for kind, row in result["kinds"].items():
+        table.add_row(f"  {kind}, {row['n']}", *(percent(row[criterion]) for criterion in CRITERIA))
+    labels = {
         "mean_view": "attention, all layers and heads",
         "shuffled": "attention, with boxes of other pictures",
         "fixed_cell": "the best constant cell of the training pictures",
         "centre_cell": "centre cell",
         "random_cell": "random cell",
-        "answers": "answers that are right",
     }
-    for name, label in rows.items():
-        table.add_row(label, "" if result[name] is None else f"{100 * result[name]:.1f}")
+    for name, label in labels.items():
+        table.add_row(label, *(percent(row[name]) for row in found))
     console.print(table)
     if json_out is not None:
         with atomic_path(json_out) as new:
             new.write_text(json.dumps(result, indent=1))
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def frames(out: Positional[Path]) -> None:

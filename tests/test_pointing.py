@@ -39,6 +39,18 @@ def test_cells_on_a_box():
     assert cells((60, 60, 64, 64), SQUARE, 64, 4) == {3}
 
 
+def test_cells_that_touch_a_box():
+    for box, expected in (
+        ((0, 0, 64, 64), set(range(16))),
+        ((17, 1, 22, 6), {1}),
+        ((16, 16, 32, 32), {5}),  # borders alone are not shared
+        ((15, 16, 33, 32), {4, 5, 6}),
+        ((60, 31, 64, 33), {7, 11}),
+    ):
+        assert cells(box, SQUARE, 64, 16, "touching") == expected
+        assert cells(box, SQUARE, 64, 16) <= expected
+
+
 def test_cells_of_a_letterboxed_picture():
     """128 x 64 pixels in a square of 64: rows 16..48 of the square, so the second and third of four rows of cells."""
     fit = square(Image.new("RGB", (128, 64)), 64)[1]
@@ -74,8 +86,8 @@ def test_the_box_of_a_simulated_object():
 
 
 def made(n, heads, seed=0, wrong=0):
-    """n questions about pictures of 64 x 64 with one object in each; 1 layer, 16 cells. heads: what each head attends to: "object",
-    or a cell. The last `wrong` items: all heads attend to the cell that is opposite."""
+    """n questions about pictures of 64 x 64 with one object each; 1 layer, 16 cells. heads: what each head attends to, "object"
+    or a cell. In the last `wrong` items it is the cell opposite of the object's."""
     rng = np.random.default_rng(seed)
     at = rng.integers(16, size=n)
     items = [Pointed("", "q", "a", box_of(cell), f"picture {i}", "kind " + "ab"[i % 2]) for i, cell in enumerate(at)]
@@ -98,21 +110,23 @@ def test_the_head_is_chosen_on_other_pictures():
     assert best_view(chosen_on) == "layer 1, head 2"
     result = pointing_score(chosen_on, held_out)
     assert result["view"] == "layer 1, head 2" and result["n"] == 60
-    assert result["attention"] == pytest.approx(54 / 60) and result["ci95"][0] < 54 / 60 < result["ci95"][1]
-    where = np.array([int(on.argmax()) for on in held_out.on_object])
-    assert result["mean_view"] == pytest.approx(np.mean(where == 3))  # two of three heads look there
-    assert result["random_cell"] == pytest.approx(1 / 16)
-    assert result["centre_cell"] == pytest.approx(np.isin(where, (5, 6, 9, 10)).mean() / 4)
-    usual = np.bincount([int(on.argmax()) for on in chosen_on.on_object], minlength=16).argmax()
-    assert result["fixed_cell"] == pytest.approx((where == usual).mean())
-    assert result["shuffled"] < 0.25 and result["answers"] == pytest.approx(59 / 60)
+    assert result["inside"] == result["touching"]  # each box lies within one cell
+    row = result["inside"]
+    assert row["attention"] == pytest.approx(54 / 60) and row["ci95"][0] < 54 / 60 < row["ci95"][1]
+    where = np.array([int(on.argmax()) for on in held_out.on_object("inside")])
+    assert row["mean_view"] == pytest.approx(np.mean(where == 3))  # two of three heads look there
+    assert row["random_cell"] == pytest.approx(1 / 16)
+    assert row["centre_cell"] == pytest.approx(np.isin(where, (5, 6, 9, 10)).mean() / 4)
+    usual = np.bincount([int(on.argmax()) for on in chosen_on.on_object("inside")], minlength=16).argmax()
+    assert row["fixed_cell"] == pytest.approx((where == usual).mean())
+    assert row["shuffled"] < 0.25 and result["answers"] == pytest.approx(59 / 60)
     assert result["kinds"]["kind a"]["n"] == 30
-    assert np.mean([row["attention"] for row in result["kinds"].values()]) == pytest.approx(54 / 60)
+    assert np.mean([kind["touching"] for kind in result["kinds"].values()]) == pytest.approx(54 / 60)
 
 
 def test_one_picture_has_no_shuffled_row():
     one = made(1, ["object"])
-    assert pointing_score(one, one)["shuffled"] is None
+    assert pointing_score(one, one)["inside"]["shuffled"] is None
     with pytest.raises(UserError, match="needs questions"):
         pointing_score(one, Pointing([], [], np.zeros((0, 1, 1, 16)), [], 64))
 
@@ -124,7 +138,7 @@ def test_pointing_of_the_shipped_model():
     items = [Pointed(picture(n), "what color is the shape?", "", box, str(n)) for n, box in enumerate(boxes)]
     found = point(agent, items)
     assert found.weights.shape == (4, 2, 4, 16) and found.answers[0] == "red"
-    assert (found.weights.sum(-1) < 1).all() and found.on_object.shape == (4, 16)
+    assert (found.weights.sum(-1) < 1).all() and found.on_object("inside").shape == (4, 16)
     with pytest.raises(UserError, match="no cells"):
         point(Agent.load("robot"), [Pointed(PICTURE, "is the gripper open?", "", (0, 0, 9, 9), "")])
 

@@ -5,13 +5,14 @@ pointing game of Zhang et al. 2016, arXiv 1608.00507).
     pointing_score(chosen_on, held_out)              # {"view": "layer 1, head 2", "attention": 0.9, ...}
 
 Which layer and head is read is chosen on pictures that are not in the report.
-A cell is on the object if its centre is inside the object's box; so is the cell that holds the centre of the box, since an object
-can be smaller than a cell. Controls: cells that are chosen without the attention, and the boxes of another picture.
+
+A cell is on the object if its centre is inside the object's box ("inside"); so is the cell that holds the centre of the box,
+since an object can be smaller than a cell. A weaker measure is that cell and box have any pixel in common ("touching").
+Controls: cells that are chosen without the attention, and the boxes of another picture.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from nanochat.fusion import grid_side
 from nanochat.metaworld.scene import project
 from nanochat.vision.images import ImageSource, Letterbox, open_image, square
 
+CRITERIA = ("inside", "touching")
 NEW_TOKENS = 24
 BATCH = 64
 OBJECT_SIDE = 0.1  # metres: the box of a simulated object is what a cube of this side around its position covers
@@ -55,24 +57,27 @@ class Pointing:
     fits: list[Letterbox]
     image_size: int
 
-    @cached_property
-    def on_object(self) -> np.ndarray:
+    def on_object(self, criterion: str) -> np.ndarray:
         """(n, N) bool, see `cells_on_box`."""
-        pairs = zip(self.items, self.fits, strict=True)
-        return np.array([self.cells_on(item.box, fit) for item, fit in pairs])
+        return self.cells_on([item.box for item in self.items], criterion)
 
-    @cached_property
-    def on_another(self) -> np.ndarray | None:
+    def on_another(self, criterion: str) -> np.ndarray | None:
         """(n, N) bool, for the box of a picture of another group at the same share of the sides; None where there is none."""
         partner = another_group([item.group for item in self.items])
         if partner is None:
             return None
-        boxes = [scaled_box(self.items[other].box, self.fits[other], fit)
-                 for other, fit in zip(partner, self.fits, strict=True)]  # fmt: skip
-        return np.array([self.cells_on(box, fit) for box, fit in zip(boxes, self.fits, strict=True)])
+        return self.cells_on(
+            [
+                scaled_box(self.items[other].box, self.fits[other], fit)
+                for other, fit in zip(partner, self.fits, strict=True)
+            ],
+            criterion,
+        )
 
-    def cells_on(self, box: Sequence[float], fit: Letterbox) -> np.ndarray:
-        return cells_on_box(box, fit, self.image_size, self.weights.shape[-1])
+    def cells_on(self, boxes: Sequence[Sequence[float]], criterion: str) -> np.ndarray:
+        n_cells = self.weights.shape[-1]
+        pairs = zip(boxes, self.fits, strict=True)
+        return np.array([cells_on_box(box, fit, self.image_size, n_cells, criterion) for box, fit in pairs])
 
 
 def foreground_box(image: ImageSource) -> tuple[int, int, int, int]:
@@ -98,8 +103,10 @@ def scaled_box(box: Sequence[float], of: Letterbox, to: Letterbox) -> np.ndarray
     return np.asarray(box) * np.array([to.width / of.width, to.height / of.height] * 2)
 
 
-def cells_on_box(box: Sequence[float], fit: Letterbox, image_size: int, n_cells: int) -> np.ndarray:
-    """(n_cells,) bool, row by row: cells of the square whose centre is inside the box, and the one with the centre of the box.
+def cells_on_box(
+    box: Sequence[float], fit: Letterbox, image_size: int, n_cells: int, criterion: str = "inside"
+) -> np.ndarray:
+    """(n_cells,) bool, row by row: cells of the square that are on the box by a criterion of CRITERIA, see above.
 
     box: x1, y1, x2, y2 in pixels of the picture, which `fit` fitted into a square of image_size pixels.
     """
@@ -107,8 +114,11 @@ def cells_on_box(box: Sequence[float], fit: Letterbox, image_size: int, n_cells:
     scale = np.array([n / m for n, m in zip(fit.fitted, (fit.width, fit.height), strict=True)] * 2)
     cell = image_size / side
     x1, y1, x2, y2 = (np.asarray(box) * scale + [fit.pad_x, fit.pad_y] * 2) / cell  # in cells of the square
-    centres = np.arange(side) + 0.5
-    inside = ((centres >= y1) & (centres < y2))[:, None] & ((centres >= x1) & (centres < x2))
+    starts = np.arange(side)
+    if criterion == "touching":
+        return np.outer((starts + 1 > y1) & (starts < y2), (starts + 1 > x1) & (starts < x2)).ravel()
+    centres = starts + 0.5
+    inside = np.outer((centres >= y1) & (centres < y2), (centres >= x1) & (centres < x2))
     row, column = (min(side - 1, int((low + high) / 2)) for low, high in ((y1, y2), (x1, x2)))
     inside[row, column] = True
     return inside.ravel()
@@ -159,45 +169,48 @@ def hits(maps: np.ndarray, on: np.ndarray) -> np.ndarray:
 
 def best_view(pointing: Pointing) -> str:
     """The view of `views` with the highest pointing accuracy. To be found on pictures that are not in the report."""
-    found = {name: hits(maps, pointing.on_object).mean() for name, maps in views(pointing.weights).items()}
+    on = pointing.on_object("inside")
+    found = {name: hits(maps, on).mean() for name, maps in views(pointing.weights).items()}
     return max(found, key=found.get)
 
 
 def pointing_score(chosen_on: Pointing, held_out: Pointing) -> dict:
-    """The layer, head and constant cell that are best on `chosen_on`, scored on `held_out`:
+    """The layer and head that point best ("inside") on `chosen_on`, scored on `held_out`:
 
-    {"view", "n", "attention", "ci95": [low, high] of it, "mean_view" (all layers and heads), "shuffled" (boxes of other pictures;
-    None if there is only one group), "fixed_cell", "centre_cell", "random_cell", "answers" (the share that is right), "kinds":
-    {kind: {"n", "attention"}} if there are several}. All are shares.
+    {"view", "n", "answers" (the share that is right), and for each criterion {"attention", "ci95": [low, high] of it, "mean_view"
+    (all layers and heads), "shuffled" (boxes of other pictures; None if there is only one group), "fixed_cell" (the best one on
+    `chosen_on`), "centre_cell", "random_cell"}; "kinds": {kind: {"n", and for each criterion the attention's share}}}.
 
     The centre cell is each of the one or four cells around the centre in turn, the random cell each of all.
     """
     if not len(chosen_on.items) or not len(held_out.items):
         raise UserError("pointing needs questions to choose the layer on, and others to report")
-    view, on = best_view(chosen_on), held_out.on_object
-    maps = views(held_out.weights)
-    pointed = hits(maps[view], on)
-    side = grid_side(on.shape[1])
-    middle = sorted({(side - 1) // 2, side // 2})
-    centre = [side * row + column for row in middle for column in middle]
-    estimate = accuracy(pointed.tolist(), [item.group for item in held_out.items])
+    view, maps = best_view(chosen_on), views(held_out.weights)
+    groups, kinds = ([getattr(item, name) for item in held_out.items] for name in ("group", "kind"))
     right = [exact_match(a, [item.answer]) for a, item in zip(held_out.answers, held_out.items, strict=True)]
-    result = {
-        "view": view,
-        "n": len(pointed),
-        "attention": float(pointed.mean()),
-        "ci95": [estimate.low, estimate.high],
-        "mean_view": float(hits(maps["all layers and heads"], on).mean()),
-        "shuffled": None if held_out.on_another is None else float(hits(maps[view], held_out.on_another).mean()),
-        "fixed_cell": float(on[:, chosen_on.on_object.mean(0).argmax()].mean()),
-        "centre_cell": float(on[:, centre].mean()),
-        "random_cell": float(on.mean()),
-        "answers": float(np.mean(right)),
-    }
-    kinds = np.array([item.kind for item in held_out.items])
-    if len(set(kinds)) > 1:
-        result["kinds"] = {
-            str(kind): {"n": int((kinds == kind).sum()), "attention": float(pointed[kinds == kind].mean())}
-            for kind in dict.fromkeys(kinds)
+    result = {"view": view, "n": len(right), "answers": float(np.mean(right))}
+    result["kinds"] = {kind: {"n": kinds.count(kind)} for kind in dict.fromkeys(kinds)}
+    for criterion in CRITERIA:
+        on, other = held_out.on_object(criterion), held_out.on_another(criterion)
+        pointed = hits(maps[view], on)
+        estimate = accuracy(pointed, groups)
+        fixed = chosen_on.on_object(criterion).mean(0).argmax()
+        result[criterion] = {
+            "attention": float(pointed.mean()),
+            "ci95": [estimate.low, estimate.high],
+            "mean_view": float(hits(maps["all layers and heads"], on).mean()),
+            "shuffled": None if other is None else float(hits(maps[view], other).mean()),
+            "fixed_cell": float(on[:, fixed].mean()),
+            "centre_cell": float(on[:, centre_cells(on.shape[1])].mean()),
+            "random_cell": float(on.mean()),
         }
+        for kind, row in result["kinds"].items():
+            row[criterion] = float(pointed[[each == kind for each in kinds]].mean())
     return result
+
+
+def centre_cells(n_cells: int) -> list[int]:
+    """The cell in the middle of the grid, or the four around it."""
+    side = grid_side(n_cells)
+    middle = sorted({(side - 1) // 2, side // 2})
+    return [side * row + column for row in middle for column in middle]
