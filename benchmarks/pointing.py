@@ -1,11 +1,14 @@
 """Does the attention of an answer point at what the question is about? See nanochat/evaluation/pointing.py for the measure.
 
-    python benchmarks/pointing.py easy-vqa CHECKPOINT
-    python benchmarks/pointing.py frames DIR                     # makes the data for the next two: 3 minutes on one core
-    nanochat train folder --data DIR ...                         # what docs/RESULTS.md used is in `TRAIN`, --help prints it
-    python benchmarks/pointing.py simulator CHECKPOINT --data DIR
+    nanochat train easy_vqa --layer 3 --vision-tokens 64 --fusion cross --epochs 12 --out runs/cells
+    python benchmarks/pointing.py easy-vqa runs/cells            # or default, the model that ships
+    python benchmarks/pointing.py frames DIR                     # draws simulated frames: about 3 minutes on one free core
+    nanochat train folder --data DIR --encoder robot --layer 4 --image-size 128 --vision-tokens 256 --fusion cross \
+        --no-train-encoder --batchnorm frozen --word-loss 0 --n-layer 2 --n-embd 128 --out runs/frames
+    python benchmarks/pointing.py simulator runs/frames --data DIR
 
-The layer and head that are read are chosen on training pictures, and reported on held-out ones.
+Models with cells, for both: the ones that ship have few of them, or none. The layer and head that are read are chosen on
+training pictures, and reported on held-out ones.
 """
 
 import json
@@ -36,7 +39,7 @@ SIZE = 128  # pixels of a frame
 SPLITS = {"train": (500_000, 150), "val": (600_000, 5), "test": (700_000, 15)}  # first seed, layouts of each task
 FRAMES = 3  # of each layout
 STEPS = 80  # of the expert, before the last frame at most
-ABOUT_OBJECT = ("cell", "object", "side")  # kinds of questions that need a look at the object
+ABOUT_OBJECT = ("cell", "object", "side")  # kinds of questions, all about one picture, that need a look at the object
 
 console = Console()
 
@@ -82,7 +85,7 @@ def simulator(checkpoint: Positional[str], data: Path, limit: int = LIMIT, json_
 
 
 def frame_items(data: Path, split: str, limit: int) -> list[Pointed]:
-    rows = [row for _, row in json_lines(data / f"{split}.jsonl") if row["box"] and row["kind"] in ABOUT_OBJECT]
+    rows = [row for _, row in json_lines(data / f"{split}.jsonl") if row["box"]]
     return [
         Pointed(str(data / row["image"]), row["question"], row["answer"], tuple(row["box"]), row["layout"], row["kind"])
         for row in drawn(rows, limit)
@@ -168,7 +171,7 @@ def layout_rows(arm: Arm, task: str, seed: int, out: Path) -> list[dict]:
                 {"image": name, "question": asked.question, "answer": asked.answer, "kind": asked.kind,
                  "box": box if visible else None, "layout": f"{task}-{seed}"}
                 for asked in scene_questions(task, state[None], success, held, 0, 0, rng)
-                if asked.images == 1
+                if asked.kind in ABOUT_OBJECT
             ]  # fmt: skip
         scene = arm.step(arm.expert_action())
     return rows

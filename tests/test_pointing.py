@@ -155,7 +155,7 @@ def test_items_of_a_folder_of_frames(tmp_path):
         "box": [1, 2, 3, 4],
         "layout": "x",
     }
-    rows = [row, row | {"kind": "gripper"}, row | {"box": None}, row | {"kind": "object", "layout": "y"}]
+    rows = [row, row | {"box": None}, row | {"kind": "object", "layout": "y"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = benchmark.frame_items(tmp_path, "test", 10)
     assert sorted((item.kind, item.group) for item in found) == [("cell", "x"), ("object", "y")]
