@@ -60,6 +60,18 @@ def recipe_for(pictures, encoder, tmp_path, **changes):
     return Folder(**SMALL | where | changes)
 
 
+@pytest.fixture(scope="module")
+def started(pictures, encoder, tmp_path_factory):
+    """Checkpoints to start from, one for each fusion, in which every weight matters."""
+    folder = tmp_path_factory.mktemp("started")
+    for fusion in FUSIONS:
+        run = Run(recipe_for(pictures, encoder, folder, fusion=fusion, out=str(folder / fusion)))
+        no_zeros(run.model)
+        run.save()
+        release_folder(run.out)
+    return folder
+
+
 def no_zeros(model):
     """A new model's output layers, gates and tables are zero, and let no gradient pass to what is before them."""
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +83,6 @@ def no_zeros(model):
 
 def moved_in(run, steps=3):
     """(names of parameters, names of buffers) that differ after some steps."""
-    no_zeros(run.model)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     for _ in range(steps):
         run.take_step()
@@ -99,8 +110,8 @@ def of_encoder(run, *starts):
         ("encoder", dict(train_encoder=True)),
     ],
 )
-def test_what_the_recipe_names_moves_and_nothing_else(pictures, encoder, tmp_path, fusion, stage, changes):
-    run = Run(recipe_for(pictures, encoder, tmp_path, fusion=fusion, **changes))
+def test_what_the_recipe_names_moves_and_nothing_else(pictures, started, tmp_path, fusion, stage, changes):
+    run = Run(recipe_for(pictures, "", tmp_path, start_from=str(started / fusion), **changes))
     names = {name for name, _ in run.model.named_parameters() if not name.startswith("vision_encoder.")}
     expected = {name for name in names if name.startswith(("vision_projector.", "cross_attention."))}
     assert expected and (fusion == "cross") == any(name.startswith("cross_attention.") for name in expected)
@@ -146,17 +157,9 @@ def test_each_part_has_its_own_rate(pictures, encoder, tmp_path, fusion):
             assert rate == RATES["head_lr"], name
 
 
-def test_frozen_statistics_stay_where_only_the_weights_train(pictures, encoder, tmp_path):
-    recipe = recipe_for(
-        pictures,
-        encoder,
-        tmp_path,
-        train_encoder=True,
-        train_encoder_from="p5",
-        batchnorm="frozen",
-        train_decoder=False,
-    )
-    run = Run(recipe)
+def test_frozen_statistics_stay_where_only_the_weights_train(pictures, started, tmp_path):
+    changes = dict(train_encoder=True, train_encoder_from="p5", batchnorm="frozen", train_decoder=False)
+    run = Run(recipe_for(pictures, "", tmp_path, start_from=str(started / "prefix"), **changes))
     moved, buffers = moved_in(run)
     assert of_encoder(run, "blocks.4.") < moved and not buffers
 
@@ -167,6 +170,7 @@ def test_frozen_statistics_stay_where_only_the_weights_train(pictures, encoder, 
         (dict(train_encoder_from="p5"), "train_encoder_from=p5 needs --train-encoder"),
         (dict(train_encoder=True, train_encoder_from="p9"), "no layer 'p9': it has p2, p3, p4, p5"),
         (dict(train_encoder=True, train_encoder_from="p5", layer="p4"), "no layer 'p5': it has p2, p3, p4"),
+        (dict(train_decoder=False), "--no-train-decoder needs a decoder that has learnt: add --start-from"),
         (dict(projector_lr=-1.0), "projector_lr must be at least 0"),
         (dict(dropout=1.5), "dropout is a share"),
     ],
@@ -177,15 +181,13 @@ def test_stages_that_cannot_be_are_refused_before_anything_is_written(pictures, 
     assert not (tmp_path / "run").exists()
 
 
-def test_stages_follow_each_other(pictures, encoder, tmp_path):
+def test_stages_follow_each_other(pictures, started, tmp_path):
     """Projector, then the decoder too, then the end of the encoder: each starts from the checkpoint of the one before."""
-    stages, start, models = (dict(train_decoder=False), {}, dict(train_encoder=True, train_encoder_from="p5")), "", []
+    stages = (dict(train_decoder=False), {}, dict(train_encoder=True, train_encoder_from="p5"))
+    start, models = str(started / "cross"), [load_checkpoint(started / "cross")[0].state_dict()]
     for number, changes in enumerate(stages):
         out = str(tmp_path / str(number))
-        run = Run(recipe_for(pictures, encoder, tmp_path, fusion="cross", out=out, start_from=start, **changes))
-        if number == 0:
-            no_zeros(run.model)
-            models.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        run = Run(recipe_for(pictures, "", tmp_path, out=out, start_from=start, **changes))
         run.take_step()
         run.save()
         start = out
@@ -203,7 +205,13 @@ def test_stages_follow_each_other(pictures, encoder, tmp_path):
 
 
 def test_fields_that_robots_share_work_for_them(robot, tmp_path):
-    recipe = Robot(data=str(robot), out=str(tmp_path / "run"), train_decoder=False, train_encoder=False, **FEW)
+    recipe = Robot(data=str(robot), out=str(tmp_path / "first"), train_encoder=False, **FEW)
+    with pytest.raises(UserError, match="--no-train-decoder needs a decoder that has learnt"):
+        Run(replace(recipe, train_decoder=False))
+    first = Run(recipe)
+    no_zeros(first.model)
+    first.save()
+    recipe = replace(recipe, train_decoder=False, start_from=str(first.out), out=str(tmp_path / "second"))
     run = Run(recipe)
     moved, buffers = moved_in(run, 1)
     assert moved and all(name.startswith(("vision_projector.", "glances.")) for name in moved) and not buffers

@@ -50,7 +50,7 @@ from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipes import PictureRecipe
 from nanochat.training.rewards import sample_captions
 from nanochat.training.statistics import picture_batches
-from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
+from nanochat.training.task import StepResult, Task, check_decoder, console, model_shape, open_recipe_encoder, say
 from nanochat.vision.images import ImageError
 
 ROWS_AT_ONCE = 128  # of a validation: a picture may have any number of them
@@ -91,6 +91,7 @@ class PictureTask(Task):
 
     def new_model(self) -> tuple[MultimodalGPT, Tokenizer]:
         recipe = self.recipe
+        check_decoder(recipe)
         if recipe.tokenizer:
             tokenizer = Tokenizer.load(Path(recipe.tokenizer).expanduser())
         else:

@@ -48,7 +48,15 @@ from nanochat.training.robot_batches import (
     shift_pictures,
 )
 from nanochat.training.statistics import MAX_PICTURES
-from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, shaped_like
+from nanochat.training.task import (
+    StepResult,
+    Task,
+    check_decoder,
+    console,
+    model_shape,
+    open_recipe_encoder,
+    shaped_like,
+)
 from nanochat.vision.pixels import to_pixels
 
 VAL_FRAMES = 256
@@ -74,6 +82,7 @@ class RobotTask(Task):
                 data.check_finite(ENVIRONMENT_STATE)
 
     def new_model(self) -> tuple[RobotGPT, Tokenizer]:
+        check_decoder(self.recipe)
         recipe, tokenizer = self.recipe, make_tokenizer(self.recipe, self.data)
         encoder = open_recipe_encoder(recipe)
         config = RobotGPTConfig(

@@ -130,6 +130,12 @@ def open_recipe_encoder(recipe: Recipe) -> Encoder:
     return encoder.truncate(recipe.layer)
 
 
+def check_decoder(recipe: Recipe) -> None:
+    """Raises UserError where a new decoder would stay as it is: its output is zero, and lets no gradient pass."""
+    if not recipe.train_decoder:
+        raise UserError("--no-train-decoder needs a decoder that has learnt: add --start-from CHECKPOINT")
+
+
 def model_shape(recipe: Recipe, tokenizer: Tokenizer) -> dict:
     """The fields of a model's config that follow from the recipe and the vocabulary."""
     return {
