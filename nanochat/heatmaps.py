@@ -1,4 +1,4 @@
-"""Drawings of what the words of an answer looked at: each picture with the attention of each word as a heat map on it.
+"""Drawings of what the words of an answer looked at: for each word the picture, as bright as the attention is there.
 
 What is drawn is the mean over all layers and heads: no single head was chosen to look good. How far such maps can be trusted is
 measured in evaluation/pointing.py. They show cells, not objects: a cell's vector also knows what is around it.
@@ -19,13 +19,15 @@ from nanochat.vision.images import ImageSource, Letterbox, letterbox, open_image
 
 # Words about the sentence and not about the picture: left out where there are others
 FUNCTION_WORDS = frozenset(
-    "a an the of in on at by to for with and or is are was be it its his her their that this from as which who there".split()
+    "a an the of in on at by to for with and or is are was be it its his her their that this from as which who there through "
+    "into over under near behind while up down out off".split()
 )
-PER_LINE = 6  # panels
+PER_LINE = 7  # panels
 PANEL = 360  # pixels of the longer side of the picture in a panel
 PANEL_INCHES = 2.2
-TITLE_WIDTH = 36  # characters of a line above a panel
-OPACITY = 0.75  # of the colour where the attention is greatest
+TITLE_INCHES = 0.35
+TITLE_WIDTH = 34  # characters of a line above a panel
+DARKEST = 0.12  # brightness of the picture where there is no attention
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,23 @@ def heat(cells: np.ndarray, fit: Letterbox, image_size: int, size: tuple[int, in
 
 
 def with_heat(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """A copy of the picture with values (height, width) in 0..1 on it: clear where they are 0, through red to yellow at 1."""
-    from matplotlib import colormaps
-
-    colour = 255 * colormaps["autumn"](values)[..., :3]
-    opacity = OPACITY * values[..., None]
-    mixed = np.asarray(image.convert("RGB")) * (1 - opacity) + colour * opacity
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    """A copy of the picture, as bright as values (height, width) say: as it is where they are 1, nearly black where they are 0
+    (as in Xu et al. 2015, arXiv 1502.03044: a colour on top would hide what is there)."""
+    light = DARKEST + (1 - DARKEST) * values[..., None]
+    return Image.fromarray((np.asarray(image.convert("RGB")) * light).round().astype(np.uint8))
 
 
 def draw_attention(answers: Sequence[Drawn], out: Path) -> None:
-    """Write a PNG file, atomically: for each picture of each answer the picture, then a panel for each word of content, its
-    strongest cell in yellow. Several pictures of an answer share one scale, so the one that a word looked at more is brighter.
+    """Write a PNG file, atomically: for each picture of each answer the picture, then a panel for each word of content. For each
+    word, brightness goes from the least to the most attended cell of all pictures of the answer together.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps state and may open windows
 
     lines = [line for answer in answers for number in range(len(answer.images)) for line in panels(answer, number)]
-    shape = (len(lines), max(map(len, lines)))
-    figure = Figure(figsize=(shape[1] * PANEL_INCHES, shape[0] * PANEL_INCHES * 1.15), layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False)
+    columns = max(map(len, lines))
+    heights = [TITLE_INCHES + PANEL_INCHES * max(image.height / image.width for _, image in line) for line in lines]
+    figure = Figure(figsize=(columns * PANEL_INCHES, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.axis("off")
     for row, line in zip(axes, lines, strict=True):
@@ -102,7 +102,9 @@ def panels(answer: Drawn, number: int) -> list[list[tuple[str, Image.Image]]]:
     image, words = answer.images[number], shown_words(answer.words)
     found = [(answer.titles[number], image)]
     for word in words:
-        cells = (word.mean / word.mean.max()).numpy()[number]
-        values = heat(cells, answer.fits[number], answer.image_size, image.size)
-        found.append((word.text, with_heat(image, values.clip(0, 1))))
+        least, most = word.mean.aminmax()
+        cells = (word.mean[number] - least) / (most - least).clamp(min=1e-9)
+        found.append(
+            (word.text, with_heat(image, heat(cells.numpy(), answer.fits[number], answer.image_size, image.size)))
+        )
     return [found[start : start + PER_LINE] for start in range(0, len(found), PER_LINE)]
