@@ -506,11 +506,7 @@ def test_embed_and_detect(nanochat, tmp_path, weights):
     assert "finds no objects, it is no detector: use --weights yolov9t.pt" in error
 
 
-def test_asking_imports_nothing_of_ultralytics(saved, tmp_path):
-    """ultralytics is AGPL-3.0: a product with another encoder may leave it out."""
-    _, folder = saved
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
-    code = """
+WITHOUT_ULTRALYTICS = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -518,10 +514,27 @@ class Block:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 from nanochat.cli import main
+from nanochat.training.recipes import Folder
+from nanochat.training.run import Run
+folder = sys.argv.pop()
 main()
+recipe = Folder(
+    data=folder, out=folder + "/run", encoder=folder + "/m", layer="p4", image_size=64, vision_tokens=1, vocab_size=280,
+    n_layer=1, n_head=2, n_embd=32, images_per_step=2, train_encoder=True, word_loss=0.0, train_split="fit", val_split="fit",
+)
+assert Run(recipe).take_step().value > 0
 assert not [name for name in sys.modules if name.startswith("ultralytics")]
-print("asked")
+print("asked and trained")
 """
+
+
+def test_asking_and_training_import_nothing_of_ultralytics(saved, tmp_path):
+    """ultralytics is AGPL-3.0: a product with another encoder may leave it out."""
+    _, folder = saved
+    for name in "abcd":
+        Image.new("RGB", (50, 40), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    lines = [f"{name}.png,what is it?,{name}" for name in "abcd"]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,question,answer", *lines]))
     words = [
         "ask",
         tmp_path / "a.png",
@@ -534,7 +547,7 @@ print("asked")
         "2",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", WITHOUT_ULTRALYTICS, *map(str, [*words, tmp_path])], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("asked\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("asked and trained\n"), done.stderr
