@@ -107,24 +107,25 @@ def report(agent: Agent, title: str, parts: Sequence[Sequence[Pointed]], json_ou
         "inside",
         "touching",
         title=f"{title}: {result['n']:,} questions, {100 * result['answers']:.1f} % answered rightly",
-        caption="% of the questions whose strongest cell has its centre in the object's box, or touches the box",
+        caption="% of the questions where the cell has its centre in the object's box, or touches the box",
     )
-    found = [result[criterion] for criterion in CRITERIA]
-    table.add_row(
-        f"attention, {result['view']}",
-        *(f"{percent(row['attention'])} ({' .. '.join(map(percent, row['ci95']))})" for row in found),
-    )
-    for kind, row in result["kinds"].items():
-        table.add_row(f"  {kind}, {row['n']}", *(percent(row[criterion]) for criterion in CRITERIA))
+    for reading, label in (("cell", "strongest cell"), ("around", "strongest 3 x 3 cells")):
+        found = [result[reading][criterion] for criterion in CRITERIA]
+        table.add_row(
+            f"{label}, {result[reading]['view']}",
+            *(f"{percent(row['attention'])} ({' .. '.join(map(percent, row['ci95']))})" for row in found),
+        )
+        for kind in found[0]["kinds"]:
+            table.add_row(f"  {kind}", *(percent(row["kinds"][kind]) for row in found))
+        table.add_row("  with boxes of other pictures", *(percent(row["shuffled"]) for row in found))
+        table.add_row("  of all layers and heads", *(percent(row["mean_view"]) for row in found))
     labels = {
-        "mean_view": "attention, all layers and heads",
-        "shuffled": "attention, with boxes of other pictures",
         "fixed_cell": "the best constant cell of the training pictures",
         "centre_cell": "centre cell",
         "random_cell": "random cell",
     }
     for name, label in labels.items():
-        table.add_row(label, *(percent(row[name]) for row in found))
+        table.add_row(label, *(percent(result["controls"][criterion][name]) for criterion in CRITERIA))
     console.print(table)
     if json_out is not None:
         with atomic_path(json_out) as new:

@@ -12,6 +12,7 @@ from nanochat.errors import UserError
 from nanochat.evaluation.pointing import (
     Pointed,
     Pointing,
+    around,
     best_view,
     cells_on_box,
     foreground_box,
@@ -109,24 +110,36 @@ def test_the_head_is_chosen_on_other_pictures():
     chosen_on, held_out = made(80, [3, "object", 3]), made(60, [3, "object", 3], seed=1, wrong=6)
     assert best_view(chosen_on) == "layer 1, head 2"
     result = pointing_score(chosen_on, held_out)
-    assert result["view"] == "layer 1, head 2" and result["n"] == 60
-    assert result["inside"] == result["touching"]  # each box lies within one cell
-    row = result["inside"]
+    assert result["n"] == 60 and result["answers"] == pytest.approx(59 / 60)
+    row = result["cell"]["inside"]
+    assert (
+        result["cell"]["view"] == "layer 1, head 2" and result["cell"]["touching"] == row
+    )  # each box lies within one cell
     assert row["attention"] == pytest.approx(54 / 60) and row["ci95"][0] < 54 / 60 < row["ci95"][1]
     where = np.array([int(on.argmax()) for on in held_out.on_object("inside")])
     assert row["mean_view"] == pytest.approx(np.mean(where == 3))  # two of three heads look there
-    assert row["random_cell"] == pytest.approx(1 / 16)
-    assert row["centre_cell"] == pytest.approx(np.isin(where, (5, 6, 9, 10)).mean() / 4)
+    assert row["shuffled"] < 0.25
+    assert list(row["kinds"]) == ["kind a", "kind b"]
+    assert np.mean(list(row["kinds"].values())) == pytest.approx(54 / 60)
+    controls = result["controls"]["inside"]
+    assert controls["random_cell"] == pytest.approx(1 / 16)
+    assert controls["centre_cell"] == pytest.approx(np.isin(where, (5, 6, 9, 10)).mean() / 4)
     usual = np.bincount([int(on.argmax()) for on in chosen_on.on_object("inside")], minlength=16).argmax()
-    assert row["fixed_cell"] == pytest.approx((where == usual).mean())
-    assert row["shuffled"] < 0.25 and result["answers"] == pytest.approx(59 / 60)
-    assert result["kinds"]["kind a"]["n"] == 30
-    assert np.mean([kind["touching"] for kind in result["kinds"].values()]) == pytest.approx(54 / 60)
+    assert controls["fixed_cell"] == pytest.approx((where == usual).mean())
+
+
+def test_a_ring_points_at_its_middle():
+    maps = np.zeros((1, 8, 8))
+    maps[0, 2:5, 3:6] = 1
+    maps[0, 3, 4], maps[0, 7, 0] = 0, 1.5  # a hole in the middle, and a stray cell in a corner
+    flat = maps.reshape(1, 64)
+    assert flat.argmax() == 56 and around(flat).argmax() == 8 * 3 + 4 and around(flat).max() == 8
+    assert around(flat)[0, 63] == 0 and around(flat)[0, 49] == 1.5
 
 
 def test_one_picture_has_no_shuffled_row():
     one = made(1, ["object"])
-    assert pointing_score(one, one)["inside"]["shuffled"] is None
+    assert pointing_score(one, one)["around"]["inside"]["shuffled"] is None
     with pytest.raises(UserError, match="needs questions"):
         pointing_score(one, Pointing([], [], np.zeros((0, 1, 1, 16)), [], 64))
 

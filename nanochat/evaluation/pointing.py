@@ -2,13 +2,15 @@
 pointing game of Zhang et al. 2016, arXiv 1608.00507).
 
     chosen_on, held_out = point(agent, training_items), point(agent, other_items)
-    pointing_score(chosen_on, held_out)              # {"view": "layer 1, head 2", "attention": 0.9, ...}
+    pointing_score(chosen_on, held_out)              # {"cell": {"view": "layer 1, head 2", "inside": {...}, ...}, ...}
 
 Which layer and head is read is chosen on pictures that are not in the report.
 
-A cell is on the object if its centre is inside the object's box ("inside"); so is the cell that holds the centre of the box,
-since an object can be smaller than a cell. A weaker measure is that cell and box have any pixel in common ("touching").
-Controls: cells that are chosen without the attention, and the boxes of another picture.
+What points is the strongest cell ("cell"), or the cell that has most attention on itself and its eight neighbours together
+("around"): cells around an object see it as well as those on it, so the attention is often a ring. It is on the object if its
+centre is inside the object's box ("inside"); so is the cell that holds the centre of the box, since an object can be smaller than
+a cell. A weaker measure is that cell and box have any pixel in common ("touching"). Controls: cells that are chosen without the
+attention, and the boxes of another picture.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -167,46 +169,65 @@ def hits(maps: np.ndarray, on: np.ndarray) -> np.ndarray:
     return on[np.arange(len(maps)), maps.argmax(1)]
 
 
-def best_view(pointing: Pointing) -> str:
-    """The view of `views` with the highest pointing accuracy. To be found on pictures that are not in the report."""
-    on = pointing.on_object("inside")
-    found = {name: hits(maps, on).mean() for name, maps in views(pointing.weights).items()}
+def around(maps: np.ndarray) -> np.ndarray:
+    """(n, N): for each cell of each map (n, N), the sum over itself and its neighbours, up to eight."""
+    side = grid_side(maps.shape[1])
+    padded = np.pad(maps.reshape(-1, side, side), ((0, 0), (1, 1), (1, 1)))
+    shifts = [(row, column) for row in range(3) for column in range(3)]
+    return sum(padded[:, row : row + side, column : column + side] for row, column in shifts).reshape(maps.shape)
+
+
+READINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"cell": lambda maps: maps, "around": around}
+
+
+def best_view(pointing: Pointing, reading: str = "cell") -> str:
+    """The view of `views` with the highest pointing accuracy ("inside"). To be found on pictures that are not in the report."""
+    on, read = pointing.on_object("inside"), READINGS[reading]
+    found = {name: hits(read(maps), on).mean() for name, maps in views(pointing.weights).items()}
     return max(found, key=found.get)
 
 
 def pointing_score(chosen_on: Pointing, held_out: Pointing) -> dict:
-    """The layer and head that point best ("inside") on `chosen_on`, scored on `held_out`:
+    """For each of READINGS, the layer and head that point best on `chosen_on`, scored on `held_out`:
 
-    {"view", "n", "answers" (the share that is right), and for each criterion {"attention", "ci95": [low, high] of it, "mean_view"
-    (all layers and heads), "shuffled" (boxes of other pictures; None if there is only one group), "fixed_cell" (the best one on
-    `chosen_on`), "centre_cell", "random_cell"}; "kinds": {kind: {"n", and for each criterion the attention's share}}}.
+    {"n", "answers" (the share that is right), for each reading {"view", and for each criterion `attention_row`}, and "controls":
+    {criterion: {"fixed_cell" (the best one on `chosen_on`), "centre_cell", "random_cell"}}}. All are shares.
 
     The centre cell is each of the one or four cells around the centre in turn, the random cell each of all.
     """
     if not len(chosen_on.items) or not len(held_out.items):
         raise UserError("pointing needs questions to choose the layer on, and others to report")
-    view, maps = best_view(chosen_on), views(held_out.weights)
-    groups, kinds = ([getattr(item, name) for item in held_out.items] for name in ("group", "kind"))
     right = [exact_match(a, [item.answer]) for a, item in zip(held_out.answers, held_out.items, strict=True)]
-    result = {"view": view, "n": len(right), "answers": float(np.mean(right))}
-    result["kinds"] = {kind: {"n": kinds.count(kind)} for kind in dict.fromkeys(kinds)}
+    result: dict = {"n": len(right), "answers": float(np.mean(right)), "controls": {}}
+    for reading in READINGS:
+        view = best_view(chosen_on, reading)
+        rows = {criterion: attention_row(held_out, reading, view, criterion) for criterion in CRITERIA}
+        result[reading] = {"view": view, **rows}
     for criterion in CRITERIA:
-        on, other = held_out.on_object(criterion), held_out.on_another(criterion)
-        pointed = hits(maps[view], on)
-        estimate = accuracy(pointed, groups)
-        fixed = chosen_on.on_object(criterion).mean(0).argmax()
-        result[criterion] = {
-            "attention": float(pointed.mean()),
-            "ci95": [estimate.low, estimate.high],
-            "mean_view": float(hits(maps["all layers and heads"], on).mean()),
-            "shuffled": None if other is None else float(hits(maps[view], other).mean()),
+        on, fixed = held_out.on_object(criterion), chosen_on.on_object(criterion).mean(0).argmax()
+        result["controls"][criterion] = {
             "fixed_cell": float(on[:, fixed].mean()),
             "centre_cell": float(on[:, centre_cells(on.shape[1])].mean()),
             "random_cell": float(on.mean()),
         }
-        for kind, row in result["kinds"].items():
-            row[criterion] = float(pointed[[each == kind for each in kinds]].mean())
     return result
+
+
+def attention_row(pointing: Pointing, reading: str, view: str, criterion: str) -> dict:
+    """{"attention", "ci95": [low, high] of it, "shuffled" (boxes of other pictures; None if there is only one group), "mean_view"
+    (all layers and heads), "kinds": {kind: share}}."""
+    maps = {name: READINGS[reading](found) for name, found in views(pointing.weights).items()}
+    on, other = pointing.on_object(criterion), pointing.on_another(criterion)
+    groups, kinds = ([getattr(item, name) for item in pointing.items] for name in ("group", "kind"))
+    pointed = hits(maps[view], on)
+    estimate = accuracy(pointed, groups)
+    return {
+        "attention": float(pointed.mean()),
+        "ci95": [estimate.low, estimate.high],
+        "shuffled": None if other is None else float(hits(maps[view], other).mean()),
+        "mean_view": float(hits(maps["all layers and heads"], on).mean()),
+        "kinds": {kind: float(pointed[[each == kind for each in kinds]].mean()) for kind in dict.fromkeys(kinds)},
+    }
 
 
 def centre_cells(n_cells: int) -> list[int]:
