@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nanochat.attention import WordAttention
 from nanochat.files import atomic_path
@@ -24,7 +24,8 @@ FUNCTION_WORDS = frozenset(
 )
 PER_LINE = 7  # panels
 PANEL = 360  # pixels of the longer side of the picture in a panel
-PANEL_INCHES = 2.2
+PANEL_INCHES = 2.2  # its width
+TALLEST = 1.5  # height of a panel, of its width: taller pictures are drawn smaller
 TITLE_INCHES = 0.35
 TITLE_WIDTH = 34  # characters of a line above a panel
 DARKEST = 0.12  # brightness of the picture where there is no attention
@@ -44,8 +45,10 @@ class Drawn:
     @classmethod
     def of(cls, images: Sequence[ImageSource], titles: Sequence[str], image_size: int, words) -> "Drawn":
         """images: the pictures as the model looked at them. Raises ImageError for what is not a picture."""
-        small = [ImageOps.contain(open_image(image), (PANEL, PANEL)) for image in images]
-        fits = [letterbox(image, image_size)[1] for image in small]  # of the same shape
+        whole = [open_image(image) for image in images]
+        fits = [letterbox(image, image_size)[1] for image in whole]
+        sizes = [Letterbox(PANEL / max(image.size), 0, 0, *image.size).fitted for image in whole]
+        small = [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(whole, sizes, strict=True)]
         return cls(small, titles, fits, image_size, words)
 
 
@@ -84,7 +87,7 @@ def draw_attention(answers: Sequence[Drawn], out: Path) -> None:
 
     lines = [line for answer in answers for number in range(len(answer.images)) for line in panels(answer, number)]
     columns = max(map(len, lines))
-    heights = [TITLE_INCHES + PANEL_INCHES * max(image.height / image.width for _, image in line) for line in lines]
+    heights = [TITLE_INCHES + PANEL_INCHES * min(TALLEST, max(i.height / i.width for _, i in line)) for line in lines]
     figure = Figure(figsize=(columns * PANEL_INCHES, sum(heights)), layout="constrained")
     axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:

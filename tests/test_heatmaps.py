@@ -85,9 +85,10 @@ def test_panels_of_an_answer():
 
 def test_a_sheet(tmp_path):
     out = tmp_path / "sheet.png"
-    draw_attention([Drawn.of([Image.new("RGB", (40, 40))], ["$5 {a"], 64, [word("costs $5", 3)])], out)
+    images = [Image.new("RGB", size) for size in ((40, 40), (8, 20_000))]
+    draw_attention([Drawn.of([image], ["$5 {a"], 64, [word("costs $5", 3)]) for image in images], out)
     with Image.open(out) as sheet:
-        assert sheet.format == "PNG" and sheet.width > sheet.height
+        assert sheet.format == "PNG" and 500 < sheet.height < 800 and 400 < sheet.width < 500
     assert list(tmp_path.iterdir()) == [out]
 
 
