@@ -204,7 +204,7 @@ def test_label_smoothing_and_feature_dropout_reach_the_loss(questions, tmp_path)
     set_training(run.model, run.recipe)
     batch = make_batch([row for group in run.task.rows.groups for row in group])
     rng = np.random.default_rng(0)
-    found = run.task.losses(batch, rng, True)[0]
+    found = run.task.losses(batch, rng)[0]
     shown = batch.in_rows(run.task.vectors(batch.numbers))
     places = batch.idx == run.model.config.vision_token_id
     logits = run.model(batch.idx, shown.flatten(0, 1).split(batch.counts), places)
@@ -213,7 +213,7 @@ def test_label_smoothing_and_feature_dropout_reach_the_loss(questions, tmp_path)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     run.task.recipe = replace(run.recipe, feature_dropout=0.5)
-    assert abs(run.task.losses(batch, rng, True)[0] - expected) > 1e-2 * expected
+    assert abs(run.task.losses(batch, rng)[0] - expected) > 1e-2 * expected
 
 
 # ---- rewards beside questions

@@ -623,7 +623,7 @@ def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, wher
 
 def test_rows_of_several_pictures_and_of_none():
     tokenizer = Tokenizer.train(["which?"], 270)
-    config = type("Config", (), {"vision_token_id": 3, "places_per_image": 2, "sequence_len": 64})
+    config = type("Config", (), {"fusion": "prefix", "vision_token_id": 3, "places_per_image": 2, "sequence_len": 64})
     pair = vqa_sample(b"a", "which?", "left")
     two = replace(
         pair, images=(b"a", b"b"),

@@ -248,7 +248,7 @@ class PictureTask(Task):
         return StepResult(total, sum(sum(batch.lengths) for batch in batches), n_images)
 
     def losses(
-        self, batch: Batch, rng: np.random.Generator, encoder_learns: bool
+        self, batch: Batch, rng: np.random.Generator, encoder_learns: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Sums over a batch: cross-entropy of the answers' tokens, and the auxiliary loss of the pictures."""
         recipe, model, answers, auxiliary, vectors = self.recipe, self.model, 0.0, 0.0, None
