@@ -395,7 +395,7 @@ class Distill(Recipe):
     dtype: DType = "bfloat16"
     encoder_lr: float = 2e-3
     warmup_steps: int = 100
-    steps: int = 4000
+    steps: int = 3000
     "Optimiser steps."
     threads: int | None = 1
 
