@@ -82,7 +82,8 @@ def models(json_rows: JsonRows = None) -> None:
             add(model)
             if json_rows is not None:
                 continue
-            print(f"{model['name']:8s} {model['parameters'] / 1e6:.2f} M parameters, {model['bytes'] / 1e6:.1f} MB")
+            also = "".join(f" (also called {alias})" for alias in model["aliases"])
+            print(f"{model['name']}{also}: {model['parameters'] / 1e6:.2f} M parameters, {model['bytes'] / 1e6:.1f} MB")
             print(f"         {model['purpose']}")
             for figure, score, controls in model["figures"]:
                 print(f"         {figure}: {score} ({controls})")

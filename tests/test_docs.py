@@ -243,7 +243,7 @@ def test_an_unknown_name_is_found(command, problem):
         ("nanochat rollout", "CHECKPOINT"),
         ("nanochat train folder --steps many", "many"),
         ("nanochat train folder --steps 0", "steps must be at least 1"),
-        ("nanochat pack default", "--out"),
+        ("nanochat pack shapes", "--out"),
     ],
 )
 def test_a_command_that_does_not_parse_is_found(command, problem):

@@ -49,10 +49,10 @@ def test_relative_paths_are_left_out_of_the_fields_that_hold_paths():
         "data": "../ann/photos",
         "out": "runs/ann",
         "encoder": "a/b.pt",
-        "start_from": "default",
+        "start_from": "shapes",
         "layer": "p3+p4",
     }
-    expected = {"data": "photos", "out": "ann", "encoder": "b.pt", "start_from": "default", "layer": "p3+p4"}
+    expected = {"data": "photos", "out": "ann", "encoder": "b.pt", "start_from": "shapes", "layer": "p3+p4"}
     assert without_paths({"recipe": recipe, "earlier": [recipe]}) == {"recipe": expected, "earlier": [expected]}
 
 
