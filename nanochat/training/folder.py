@@ -8,7 +8,7 @@ def folder_from_photos() -> Folder:
     own, and dropout against learning few pictures by heart. Those of the class are for random weights."""
     return Folder(
         start_from="photos", train_encoder=False, batchnorm="frozen", encoder_lr=3e-4, word_loss=0.0, decoder_gradient=1.0,
-        flip="horizontal", dropout=0.3, feature_dropout=0.2, label_smoothing=0.1, matrix_lr=3e-3, embedding_lr=5e-3,
+        flip="horizontal", dropout=0.3, feature_dropout=0.2, label_smoothing=0.1, matrix_lr=0.01, embedding_lr=5e-3,
         head_lr=1e-3, min_steps=100,
     )  # fmt: skip
 
