@@ -31,6 +31,7 @@ def demo(
         seed: Seed of the layout of objects; the model was not trained on small seeds.
     """
     from nanochat.demo import run_demo
+    from nanochat.demo_photos import ABOUT_ANY
     from nanochat.devices import pick_device
     from nanochat.metaworld.instructions import task_list
 
@@ -40,7 +41,7 @@ def demo(
         raise UserError(f"--seed must be at least 0, got {seed}")
     if len(names := task_list([task])) != 1:
         raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
-    run_demo(out, names[0], seed, pick_device(device), image)
+    run_demo(out, names[0], seed, pick_device(device), [(path.name, path, ABOUT_ANY) for path in image])
     next_step('nanochat ask PICTURE "QUESTION", or nanochat train folder --data YOUR_PICTURES')
 
 

@@ -23,6 +23,7 @@ from nanochat.demo_photos import (
     console,
     describe_photographs,
     draw_photographs,
+    packaged_photographs,
 )
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
@@ -45,11 +46,12 @@ class Frame:
     done: bool
 
 
-def run_demo(out: Path, task: str, seed: int, device="cpu", images: Sequence[Path] = ()) -> None:
-    """Run the demo; write the contact sheet to `out` (.png) and the episode next to it (.gif). images: photographs to describe
-    instead of those that come with other packages."""
+def run_demo(out: Path, task: str, seed: int, device="cpu", photographs: Sequence = ()) -> None:
+    """Run the demo; write the contact sheet to `out` (.png) and the episode next to it (.gif).
+
+    photographs: (name, file, questions) of those to describe instead of `demo_photos.packaged_photographs`."""
     started = time.perf_counter()
-    photographs = describe_photographs(images, device)
+    described = describe_photographs(photographs or packaged_photographs(), device)
     loading = time.perf_counter()
     agent = Agent.load("robot", device)
     seconds = sum(run["seconds"] for run in (*agent.training.get("earlier", []), agent.training))
@@ -71,7 +73,7 @@ def run_demo(out: Path, task: str, seed: int, device="cpu", images: Sequence[Pat
         frames = drive_arm(agent, arm, instruction)
     gif = out.with_suffix(".gif")
     write_gif(frames, gif)
-    draw_sheet(photographs, image, answers, frames, instruction, out)
+    draw_sheet(described, image, answers, frames, instruction, out)
     console.print(f"wrote {escape(str(gif))} and {escape(str(out))}; {time.perf_counter() - started:.1f} s in total")
 
 

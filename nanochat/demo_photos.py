@@ -106,9 +106,8 @@ def packaged_photographs() -> list[tuple[str, Path, Questions]]:
     return found
 
 
-def describe_photographs(images: Sequence[Path], device="cpu") -> list[Photograph]:
-    """Print what the model says about the photographs `images`, or about the packaged ones if there are none."""
-    chosen = [(path.name, path, ABOUT_ANY) for path in images] or packaged_photographs()
+def describe_photographs(chosen: Sequence[tuple[str, Path, Questions]], device="cpu") -> list[Photograph]:
+    """Print what the model says about photographs, given as (name, file, questions)."""
     opened = [(name, open_image(path), questions) for name, path, questions in chosen]  # a broken one stops it at once
     if not opened:
         return []

@@ -80,7 +80,7 @@ def test_only_known_answers_are_judged(capsys):
 
 @pytest.fixture(scope="module")
 def described():
-    return describe_photographs([HOPPER])
+    return describe_photographs([("grace_hopper.jpg", HOPPER, ABOUT_ANY)])
 
 
 def test_a_photograph_is_described_and_questioned(described):
@@ -143,9 +143,9 @@ def test_image_names_the_photographs(nanochat, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("nanochat.demo.run_demo", lambda *words: asked.append(words))
     nanochat("demo", "-o", tmp_path / "d.png", "--device", "cpu", "--image", "a b.jpg", "--image", HOPPER)
-    ((out, task, seed, device, images),) = asked
+    ((out, task, seed, device, photographs),) = asked
     assert (out, task, seed, str(device)) == (tmp_path / "d.png", "door-open", 0, "cpu")
-    assert images == (Path("a b.jpg"), HOPPER)
+    assert photographs == [("a b.jpg", Path("a b.jpg"), ABOUT_ANY), ("grace_hopper.jpg", HOPPER, ABOUT_ANY)]
 
 
 @pytest.mark.parametrize("bad", ["gone.jpg", "text.jpg"])
