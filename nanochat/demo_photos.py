@@ -133,7 +133,9 @@ def draw_photographs(figure, photographs: Sequence[Photograph]) -> None:
     """A line for each: the photograph, where the first words of its description looked, and the answers.
 
     figure: a (sub)figure of matplotlib."""
-    figure.suptitle("Photographs, described by the model. The more a word looked at a place, the brighter it is.", fontsize=12)
+    figure.suptitle(
+        "Photographs, described by the model. The more a word looked at a place, the brighter it is.", fontsize=12
+    )
     axes = figure.subplots(len(photographs), WORDS + 2, squeeze=False, width_ratios=[1] * (WORDS + 1) + [1.5])
     for axis in axes.flat:
         axis.axis("off")
