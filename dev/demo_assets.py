@@ -2,26 +2,38 @@
 
     python dev/demo_assets.py [CHECKPOINT]
 
-Seeds are small, so no policy was trained on them. Run it again when a new policy ships.
+and the picture of the README, docs/demo.png with its docs/demo.gif: one photograph, and the arm.
+
+    python dev/demo_assets.py readme
+
+The photograph is grace_hopper.jpg, a work of the US government and so in the public domain; the other photographs of the demo
+must not be in this repository. Seeds are small, so no policy was trained on them. Run it again when a new model ships.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nanochat.agent import Agent
-from nanochat.demo import ASSETS, drive_arm
+from nanochat.demo import ASSETS, drive_arm, run_demo
+from nanochat.demo_photos import packaged_photographs
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.scene import scene_questions
 from nanochat.metaworld.simulator import Arm
 
+DOCS = Path(__file__).parents[1] / "docs"
 KINDS = ("task", "gripper", "cell")  # of the questions
 EPISODE_FRAMES = 24
 
 
 def main(checkpoint: str) -> None:
+    if checkpoint == "readme":
+        (free,) = [photograph for photograph in packaged_photographs() if photograph[0] == "grace_hopper.jpg"]
+        run_demo(DOCS / "demo.png", "door-open", 0, photographs=[free])
+        return
     ASSETS.mkdir(exist_ok=True)
     agent = Agent.load(checkpoint)
     size = agent.metadata["image_size"]

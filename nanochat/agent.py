@@ -35,9 +35,9 @@ class Agent:
         self.places_per_image = getattr(model.config, "places_per_image", 0)
 
     @classmethod
-    def load(cls, name: str = "default", device: str | torch.device = "cpu") -> "Agent":
-        """A checkpoint folder, a model that ships ("default", "robot") or a hub name. Raises CheckpointError if it is damaged,
-        missing or of a newer format."""
+    def load(cls, name: str = "photos", device: str | torch.device = "cpu") -> "Agent":
+        """A checkpoint folder, a model that ships ("photos", "shapes", "robot") or a hub name. Raises CheckpointError if it is
+        damaged, missing or of a newer format."""
         return cls(*load_checkpoint(name, device))
 
     @property
@@ -68,17 +68,16 @@ class Agent:
     def check_learnt(self, question: str) -> None:
         """Raises UserError for a question of a kind that the model was never trained to answer: what it says would be noise."""
         caption = PLACE.sub("", question).strip() == CAPTION_PROMPT
-        wanted, other = ("captions", "questions") if caption else ("questions", "captions")
+        wanted = "captions" if caption else "questions"
         if self.learnt[wanted]:
             return
         does = {"questions": 'answers questions (nanochat ask IMAGE "QUESTION")', "captions": "describes pictures (nanochat "
                 "caption IMAGE)", "actions": "acts (nanochat rollout, nanochat policy-server)"}  # fmt: skip
         can = [text for name, text in does.items() if self.learnt[name]]
         lacks = "to describe pictures" if caption else "to answer questions about pictures"
-        shipped = "robot" if caption or self.learnt[other] else "default"
         raise UserError(
             f"this model was not trained {lacks}; it {' and '.join(can) or 'has learnt nothing yet'}: choose another "
-            f"--checkpoint, such as {shipped}, or train one with nanochat train folder"
+            "--checkpoint, such as photos, or train one with nanochat train folder"
         )
 
     def look(self, images) -> torch.Tensor:

@@ -4,8 +4,8 @@ removed in the next release."""
 import warnings
 
 from nanochat.agent import Agent, Chat
-from nanochat.checkpoint import ASSETS, SHIPPED
 from nanochat.conversation import user_message
+from nanochat.shipped import ASSETS, SHIPPED, shipped_folder
 
 __all__ = ["ASSETS", "SHIPPED", "Assistant", "Chat", "resolve_checkpoint", "user_message"]
 
@@ -25,4 +25,4 @@ class Assistant(Agent):
 
 
 def resolve_checkpoint(name: str) -> str:
-    return str(SHIPPED.get(name, name))
+    return str(shipped_folder(name) or name)

@@ -25,6 +25,7 @@ from nanochat.errors import UserError
 from nanochat.files import short_repr
 from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.meta import on_meta
+from nanochat.shipped import ASSETS, SHIPPED, shipped_folder  # noqa: F401, others import the first two from here
 from nanochat.tokenizer import Tokenizer
 from nanochat.verify import (
     FORMAT_VERSION,
@@ -43,8 +44,6 @@ from nanochat.verify import (
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, is_timm_name, open_encoder
 
 PUBLISHED = [*REQUIRED, "manifest.json"]  # what travels: all but the optimiser state
-ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"default": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}  # models in the package, by name
 # `kind` of a model -> its class, imported when a checkpoint needs it
 MODELS = {"gpt": "nanochat.gpt:GPT", "multimodal_gpt": "nanochat.multimodal_gpt:MultimodalGPT",
           "robot_gpt": "nanochat.robot_gpt:RobotGPT"}  # fmt: skip
@@ -219,7 +218,7 @@ def encoder_of(name: str | Path | None, device="cpu", trust_pickle: bool = False
 
 def is_checkpoint(name: str | Path) -> bool:
     """Whether a name means a checkpoint, and not an encoder's file or official name."""
-    return str(name) in SHIPPED or Path(name).expanduser().is_dir() or is_hub_name(name)
+    return shipped_folder(name) is not None or Path(name).expanduser().is_dir() or is_hub_name(name)
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -282,7 +281,8 @@ def build(folder: Path) -> GPT:
     unknown = sorted(set(config) - known)
     if unknown:
         raise CheckpointError(
-            f"{folder}: config.json has fields that this version does not know: {', '.join(map(repr, unknown))[:200]}"
+            f"{folder}: config.json has fields that this version does not know: {', '.join(map(repr, unknown))[:200]}; the "
+            "checkpoint was made by a newer one: upgrade nanochat-vision"
         )
     try:
         check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder))
@@ -326,9 +326,9 @@ def load_resume(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def locate(name: str | Path) -> Path:
-    """The folder of a checkpoint: a model that ships ("default", "robot"), a local folder, or the cached download of a hub name
+    """The folder of a checkpoint: a model that ships (see `shipped`), a local folder, or the cached download of a hub name
     "owner/name". The only place that resolves checkpoint names."""
-    folder = readable(Path(SHIPPED.get(str(name), name)).expanduser().resolve())
+    folder = readable(Path(shipped_folder(name) or name).expanduser().resolve())
     if folder.exists() or not is_hub_name(name):
         return folder
     try:

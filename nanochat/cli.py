@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,8 @@ from nanochat.cli_pictures import detect, embed, written_rows
 from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
-from nanochat.training.recipes import RECIPES, Recipe, recipe_name
+from nanochat.training.folder import folder_from_photos, other_shape
+from nanochat.training.recipes import RECIPES, Folder, Recipe, recipe_name
 
 MAX_VOCAB = 2**20  # tokens
 
@@ -82,7 +84,8 @@ def models(json_rows: JsonRows = None) -> None:
             add(model)
             if json_rows is not None:
                 continue
-            print(f"{model['name']:8s} {model['parameters'] / 1e6:.2f} M parameters, {model['bytes'] / 1e6:.1f} MB")
+            also = "".join(f" (also called {alias})" for alias in model["aliases"])
+            print(f"{model['name']}{also}: {model['parameters'] / 1e6:.2f} M parameters, {model['bytes'] / 1e6:.1f} MB")
             print(f"         {model['purpose']}")
             for figure, score, controls in model["figures"]:
                 print(f"         {figure}: {score} ({controls})")
@@ -180,12 +183,26 @@ def import_upstream(
 
 def train(words: list[str]) -> None:
     """Train a model with a recipe; every field of it is a flag. With --resume, flags you omit keep their saved values."""
-    recipe = parse_recipe(words, {name: kind() for name, kind in RECIPES.items()})
+    defaults = {name: kind() for name, kind in RECIPES.items()}
+    recipe = parse_recipe(words, defaults | {"folder": folder_from_photos()})
+    if isinstance(recipe, Folder) and not recipe.resume:
+        recipe = folder_recipe(words, recipe)
     from nanochat.training.run import Run, started_recipe
 
     if recipe.resume:
         recipe = parse_recipe(words, {recipe_name(recipe): started_recipe(recipe)})
     Run(recipe).train()
+
+
+def folder_recipe(words: list[str], recipe: Folder) -> Folder:
+    """The recipe as it was parsed; or, where flags ask for random weights, with the defaults for these."""
+    others = other_shape(recipe) if recipe.start_from == "photos" else []
+    if recipe.start_from and not others:
+        return recipe
+    if others:
+        named = ", ".join("--" + name.replace("_", "-") for name in others)
+        print(f"note: the model starts from random weights, since photos has no other {named}", file=sys.stderr)
+    return replace(parse_recipe(words, {"folder": Folder()}), start_from="")
 
 
 def parse_recipe(words: list[str], defaults: dict[str, Recipe]) -> Recipe:

@@ -5,21 +5,33 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from nanochat.errors import UserError
 from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out, next_step, say_where
 
 
-def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0, device: Device = "auto") -> None:
-    """The shipped robot model describes a picture, answers questions and controls a simulated arm; writes an animated GIF and
-    a contact sheet.
+def demo(
+    out: Out = Path("out/demo.png"),
+    image: UseAppendAction[
+        Annotated[tuple[Path, ...], arg(metavar="FILE", help="A photograph of yours; repeat the flag for several.")]
+    ] = (),
+    task: str = "door-open",
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """The model photos describes photographs and answers questions about them; then robot controls a simulated arm. Writes a
+    contact sheet, and an animated GIF of the arm.
+
+    The photographs are yours (--image), or some that come with other packages. The sheet also shows which cells of a
+    photograph the words of its description looked at.
 
     Args:
         task: A Meta-World task, such as door-open. An unknown name lists all 50.
         seed: Seed of the layout of objects; the model was not trained on small seeds.
     """
     from nanochat.demo import run_demo
+    from nanochat.demo_photos import ABOUT_ANY
     from nanochat.devices import pick_device
     from nanochat.metaworld.instructions import task_list
 
@@ -29,7 +41,7 @@ def demo(out: Out = Path("out/demo.png"), task: str = "door-open", seed: int = 0
         raise UserError(f"--seed must be at least 0, got {seed}")
     if len(names := task_list([task])) != 1:
         raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
-    run_demo(out, names[0], seed, pick_device(device))
+    run_demo(out, names[0], seed, pick_device(device), [(path.name, path, ABOUT_ANY) for path in image])
     next_step('nanochat ask PICTURE "QUESTION", or nanochat train folder --data YOUR_PICTURES')
 
 

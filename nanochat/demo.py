@@ -1,20 +1,30 @@
-"""The demo: the shipped robot model describes a picture, answers questions about it, and controls a simulated arm in a layout
-that it was not trained on. Writes the episode as an animated GIF, and a contact sheet.
+"""The demo: the model `photos` describes photographs; then the model `robot` describes a picture, answers questions about it, and
+controls a simulated arm in a layout that it was not trained on. Writes the episode as an animated GIF, and a contact sheet.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 
 from nanochat.agent import Agent
 from nanochat.data.sample import CAPTION_PROMPT
-from nanochat.evaluation.metrics import exact_match
+from nanochat.demo_photos import (
+    CORRECT,
+    ROW_INCHES,
+    WRONG,
+    Answer,
+    Photograph,
+    console,
+    describe_photographs,
+    draw_photographs,
+    packaged_photographs,
+)
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.simulator import MAX_STEPS, Arm, SimulatorError, arm_limits
@@ -23,7 +33,7 @@ from nanochat.vision.images import open_image
 ASSETS = Path(__file__).parent / "assets" / "demo"  # a picture with questions, and a recorded episode
 EXECUTE = 5  # actions of a chunk that are executed before the next observation
 SHEET_FRAMES = 8  # frames of the contact sheet
-console = Console()
+ARM_INCHES = 6.2  # height of the arm's part of the contact sheet
 
 
 @dataclass
@@ -36,25 +46,18 @@ class Frame:
     done: bool
 
 
-@dataclass
-class Answer:
-    question: str
-    text: str
-    expected: str
+def run_demo(out: Path, task: str, seed: int, device="cpu", photographs: Sequence = ()) -> None:
+    """Run the demo; write the contact sheet to `out` (.png) and the episode next to it (.gif).
 
-    @property
-    def correct(self) -> bool:
-        return exact_match(self.text, [self.expected])
-
-
-def run_demo(out: Path, task: str, seed: int, device="cpu") -> None:
-    """Run the demo; write the contact sheet to `out` (.png) and the episode next to it (.gif)."""
+    photographs: (name, file, questions) of those to describe instead of `demo_photos.packaged_photographs`."""
     started = time.perf_counter()
+    described = describe_photographs(photographs or packaged_photographs(), device)
+    loading = time.perf_counter()
     agent = Agent.load("robot", device)
     seconds = sum(run["seconds"] for run in (*agent.training.get("earlier", []), agent.training))
     console.print(
-        f"{agent.model.num_parameters():,} parameters, trained in {seconds / 60:.0f} minutes; "
-        f"loaded in {time.perf_counter() - started:.1f} s on {agent.model.device}"
+        f"\nrobot: {agent.model.num_parameters():,} parameters, trained in {seconds / 60:.0f} minutes; "
+        f"loaded in {time.perf_counter() - loading:.1f} s on {agent.model.device}"
     )
     image, answers = answer_questions(agent)
     instruction = INSTRUCTIONS[task][0]
@@ -70,7 +73,7 @@ def run_demo(out: Path, task: str, seed: int, device="cpu") -> None:
         frames = drive_arm(agent, arm, instruction)
     gif = out.with_suffix(".gif")
     write_gif(frames, gif)
-    draw_sheet(image, answers, frames, instruction, out)
+    draw_sheet(described, image, answers, frames, instruction, out)
     console.print(f"wrote {escape(str(gif))} and {escape(str(out))}; {time.perf_counter() - started:.1f} s in total")
 
 
@@ -82,8 +85,7 @@ def answer_questions(agent: Agent) -> tuple[Image.Image, list[Answer]]:
     console.print(f"[dim]{about['source']}, not in the training data[/dim]")
     for question, expected in [(CAPTION_PROMPT, about["description"]), *about["questions"]]:
         answer = Answer(question, "".join(agent.ask(question, vectors)), expected)
-        verdict = "[green]correct[/green]" if answer.correct else f"[red]wrong, expected: {escape(expected)}[/red]"
-        console.print(f"  {escape(question)}  [bold]{escape(answer.text)}[/bold]  {verdict}")
+        answer.print()
         answers.append(answer)
     return image, answers
 
@@ -135,15 +137,32 @@ def write_gif(frames: list[Frame], path: Path) -> None:
         images[0].save(new, format="GIF", save_all=True, append_images=images[1:], duration=120, loop=0)
 
 
-def draw_sheet(image: Image.Image, answers: list[Answer], frames: list[Frame], instruction: str, out: Path) -> None:
-    """Left, the picture with questions and answers; right, frames of the episode."""
-    import matplotlib
+def draw_sheet(
+    photographs: Sequence[Photograph],
+    image: Image.Image,
+    answers: list[Answer],
+    frames: list[Frame],
+    instruction: str,
+    out: Path,
+) -> None:
+    """At the top, photographs with what was said about them; below, the arm."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps state and may open windows
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    height = ROW_INCHES * len(photographs)
+    figure = Figure(figsize=(15, height + ARM_INCHES), layout="constrained")
+    if not photographs:
+        arm = figure
+    else:
+        top, arm = figure.subfigures(2, 1, height_ratios=(height, ARM_INCHES))
+        draw_photographs(top, photographs)
+    draw_arm(arm, image, answers, frames, instruction)
+    with atomic_path(out) as new:
+        figure.savefig(new, dpi=90, format="png")
 
+
+def draw_arm(figure, image: Image.Image, answers: list[Answer], frames: list[Frame], instruction: str) -> None:
+    """Left, the picture with questions and answers; right, frames of the episode. figure: a (sub)figure of matplotlib."""
     indices = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)
-    figure = plt.figure(figsize=(15, 6.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(4, 11))
     axis = left.subplots()
     axis.imshow(image)
@@ -160,8 +179,5 @@ def draw_sheet(image: Image.Image, answers: list[Answer], frames: list[Frame], i
         axis.axis("off")
     for axis, frame in zip(axes.flat, [frames[i] for i in indices], strict=False):
         axis.imshow(frame.image)
-        colour = "#1a7f37" if (frame.answer == "yes") == frame.done else "#cf222e"
+        colour = CORRECT if (frame.answer == "yes") == frame.done else WRONG
         axis.set_title(f"step {frame.step}, done? {frame.answer}", fontsize=9, color=colour)
-    with atomic_path(out) as new:
-        figure.savefig(new, dpi=90, format="png")
-    plt.close(figure)

@@ -45,7 +45,7 @@ Pictures = Annotated[
         help_behavior_hint="",
     ),
 ]
-CHECKPOINT = "A checkpoint folder, a hub name (owner/name), or a shipped model: `default` or `robot`."
+CHECKPOINT = "A checkpoint folder, a hub name (owner/name), or a model that ships: `photos`, `shapes` or `robot`."
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
 
@@ -54,7 +54,7 @@ Device = Annotated[str, arg(help="cpu, cuda, cuda:1, ...; auto uses a GPU if the
 class SamplingFlags:
     """Which model answers, and how it chooses its tokens."""
 
-    checkpoint: Annotated[str, arg(help=CHECKPOINT)] = "default"
+    checkpoint: Annotated[str, arg(help=CHECKPOINT)] = "photos"
     device: Device = "auto"
     max_new_tokens: int | None = None
     "Maximum length of an answer; by default what fits the context, up to 64."

@@ -11,24 +11,40 @@ import torch
 
 from nanochat import hub
 from nanochat.checkpoint import PUBLISHED, load_checkpoint, locate, save_checkpoint
+from nanochat.data.caption_questions import PREFIX
 from nanochat.verify import read_manifest, read_training, sha256, verify
 
-PATHS = ("data", "encoder", "start_from", "tokenizer", "out")  # fields of a recipe that can hold a relative path
+TERMS = ("NOTICE", "LICENSE*")  # licences of weights that are not ours: they go wherever the weights go
+PATHS = (
+    "data",
+    "also",
+    "encoder",
+    "start_from",
+    "tokenizer",
+    "out",
+)  # fields of a recipe that can hold a relative path
 # An absolute path, or one from a home folder: its folders, and its name where that is not the name of an address
 FOLDERS = re.compile(r"(?<![\w/:.~-])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^/\\\n'\":,;|<>]+[/\\]+)*(?=[^/\\\s])")
 
 
 def pack_checkpoint(name: str, out: Path, half: bool = True) -> tuple[int, int]:
-    """Copy the checkpoint `name` to the new folder `out`, without its optimiser state, and with file names instead of paths in
-    training.json. half: store weights as float16. Returns (number of parameters, bytes written).
+    """Copy the checkpoint `name` to the new folder `out`, without its optimiser state, with the licences beside it, and with
+    file names instead of paths in training.json. half: store weights as float16. Returns (number of parameters, bytes written).
 
     Raises FileExistsError where `out` exists, CheckpointError for a missing or damaged checkpoint.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another name for the packed checkpoint")
     model, tokenizer, training = load_checkpoint(name)
-    save_checkpoint(out, model, tokenizer, without_paths(training), dtype=torch.float16 if half else None)
+    extra = {path.name: path.read_bytes() for path in terms(locate(name))}
+    dtype = torch.float16 if half else None
+    save_checkpoint(out, model, tokenizer, without_paths(training), dtype=dtype, extra=extra)
     return model.num_parameters(), sum(path.stat().st_size for path in out.iterdir())
+
+
+def terms(folder: Path) -> list[Path]:
+    """The licences beside a checkpoint."""
+    return [path for pattern in TERMS for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def push_checkpoint(name: str | Path, repo_id: str, private: bool = True) -> str:
@@ -38,14 +54,14 @@ def push_checkpoint(name: str | Path, repo_id: str, private: bool = True) -> str
     verify(folder)
     with tempfile.TemporaryDirectory(prefix="nanochat-push-") as copy:
         public_copy(folder, Path(copy))
-        return hub.upload(Path(copy), repo_id, PUBLISHED, private)
+        return hub.upload(Path(copy), repo_id, [*PUBLISHED, *(path.name for path in terms(folder))], private)
 
 
 def public_copy(folder: Path, copy: Path) -> None:
     """Make in `copy` what may be published of a verified checkpoint: its weights are not copied but linked."""
     manifest = {"format_version": 1, "files": read_manifest(folder)}
     manifest["files"].pop("resume.safetensors", None)
-    for name in manifest["files"]:
+    for name in [*manifest["files"], *(path.name for path in terms(folder))]:
         if name != "training.json":
             try:
                 (copy / name).symlink_to((folder / name).resolve())
@@ -66,5 +82,6 @@ def without_paths(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if key in PATHS or re.match(r"[/\\~]|[A-Za-z]:[/\\]", value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        made = PREFIX if value.startswith(PREFIX) else ""  # questions that were made of a folder of captions
+        return made + re.split(r"[/\\]", value.removeprefix(made).rstrip("/\\"))[-1]
     return FOLDERS.sub("", value)

@@ -166,7 +166,7 @@ def test_checkpoints_say_whether_they_know_conversations(single, tmp_path):
 
 @pytest.mark.parametrize("multi_turn", [False, True])
 def test_the_shipped_model_talks_for_thirty_turns(multi_turn):
-    agent = Agent.load("default")
+    agent = Agent.load("shapes")
     assert not agent.multi_turn  # it was trained on single questions
     agent.training["multi_turn"] = multi_turn
     item = json.loads((ASSETS / "pictures" / "questions.json").read_text())[0]

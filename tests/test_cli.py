@@ -27,12 +27,13 @@ from tests.test_yolov9 import PICTURE as SCENE
 ROOT = Path(__file__).parents[1]
 PICTURE = str(ROOT / "nanochat/assets/pictures/0.png")
 QUESTION = "what color is the shape?"
+SHAPES = ("--checkpoint", "shapes")  # the model that can answer it
 
 
 def test_ask(nanochat):
     questions = json.loads((ROOT / "nanochat/assets/pictures/questions.json").read_text())[0]["questions"]
     for question, truth in questions:
-        assert nanochat("ask", PICTURE, question).out.strip() == truth
+        assert nanochat("ask", *SHAPES, PICTURE, question).out.strip() == truth
 
 
 def picture(number):
@@ -41,7 +42,7 @@ def picture(number):
 
 def test_ask_answers_for_each_of_several_pictures(nanochat):
     pictures = [picture(0), picture(1), picture(0)]
-    out = nanochat("ask", *pictures, QUESTION, "--each").out.splitlines()
+    out = nanochat("ask", *SHAPES, *pictures, QUESTION, "--each").out.splitlines()
     assert out == [f"{name}: {colour}" for name, colour in zip(pictures, ("red", "black", "red"), strict=True)]
 
 
@@ -56,8 +57,8 @@ def test_caption_describes_the_picture(nanochat):
 def test_chat_answers_every_turn_like_ask(nanochat, monkeypatch):
     questions = [QUESTION, "what shape is present?", "is a circle present?", QUESTION]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "", "never asked"])))
-    out = nanochat("chat", "--image", picture(1)).out.splitlines()
-    assert out == [nanochat("ask", picture(1), question).out.strip() for question in questions]
+    out = nanochat("chat", *SHAPES, "--image", picture(1)).out.splitlines()
+    assert out == [nanochat("ask", *SHAPES, picture(1), question).out.strip() for question in questions]
     assert out[0] == "black" and len(set(out)) == 3
 
 
@@ -69,15 +70,15 @@ class Terminal(io.StringIO):
 def test_a_question_that_is_too_long_ends_only_a_chat_without_a_terminal(nanochat, monkeypatch):
     lines = f"{'why ' * 300}\n{QUESTION}\n\n"
     monkeypatch.setattr(sys, "stdin", Terminal(lines))
-    printed = nanochat("chat", "--image", PICTURE)
+    printed = nanochat("chat", *SHAPES, "--image", PICTURE)
     assert "do not fit" in printed.err and printed.err.count("\n") == 1 and "red" in printed.out
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    printed = nanochat("chat", "--image", PICTURE, code=2)
+    printed = nanochat("chat", *SHAPES, "--image", PICTURE, code=2)
     assert "do not fit" in printed.err and "red" not in printed.out
 
 
 def test_sampling_is_reproducible_by_seed(nanochat):
-    words = ("ask", PICTURE, QUESTION, "--temperature", "3.0", "--max-new-tokens", "12")
+    words = ("ask", *SHAPES, PICTURE, QUESTION, "--temperature", "3.0", "--max-new-tokens", "12")
     said = [nanochat(*words, "--seed", seed).out for seed in (1, 1, 2, 3)]
     assert said[0] == said[1] and len(set(said)) > 1
 
@@ -124,13 +125,13 @@ def test_detect(nanochat, tmp_path, weights):
 
 def test_embed_with_the_encoder_of_a_checkpoint(nanochat, tmp_path):
     words = ("-o", tmp_path / "e.npz", "--weights")
-    nanochat("embed", PICTURE, *words, "default", "--layer", "4")
-    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED["default"], "--layer", "4")
+    nanochat("embed", PICTURE, *words, "shapes", "--layer", "4")
+    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED["shapes"], "--layer", "4")
     vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
-    seen = Agent.load().model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
+    seen = Agent.load("shapes").model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
     assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
     for command, out in (("embed", "g.npz"), ("detect", "g.png")):
-        error = nanochat(command, PICTURE, "-o", tmp_path / out, "--weights", "default", code=2).err
+        error = nanochat(command, PICTURE, "-o", tmp_path / out, "--weights", "shapes", code=2).err
         assert "no detection head" in error and "0..4" in error and error.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npz", "f.npz"]
 
@@ -153,7 +154,7 @@ def test_tokenizer(nanochat, tmp_path):
 def test_a_packed_checkpoint_has_no_paths(nanochat, tmp_path):
     from nanochat.checkpoint import load_checkpoint, save_checkpoint
 
-    model, vocabulary, training = load_checkpoint(SHIPPED["default"])
+    model, vocabulary, training = load_checkpoint(SHIPPED["shapes"])
     secret = tmp_path / "secret"
     training["recipe"] |= {"data": f"{secret}/photos", "encoder": f"{secret}/a.pt", "tokenizer": f"{secret}/t.json"}
     training["earlier"] = [{"recipe_name": "folder", "data": f"{secret}/first"}]
@@ -167,18 +168,18 @@ def test_a_packed_checkpoint_has_no_paths(nanochat, tmp_path):
 
 
 def test_a_packed_checkpoint_is_half_the_size_and_answers_the_same(nanochat, tmp_path):
-    nanochat("pack", "default", "-o", tmp_path / "full", "--no-half")
+    nanochat("pack", "shapes", "-o", tmp_path / "full", "--no-half")
     nanochat("pack", tmp_path / "full", "-o", tmp_path / "half")
     assert json.loads((tmp_path / "half/training.json").read_text())["recipe"]["data"] == "easy_vqa"
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
     assert half < 0.6 * full
     answers = [nanochat("ask", PICTURE, QUESTION, "--checkpoint", tmp_path / name).out for name in ("full", "half")]
     assert answers == ["red\n", "red\n"]
-    assert "exists" in nanochat("pack", "default", "-o", tmp_path / "half", code=2).err
+    assert "exists" in nanochat("pack", "shapes", "-o", tmp_path / "half", code=2).err
 
 
 def test_old_names_of_commands_work_and_say_so(nanochat, tmp_path):
-    printed = nanochat("export", "default", "-o", tmp_path / "packed")
+    printed = nanochat("export", "shapes", "-o", tmp_path / "packed")
     assert (tmp_path / "packed/manifest.json").exists()
     assert printed.err.splitlines()[0] == "note: `nanochat export` is deprecated, use `nanochat pack`"
     lines = nanochat("demos", "--episodes", "0", "-o", tmp_path / "x", code=2).err.splitlines()
@@ -187,7 +188,7 @@ def test_old_names_of_commands_work_and_say_so(nanochat, tmp_path):
 
 def test_eval_writes_the_promised_json(nanochat, tmp_path):
     pytest.importorskip("easy_vqa")
-    nanochat("eval", "default", "easy_vqa", "--split", "test", "--limit", "60", "--json", tmp_path / "r.json")
+    nanochat("eval", "shapes", "easy_vqa", "--split", "test", "--limit", "60", "--json", tmp_path / "r.json")
     result = json.loads((tmp_path / "r.json").read_text())
     row = result["accuracy"]
     assert result["n"] == 60 and set(row) == {"aligned", "shuffled", "blind", "majority", "ci95"}
@@ -223,7 +224,8 @@ def check_demo(printed, out):
     assert sheet.width > 800 and len(np.unique(np.asarray(sheet.convert("L")))) > 100
     assert gif.n_frames > 5
     about = json.loads((ROOT / "nanochat/assets/demo/questions.json").read_text())
-    assert " ".join(printed.split()).count(" correct ") == 1 + len(about["questions"])
+    of_robot = " ".join(printed[printed.index("robot:") :].split())
+    assert of_robot.count(" correct ") == 1 + len(about["questions"])
 
 
 @needs_simulator
@@ -264,9 +266,9 @@ def test_odd_pictures_work(nanochat, tmp_path, name, picture):
     image, format, options = picture
     (tmp_path / name).write_bytes(encoded(image, format, **options))
     if name in ("16-bit", "grey"):  # they have no colour
-        assert nanochat("ask", tmp_path / name, "what shape is present?").out.strip() == "circle"
+        assert nanochat("ask", *SHAPES, tmp_path / name, "what shape is present?").out.strip() == "circle"
     else:
-        assert nanochat("ask", tmp_path / name, QUESTION).out.strip() == "red"
+        assert nanochat("ask", *SHAPES, tmp_path / name, QUESTION).out.strip() == "red"
 
 
 BROKEN = {
@@ -281,7 +283,7 @@ BROKEN = {
 @pytest.mark.parametrize(("name", "content"), BROKEN.items())
 def test_broken_pictures_are_one_line(nanochat, tmp_path, name, content):
     (tmp_path / name).write_bytes(content[0])
-    printed = nanochat("ask", PICTURE, tmp_path / name, QUESTION, "--each", code=2)
+    printed = nanochat("ask", *SHAPES, PICTURE, tmp_path / name, QUESTION, "--each", code=2)
     assert printed.err.startswith(f"error: {tmp_path / name} ") and content[1] in printed.err
     assert printed.out == "" and printed.err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -317,7 +319,7 @@ def text_file(tmp_path):
         (["record", "--image-size", "100", "-o", "FOLDER/x"], "image_size"),
         (["record", "--episodes", "0", "-o", "FOLDER/x"], "episodes"),
         (["record", "-o", "FOLDER"], "exists"),
-        (["rollout", "default"], "cannot act"),
+        (["rollout", "shapes"], "cannot act"),
         (["rollout", "robot", "--execute", "11"], "execute"),
         (["rollout", "robot", "--episodes", "0"], "episodes"),
         (["rollout", "robot", "--execute", "11", "--record", "FOLDER/gifs"], "execute"),
@@ -326,19 +328,19 @@ def text_file(tmp_path):
         (["demo", "-o", "FOLDER/x.png", "--task", "mt10"], "use nanochat rollout for several"),
         (["policy-server", "robot", "--device", "tpu"], "device must be auto, cpu, cuda"),
         (["policy-server", "robot", "--execute", "11"], "execute must lie in 1..10"),
-        (["policy-server", "default"], "cannot act"),
+        (["policy-server", "shapes"], "cannot act"),
         (["train", "robot"], "--data"),
         (["train", "robot", "--data", "FOLDER", "--out", "FOLDER/run"], "FOLDER"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "no.pt"], "there is no file no.pt"),
         (["detect", PICTURE, "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml", "--conf", "3"], "conf"),
         (["detect", "TEXT", "-o", "FOLDER/d.png", "--weights", "yolov9t.yaml"], "is not an image"),
-        (["eval", "default", "no_such_data"], "cannot read the dataset"),
+        (["eval", "shapes", "no_such_data"], "cannot read the dataset"),
         (["eval", "nowhere", "easy_vqa"], "no such folder"),
-        (["eval", "default", "TEXT", "--json", "FOLDER/none/r.json"], "write FOLDER/none/r.json: there is no folder"),
-        (["eval", "default", "TEXT", "--json", "FOLDER"], "FOLDER is a folder, expected the name of a file"),
-        (["eval", "default", "TEXT", "--batch-size", "0"], "batch size must be at least 1, got 0"),
+        (["eval", "shapes", "TEXT", "--json", "FOLDER/none/r.json"], "write FOLDER/none/r.json: there is no folder"),
+        (["eval", "shapes", "TEXT", "--json", "FOLDER"], "FOLDER is a folder, expected the name of a file"),
+        (["eval", "shapes", "TEXT", "--batch-size", "0"], "batch size must be at least 1, got 0"),
         (["push", "nowhere", "me/model"], "no such folder"),
-        (["eval", "default", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["eval", "shapes", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["train", "folder", "--data", "FOLDER", "--out", "FOLDER/run"], "cannot read the dataset"),
         (["train", "folder", "--out", "FOLDER/run"], "--data"),
         (["import-upstream", "FOLDER", "-o", "FOLDER/up"], "no model_NNNNNN.pt"),
@@ -363,8 +365,8 @@ def test_eval_refuses_or_counts_missing_pictures(nanochat, tmp_path):
     ]
     Image.open(PICTURE).save(tmp_path / "0.png")
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "1 row left out" in nanochat("eval", "default", tmp_path).out
-    assert "gone.png" in nanochat("eval", "default", tmp_path, "--strict", code=2).err
+    assert "1 row left out" in nanochat("eval", "shapes", tmp_path).out
+    assert "gone.png" in nanochat("eval", "shapes", tmp_path, "--strict", code=2).err
 
 
 def test_push(nanochat, monkeypatch):
@@ -372,9 +374,9 @@ def test_push(nanochat, monkeypatch):
     monkeypatch.setattr(
         "nanochat.packing.push_checkpoint", lambda *words, private: pushed.append((*words, private)) or "URL"
     )
-    assert nanochat("push", "default", "me/model").out == "URL\n"
+    assert nanochat("push", "shapes", "me/model").out == "URL\n"
     nanochat("push", "runs/mine", "me/model", "--public")
-    assert pushed == [("default", "me/model", True), ("runs/mine", "me/model", False)]
+    assert pushed == [("shapes", "me/model", True), ("runs/mine", "me/model", False)]
 
 
 def test_help_lists_every_command(monkeypatch, capsys):
@@ -392,7 +394,7 @@ def test_an_error_without_a_message_is_named_by_its_type(nanochat, monkeypatch):
 
     monkeypatch.setattr("nanochat.checkpoint.load_checkpoint", fails)
     monkeypatch.setattr("nanochat.agent.load_checkpoint", fails)
-    assert nanochat("ask", PICTURE, QUESTION, code=2).err == "error: MemoryError\n"
+    assert nanochat("ask", *SHAPES, PICTURE, QUESTION, code=2).err == "error: MemoryError\n"
 
 
 def test_a_closed_pipe_is_not_an_error():
@@ -466,7 +468,7 @@ def test_a_bug_is_not_reported_as_a_users_mistake(monkeypatch, capsys):
         raise ValueError("shapes (2,3) and (4,) are not aligned")
 
     monkeypatch.setattr("nanochat.packing.pack_checkpoint", broken)
-    monkeypatch.setattr("sys.argv", ["nanochat", "pack", "default", "-o", "x"])
+    monkeypatch.setattr("sys.argv", ["nanochat", "pack", "shapes", "-o", "x"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     lines = capsys.readouterr().err.splitlines()

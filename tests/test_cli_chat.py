@@ -14,13 +14,13 @@ import pytest
 
 from nanochat import cli_chat
 from nanochat.agent import Chat
-from tests.test_cli import PICTURE, QUESTION, ROOT, Terminal, picture
+from tests.test_cli import PICTURE, QUESTION, ROOT, SHAPES, Terminal, picture
 
 
 def say(nanochat, monkeypatch, *lines, terminal=True, words=("--image", PICTURE), **options):
     text = "".join(f"{line}\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", Terminal(text) if terminal else io.StringIO(text))
-    return nanochat("chat", *words, **options)
+    return nanochat("chat", *SHAPES, *words, **options)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -89,7 +89,7 @@ class Console:
             "INPUTRC": "/dev/null",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat", "chat", *words],
+            [sys.executable, "-m", "nanochat", "chat", *SHAPES, *words],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(slave)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nanochat.agent import Agent
 from nanochat.errors import UserError
-from tests.test_cli import PICTURE, QUESTION, picture, weights  # noqa: F401, a fixture
+from tests.test_cli import PICTURE, QUESTION, SHAPES, picture, weights  # noqa: F401, a fixture
 from tests.test_inputs import Camera
 from tests.test_yolov9 import PICTURE as SCENE
 
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["", "*.png", "?.png"])
 def test_ask_about_a_folder(nanochat, folder, pattern):
-    printed = nanochat("ask", folder / pattern, QUESTION, "--each")
+    printed = nanochat("ask", *SHAPES, folder / pattern, QUESTION, "--each")
     assert printed.out.splitlines() == [f"{folder}/{number}.png: {colour}" for number, colour in enumerate(COLOURS)]
     assert f"left out: {folder}/x.png" in printed.err and "1 of 4 pictures cannot be opened" in printed.err
 
@@ -41,23 +41,30 @@ def test_ask_about_a_folder(nanochat, folder, pattern):
 def test_ask_about_the_standard_input_and_a_camera(nanochat, monkeypatch):
     data = io.BytesIO(Path(picture(1)).read_bytes())
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=data, isatty=lambda: False))
-    assert nanochat("ask", "-", QUESTION).out == "black\n"
+    assert nanochat("ask", *SHAPES, "-", QUESTION).out == "black\n"
     camera = SimpleNamespace(VideoCapture=Camera, setLogLevel=lambda level: None)
     monkeypatch.setitem(sys.modules, "cv2", camera)
-    assert nanochat("ask", "--camera", "0", QUESTION).out.strip()
+    assert nanochat("ask", *SHAPES, "--camera", "0", QUESTION).out.strip()
     assert json.loads(nanochat("caption", "--camera", "0", "--checkpoint", "robot", "--json").out)["file"] == "camera 0"
-    assert nanochat("ask", "--camera", "1", QUESTION, code=2).err.startswith("error: camera 1 cannot be opened")
+    assert nanochat("ask", *SHAPES, "--camera", "1", QUESTION, code=2).err.startswith(
+        "error: camera 1 cannot be opened"
+    )
 
 
 def test_json_of_answers(nanochat, folder, tmp_path):
-    rows = [json.loads(line) for line in nanochat("ask", folder, QUESTION, "--each", "--json").out.splitlines()]
+    rows = [
+        json.loads(line) for line in nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json").out.splitlines()
+    ]
     assert [row.get("answer") for row in rows] == [*COLOURS, None] and "x.png" in rows[3]["error"]
     assert rows[0] == {"file": f"{folder}/0.png", "question": QUESTION, "answer": "red"}
-    assert nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "r.json").out == f"4 results in {tmp_path}/r.json\n"
-    nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "r.jsonl")
+    assert (
+        nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json", tmp_path / "r.json").out
+        == f"4 results in {tmp_path}/r.json\n"
+    )
+    nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json", tmp_path / "r.jsonl")
     assert json.loads((tmp_path / "r.json").read_text()) == rows
     assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == rows
-    error = nanochat("ask", folder, QUESTION, "--each", "--json", tmp_path / "none/r.json", code=2).err
+    error = nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json", tmp_path / "none/r.json", code=2).err
     assert "there is no folder" in error
     frame = Path(PICTURE).parents[1] / "demo/frame.png"
     row = json.loads(nanochat("caption", frame, "--checkpoint", "robot", "--json").out)
@@ -80,10 +87,10 @@ def test_answers_survive_a_stop(nanochat, folder, tmp_path, monkeypatch, suffix,
 
     monkeypatch.setattr(Agent, "look", look_or_stop)
     out.write_text("older")
-    printed = nanochat("ask", folder, QUESTION, "--each", "--json", out, code=code)
+    printed = nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json", out, code=code)
     assert printed.out == "" and out.read_text() == "older"  # no answer yet: as if it never ran
     n_good = 2
-    printed = nanochat("ask", folder, QUESTION, "--each", "--json", out, code=code)
+    printed = nanochat("ask", *SHAPES, folder, QUESTION, "--each", "--json", out, code=code)
     assert printed.out == f"2 results in {out}, incomplete\n" and (str(error) or "stopped") in printed.err
     text = out.read_text()
     rows = json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]
@@ -109,18 +116,18 @@ def test_answers_survive_a_stop(nanochat, folder, tmp_path, monkeypatch, suffix,
 )
 def test_the_order_of_ask(nanochat, folder, words, message):
     words = [str(folder) if word == "FOLDER" else PICTURE if word == "P" else word for word in words]
-    printed = nanochat("ask", *words, code=2)
+    printed = nanochat("ask", *SHAPES, *words, code=2)
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
 def test_a_question_may_be_the_name_of_a_file(nanochat, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shape").mkdir()
-    assert nanochat("ask", PICTURE, "shape").out.strip()
+    assert nanochat("ask", *SHAPES, PICTURE, "shape").out.strip()
 
 
 def test_embed_a_folder(nanochat, folder, tmp_path):
-    options = ("--weights", "default", "--layer", "4")
+    options = ("--weights", "shapes", "--layer", "4")
     printed = nanochat("embed", folder, "-o", tmp_path / "e.NPZ", *options)
     assert f"3 x 64 embeddings in {tmp_path}/e.NPZ" in printed.out and "1 of 4 pictures" in printed.err
     assert "next: " in printed.err
@@ -185,7 +192,7 @@ def test_detect_refuses_to_replace_its_picture(nanochat, tmp_path, name):
 
 def test_commands_end_with_the_next_step(nanochat, tmp_path):
     out = tmp_path / "my model"
-    printed = nanochat("pack", "default", "-o", out)
+    printed = nanochat("pack", "shapes", "-o", out)
     assert str(out) in printed.out and printed.err == (
         f"next: nanochat push '{out}' OWNER/NAME, or --checkpoint '{out}' to use it\n"
     )

@@ -61,7 +61,7 @@ def test_home_folders_are_found_behind_an_equals_sign(nanochat, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     shutil.copy(PICTURE, tmp_path / "p.png")
     (tmp_path / "t.txt").write_text("the quick brown fox\n" * 5)
-    nanochat("pack", "default", "--out=~/packed")
+    nanochat("pack", "shapes", "--out=~/packed")
     nanochat("tokenizer", "~/t.txt", "--out=~/t.json", "--vocab-size", "280")
     encoder = ("--weights=~/packed", "--layer", "4")
     nanochat("embed", "~/p.png", "--out=~/x.npz", *encoder)
@@ -101,7 +101,7 @@ def test_words_of_the_command_line(monkeypatch, words, expected):
         (["rollout", "robot", "--processes", "0"], "--processes must be at least 1, got 0"),
         (["rollout", "robot", "--processes", "-2"], "--processes must be at least 1, got -2"),
         (["rollout", "robot", "--max-steps", "0"], "steps"),
-        (["eval", "default", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["eval", "shapes", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["policy-server", "robot", "--port", "99999"], "port must lie in 0..65535"),
         (["policy-server", "robot", "--port", "-1"], "port must lie in 0..65535"),
         (["policy-server", "robot", "--host", ""], "the host is empty"),
@@ -146,7 +146,7 @@ def test_output_that_the_terminal_cannot_show_is_no_bug(tmp_path):
     shutil.copy(PICTURE, tmp_path / "é.png")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-m", "nanochat", "ask", "é.png", PICTURE, QUESTION, "--each"],
+        [sys.executable, "-m", "nanochat", "ask", "é.png", PICTURE, QUESTION, "--each", "--checkpoint", "shapes"],
         capture_output=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith(b"\\xe9.png: red")

@@ -15,7 +15,7 @@ from nanochat.errors import UserError
 from nanochat.vision import clips
 from nanochat.vision.clips import clip_frames
 from nanochat.vision.images import ImageError
-from tests.test_cli import PICTURE, QUESTION, picture
+from tests.test_cli import PICTURE, QUESTION, SHAPES, picture
 from tests.test_images import animated
 
 av = pytest.importorskip("av")
@@ -225,10 +225,11 @@ def clip(tmp_path):
 
 
 def test_each_frame_has_its_time(nanochat, clip):
-    lines = nanochat("ask", clip, QUESTION, "--frames", "8", "--each").out.splitlines()
+    lines = nanochat("ask", *SHAPES, clip, QUESTION, "--frames", "8", "--each").out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{clip} at {0.25 + i / 2 - 0.05:.2f} s" for i in range(8)]
     rows = [
-        json.loads(row) for row in nanochat("ask", clip, QUESTION, "--frames", "8", "--each", "--json").out.splitlines()
+        json.loads(row)
+        for row in nanochat("ask", *SHAPES, clip, QUESTION, "--frames", "8", "--each", "--json").out.splitlines()
     ]
     assert [line.split(": ")[1] for line in lines] == [row["answer"] for row in rows]
     assert rows[1] == {"file": clip, "time": pytest.approx(0.7), "question": QUESTION, "answer": rows[1]["answer"]}
@@ -240,10 +241,10 @@ def test_each_frame_has_its_time(nanochat, clip):
 
 
 def test_one_frame_and_a_short_clip(nanochat, clip, tmp_path):
-    printed = nanochat("ask", clip, QUESTION, "--frames", "1")
+    printed = nanochat("ask", *SHAPES, clip, QUESTION, "--frames", "1")
     assert printed.out.strip() and printed.err == f"note: about {clip} at 2.00 s\n"
     short = write_clip(tmp_path / "short.mp4", 2)
-    printed = nanochat("ask", short, QUESTION, "--frames", "5", "--each")
+    printed = nanochat("ask", *SHAPES, short, QUESTION, "--frames", "5", "--each")
     assert printed.out.count("\n") == 2 and f"{short} has only 2 different frames at 5 times" in printed.err
 
 
@@ -253,9 +254,9 @@ def test_a_folder_of_frames(nanochat, tmp_path):
     for number in range(12):  # frame2 is before frame10
         shutil.copy(picture(0 if number < 4 else 1), folder / f"frame{number}.png")
     for word in (folder, f"{folder}/*.png"):
-        lines = nanochat("ask", word, QUESTION, "--frames", "3", "--each").out.splitlines()
+        lines = nanochat("ask", *SHAPES, word, QUESTION, "--frames", "3", "--each").out.splitlines()
         assert lines == [f"{folder}/frame2.png: red", f"{folder}/frame6.png: black", f"{folder}/frame10.png: black"]
-    printed = nanochat("ask", folder, QUESTION, "--frames", "50", "--each")
+    printed = nanochat("ask", *SHAPES, folder, QUESTION, "--frames", "50", "--each")
     assert printed.out.count("\n") == 12 and "there are only 12 pictures" in printed.err
 
 
@@ -276,12 +277,12 @@ def test_a_folder_of_frames(nanochat, tmp_path):
     ],
 )
 def test_wrong_words(nanochat, clip, words, message):
-    printed = nanochat("ask", *[clip if word == "CLIP" else word for word in words], code=2)
+    printed = nanochat("ask", *SHAPES, *[clip if word == "CLIP" else word for word in words], code=2)
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
 def test_the_frames_of_one_question(nanochat, clip, tmp_path):
-    model, tokenizer, training = load_checkpoint("default")
+    model, tokenizer, training = load_checkpoint("shapes")
     save_checkpoint(tmp_path / "m", model, tokenizer, training | {"images": 2})
     words = ("ask", clip, QUESTION, "--frames", "2", "--checkpoint", tmp_path / "m")
     printed = nanochat(*words)
@@ -297,8 +298,8 @@ def test_the_frames_of_one_question(nanochat, clip, tmp_path):
 
 def test_an_animation_is_no_picture(nanochat, tmp_path):
     (tmp_path / "a.gif").write_bytes(animated("GIF"))
-    assert "animated" in nanochat("ask", tmp_path / "a.gif", QUESTION, code=2).err
-    assert "convert it to .mp4" in nanochat("ask", tmp_path / "a.gif", QUESTION, "--frames", "2", code=2).err
+    assert "animated" in nanochat("ask", *SHAPES, tmp_path / "a.gif", QUESTION, code=2).err
+    assert "convert it to .mp4" in nanochat("ask", *SHAPES, tmp_path / "a.gif", QUESTION, "--frames", "2", code=2).err
 
 
 def test_other_commands_say_who_reads_videos(nanochat, clip):
@@ -308,10 +309,10 @@ def test_other_commands_say_who_reads_videos(nanochat, clip):
 def test_frames_of_several_videos_and_a_picture(nanochat, clip, tmp_path):
     write_clip(tmp_path / "clip2.mp4", 20)
     (tmp_path / "clip3.mp4").write_bytes(b"no video")
-    printed = nanochat("ask", PICTURE, f"{tmp_path}/*.mp4", QUESTION, "--frames", "2", "--each", "--json")
+    printed = nanochat("ask", *SHAPES, PICTURE, f"{tmp_path}/*.mp4", QUESTION, "--frames", "2", "--each", "--json")
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(row["file"]).name for row in rows] == ["0.png", "clip.mp4", "clip.mp4", "clip2.mp4", "clip2.mp4"]
     assert [row.get("time") for row in rows] == [None, 1.0, 3.0, 0.5, 1.5]
     assert f"left out: {tmp_path}/clip3.mp4 cannot be read as a video" in printed.err
-    error = nanochat("ask", f"{tmp_path}/*3.mp4", QUESTION, "--frames", "2", "--each", code=2).err
+    error = nanochat("ask", *SHAPES, f"{tmp_path}/*3.mp4", QUESTION, "--frames", "2", "--each", code=2).err
     assert "none of the 1 videos that match" in error

@@ -26,7 +26,7 @@ def import_again(name):
 
 def test_assistant_forwards_to_the_agent():
     old = import_again("nanochat.assistant")
-    assistant = old.Assistant.load("default")
+    assistant = old.Assistant.load("shapes")
     assert "".join(assistant.ask(QUESTION, assistant.look(PICTURE))) == "red"
     assert "".join(old.Chat(assistant, assistant.look(PICTURE)).say(QUESTION)) == "red"
     assert not assistant.multi_turn
@@ -49,7 +49,7 @@ def test_policy_forwards_to_the_agent():
     low, high = agent.action_range
     np.testing.assert_allclose(served.session()(observation)["actions"], expected[0, :3].clip(low, high), atol=1e-5)
     with pytest.raises(ValueError, match="without an action head"):
-        old.Policy.load("default")
+        old.Policy.load("shapes")
 
 
 def test_nothing_else_imports_the_old_names():

@@ -217,7 +217,7 @@ def test_further_data_are_trained_on_and_not_validated_on(recipe, pictures, tmp_
         ({"vision_tokens": 9}, "has 2 x 2 cells at 64 pixels, but the student gives 9 vectors: use --vision-tokens 4"),
         ({"components": 10000}, "components must be at most the 256 channels of the teacher, got 10000"),
         ({"components": 0}, "components must be at least 1, got 0"),
-        ({"start_from": "default"}, "use --encoder default to begin with the encoder in it"),
+        ({"start_from": "shapes"}, "use --encoder shapes to begin with the encoder in it"),
         ({"train_split": "nothing"}, "there is no split 'nothing'"),
     ],
 )

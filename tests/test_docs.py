@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import tyro
+from matplotlib import cbook
 
 from nanochat import cli
 from nanochat.action_heads import HEADS
@@ -243,7 +244,7 @@ def test_an_unknown_name_is_found(command, problem):
         ("nanochat rollout", "CHECKPOINT"),
         ("nanochat train folder --steps many", "many"),
         ("nanochat train folder --steps 0", "steps must be at least 1"),
-        ("nanochat pack default", "--out"),
+        ("nanochat pack shapes", "--out"),
     ],
 )
 def test_a_command_that_does_not_parse_is_found(command, problem):
@@ -254,6 +255,7 @@ def test_cheap_commands_of_the_docs_run(folder, monkeypatch, capsys):
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     shutil.copy(ASSETS / "pictures" / "0.png", folder / "picture.png")
     shutil.copy(ASSETS / "demo" / "frame.png", folder / "frame.png")
+    shutil.copy(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), folder / "photo.jpg")
     run = {shlex.join(words): words for words in commands(text) if words[1] in ("ask", "caption", "--help")}
     printed = {}
     for command, words in run.items():
@@ -262,8 +264,10 @@ def test_cheap_commands_of_the_docs_run(folder, monkeypatch, capsys):
             cli.main()
         printed[command] = capsys.readouterr().out.strip()
     assert "usage: nanochat" in printed.pop("nanochat --help")
+    assert len(printed.pop("nanochat caption photo.jpg --beams 3").split()) > 3
     assert printed == {
-        "nanochat ask picture.png 'what color is the shape?'": "red",
+        "nanochat ask photo.jpg 'is there a dog?'": "no",
+        "nanochat ask picture.png 'what color is the shape?' --checkpoint shapes": "red",
         "nanochat ask frame.png 'is the gripper open?' --checkpoint robot": "yes",
         "nanochat caption frame.png --checkpoint robot": "the drawer handle in row 5 column 5, the gripper open; "
         "the robot should open the green drawer",
@@ -334,7 +338,7 @@ def test_a_wrong_tree_is_found():
         ("      gpt.py  ", "      gtp.py  ", ["not there: gtp.py", "not in the tree: gpt.py"]),
         ("images.py, pixels.py", "pictures.py, pixels.py", ["not there: pictures.py"]),
         ("      serving/  ", "      servers/  ", ["not there: servers/", "not in the tree: serving/"]),
-        ("tests/  benchmarks/", "tests/  examples/", ["not there: examples/"]),
+        ("tests/  benchmarks/", "tests/  exercises/", ["not there: exercises/"]),
     ):
         assert old in text and tree_problems(text.replace(old, new), ROOT) == problem
 

@@ -35,6 +35,7 @@ LAYERS = (
     ("training", "training.*"),
     ("serving", "serving.*"),
     ("flags", "inputs", "heatmaps"),
+    ("demo_photos",),
     ("demo", "cli_chat"),
     ("cli_pictures", "cli_robot"),
     ("cli_ask",),

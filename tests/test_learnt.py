@@ -13,7 +13,7 @@ QUESTION = "what color is the shape?"
 
 @pytest.fixture(scope="module")
 def default():
-    return load_checkpoint("default")
+    return load_checkpoint("shapes")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def agent_that_learnt(default, *names):
 def test_a_policy_without_questions_refuses_them(default):
     agent = agent_that_learnt(default, "actions")
     seen = agent.look(PICTURE)
-    with pytest.raises(UserError, match="not trained to answer questions about pictures; it acts .*such as default"):
+    with pytest.raises(UserError, match="not trained to answer questions about pictures; it acts .*such as photos"):
         agent.ask(QUESTION, seen)
     with pytest.raises(UserError, match="not trained to describe pictures; it acts"):
         agent.ask(CAPTION_PROMPT, seen)
@@ -66,9 +66,9 @@ def test_a_model_of_captions_describes_and_answers_nothing(default):
 
 
 def test_the_shipped_models_do_what_they_learnt():
-    agent = Agent.load("default")
+    agent = Agent.load("shapes")
     assert "".join(agent.ask(QUESTION, agent.look(PICTURE))) == "red"
-    with pytest.raises(UserError, match="not trained to describe pictures; it answers questions .*such as robot"):
+    with pytest.raises(UserError, match="not trained to describe pictures; it answers questions .*such as photos"):
         agent.ask(CAPTION_PROMPT, agent.look(PICTURE))
     robot = Agent.load("robot")
     assert all(robot.learnt.values())

@@ -49,10 +49,12 @@ def test_relative_paths_are_left_out_of_the_fields_that_hold_paths():
         "data": "../ann/photos",
         "out": "runs/ann",
         "encoder": "a/b.pt",
-        "start_from": "default",
+        "start_from": "shapes",
         "layer": "p3+p4",
     }
-    expected = {"data": "photos", "out": "ann", "encoder": "b.pt", "start_from": "default", "layer": "p3+p4"}
+    expected = {"data": "photos", "out": "ann", "encoder": "b.pt", "start_from": "shapes", "layer": "p3+p4"}
+    also = ["captions-questions:/srv/ann/photos", "captions-questions:../ann/photos", "../ann/rooms", "pairs"]
+    assert without_paths({"also": also})["also"] == ["captions-questions:photos"] * 2 + ["rooms", "pairs"]
     assert without_paths({"recipe": recipe, "earlier": [recipe]}) == {"recipe": expected, "earlier": [expected]}
 
 
@@ -91,6 +93,22 @@ def test_no_path_is_packed_or_pushed(tmp_path, monkeypatch):
         assert training["recipe"] == {"data": "photos", "start_from": "model", "steps": 3}
         assert training["data"]["left_out"] == ["7.jpg is missing"]
     assert "/srv/ann" in (folder / "training.json").read_text()  # here it stays
+
+
+def test_licences_go_with_the_weights(tmp_path, monkeypatch):
+    folder = with_training(tmp_path / "m")
+    (tmp_path / "hub").mkdir()
+    for name in ("NOTICE", "LICENSE-APACHE-2.0", "README.md", "diary.txt"):
+        (folder / name).write_text(name)
+    monkeypatch.setattr(packing, "hub", Hub(tmp_path / "hub"))
+    push_checkpoint(folder, "me/model")
+    pack_checkpoint(folder, tmp_path / "packed")
+    for public in (tmp_path / "hub", tmp_path / "packed"):
+        load_checkpoint(public)
+        texts = {
+            path.name: path.read_text() for path in public.iterdir() if path.suffix not in (".json", ".safetensors")
+        }
+        assert texts == {"NOTICE": "NOTICE", "LICENSE-APACHE-2.0": "LICENSE-APACHE-2.0"}
 
 
 @pytest.mark.parametrize(

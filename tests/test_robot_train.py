@@ -361,7 +361,7 @@ def test_a_frozen_encoder_stays_as_it_is(folder, tmp_path):
 
 def test_a_policy_starts_only_from_a_policy(folder, tmp_path):
     with pytest.raises(ValueError, match="is a MultimodalGPT, not a robot policy"):
-        Run(Robot(**TINY | dict(data=str(folder), out=str(tmp_path / "run"), start_from="default")))
+        Run(Robot(**TINY | dict(data=str(folder), out=str(tmp_path / "run"), start_from="shapes")))
 
 
 def test_one_validation_episode_has_no_shuffled_score(tmp_path):

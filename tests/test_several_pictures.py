@@ -206,7 +206,7 @@ def test_eval_with_beams(agent, vectors):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """The shipped model, said to have learnt up to two pictures. What it answers about two is not its trade."""
-    model, tokenizer, training = load_checkpoint("default")
+    model, tokenizer, training = load_checkpoint("shapes")
     folder = tmp_path_factory.mktemp("pairs") / "m"
     save_checkpoint(folder, model, tokenizer, training | {"images": 2})
     return str(folder)

@@ -23,7 +23,7 @@ from nanochat.vision import YOLOv9Plus
 ROOT = Path(__file__).parents[1]
 
 
-def copied(folder, name="default"):
+def copied(folder, name="shapes"):
     shutil.copytree(SHIPPED[name], folder, dirs_exist_ok=True)
     return folder
 
@@ -37,7 +37,7 @@ def sign(folder):
     return folder
 
 
-def with_config(folder, change, name="default"):
+def with_config(folder, change, name="shapes"):
     config = json.loads((copied(folder, name) / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
@@ -197,7 +197,7 @@ def test_the_first_encoder_of_a_process_may_come_from_a_checkpoint():
     code = (
         "from nanochat.checkpoint import load_checkpoint\n"
         "from nanochat.vision import YOLOv9Plus\n"
-        "load_checkpoint('default')\n"
+        "load_checkpoint('shapes')\n"
         "YOLOv9Plus('yolov9t.yaml', image_size=32).to('cpu')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -343,5 +343,5 @@ def test_random_weights_are_said(monkeypatch, capsys, by):
     monkeypatch.setenv("NANOCHAT_YOLO_WEIGHTS", "yolov9t.yaml" if by == "environment" else "elsewhere.pt")
     EncoderFlags(weights="yolov9t.yaml" if by == "flag" else None, image_size=64, device="cpu").encoder()
     assert "note: yolov9t.yaml describes a model without weights: they are random" in capsys.readouterr().err
-    EncoderFlags(weights="default", device="cpu").encoder()
+    EncoderFlags(weights="shapes", device="cpu").encoder()
     assert capsys.readouterr().err == ""

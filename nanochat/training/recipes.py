@@ -40,7 +40,7 @@ class Recipe:
     data: str = ""
     "Training data: a path, or a name that the recipe knows."
     start_from: str = ""
-    "Checkpoint to start from instead of random weights. Its tokenizer and its shape replace the fields for them."
+    "Checkpoint to start from instead of random weights (none). Its tokenizer and its shape replace the fields for them."
 
     encoder: str = "yolov9t.yaml"
     "Vision encoder: yolov9t.pt, a .pt path, a .yaml for random weights, efficientnet_lite2, timm:NAME, or a checkpoint with one."
@@ -118,6 +118,10 @@ class Recipe:
     "Steps between validations; default a tenth of the run, 250 at most."
     save_every: int = 250
     "Steps between checkpoints: what a killed run can lose."
+
+    def __post_init__(self):
+        if self.start_from == "none":  # as the command line says it, where an empty word is hard to see
+            self.start_from = ""
 
     def check(self) -> None:
         """Raises ValueError for a number out of range."""
@@ -295,7 +299,8 @@ class Photos(PictureRecipe):
 class Folder(PictureRecipe):
     """Your own pictures: a folder with captions.csv, a .jsonl, LLaVA .json, .parquet, or hf:owner/name: --data PATH.
 
-    The whole model starts from random weights, so nothing is downloaded. To start from a pretrained encoder:
+    The model starts from `photos`, and its encoder stays as it is. With --start-from none, or where a flag names another
+    encoder, tokenizer or shape, it starts from random weights, so nothing is downloaded. To start from a pretrained encoder:
     --encoder WEIGHTS.pt --batchnorm frozen --layer p5+p4+p3."""
 
     layer: str = "6"

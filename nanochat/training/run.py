@@ -129,6 +129,7 @@ class Run:
             return load_checkpoint(self.out.absolute())
         with user_errors():  # of a config that follows from flags
             if recipe.start_from:
+                say(f"starting from the checkpoint {recipe.start_from}")
                 model, tokenizer, training = load_checkpoint(recipe.start_from)
                 return self.task.adopt(model), tokenizer, first_state(training)
             return *self.task.new_model(), first_state()
