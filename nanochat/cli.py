@@ -25,7 +25,8 @@ from nanochat.cli_robot import demo, policy_server, record, rollout
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape
-from nanochat.training.recipes import RECIPES, Folder, Recipe, recipe_name
+from nanochat.training.recipe import Recipe
+from nanochat.training.recipes import RECIPES, Folder, recipe_name
 
 MAX_VOCAB = 2**20  # tokens
 

@@ -9,7 +9,7 @@ import torch
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.training.recipes import Recipe
+from nanochat.training.recipe import Recipe
 
 BETAS = (0.9, 0.95)
 

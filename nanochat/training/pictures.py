@@ -47,7 +47,7 @@ from nanochat.training.caption_reward import CaptionReward
 from nanochat.training.features import cached_features
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.optimizers import learning_rate_factor
-from nanochat.training.recipes import PictureRecipe
+from nanochat.training.recipe import PictureRecipe
 from nanochat.training.rewards import sample_captions
 from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, check_decoder, console, model_shape, open_recipe_encoder, say

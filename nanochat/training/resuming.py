@@ -7,7 +7,8 @@ from pathlib import Path
 from nanochat.checkpoint import CheckpointError, read_json, read_manifest, readable
 from nanochat.errors import UserError
 from nanochat.training.fingerprint import changes
-from nanochat.training.recipes import Recipe, recipe_name
+from nanochat.training.recipe import Recipe
+from nanochat.training.recipes import recipe_name
 from nanochat.training.task import Task, say
 
 # Fields of a recipe that may change when a run is resumed: they say where and how, not what is learnt. More reward steps

@@ -36,7 +36,8 @@ from nanochat.training.optimizers import (
 )
 from nanochat.training.out_folder import check_new, hold_folder, release_folder, released_at_end
 from nanochat.training.pictures import PictureTask
-from nanochat.training.recipes import Distill, Recipe, Robot, recipe_name
+from nanochat.training.recipe import Recipe
+from nanochat.training.recipes import Distill, Robot, recipe_name
 from nanochat.training.resuming import (
     PLACES,
     all_learnt,

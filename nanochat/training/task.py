@@ -16,7 +16,7 @@ from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import AuxiliaryHead
 from nanochat.training.optimizers import learning_rate_factor
-from nanochat.training.recipes import Recipe
+from nanochat.training.recipe import Recipe
 from nanochat.vision.encoder import Encoder
 
 
