@@ -1,7 +1,7 @@
 """Does the attention of an answer point at what the question is about? See nanochat/evaluation/pointing.py for the measure.
 
     nanochat train easy_vqa --layer 3 --vision-tokens 64 --fusion cross --epochs 12 --out runs/cells
-    python benchmarks/pointing.py easy-vqa runs/cells            # or default, the model that ships
+    python benchmarks/pointing.py easy-vqa runs/cells            # or shapes, which ships
     python benchmarks/pointing.py frames DIR                     # draws simulated frames: about 3 minutes on one free core
     nanochat train folder --data DIR --encoder robot --layer 3 --image-size 128 --vision-tokens 256 --fusion cross \
         --no-train-encoder --batchnorm frozen --word-loss 0 --n-layer 2 --n-embd 128 --steps 300 --out runs/frames
@@ -41,7 +41,8 @@ SIZE = 128  # pixels of a frame
 SPLITS = {"train": (500_000, 150), "val": (600_000, 5), "test": (700_000, 15)}  # first seed, layouts of each task
 FRAMES = 3  # of each layout
 STEPS = 80  # of the expert, before the last frame at most
-ABOUT_OBJECT = ("cell", "object", "side")  # kinds of questions, all about one picture, that need a look at the object
+LEARNT = ("cell", "object", "side")  # kinds of questions about one picture that the model is trained on
+SCORED = "cell"  # "in which cell is it?": the others can be answered from elsewhere (a drawer names its handle)
 
 console = Console()
 
@@ -87,9 +88,9 @@ def simulator(checkpoint: Positional[str], data: Path, limit: int = LIMIT, json_
 
 
 def frame_items(data: Path, split: str, limit: int) -> list[Pointed]:
-    rows = [row for _, row in json_lines(data / f"{split}.jsonl") if row["box"]]
+    rows = [row for _, row in json_lines(data / f"{split}.jsonl") if row["box"] and row["kind"] == SCORED]
     return [
-        Pointed(str(data / row["image"]), row["question"], row["answer"], tuple(row["box"]), row["layout"], row["kind"])
+        Pointed(str(data / row["image"]), row["question"], row["answer"], tuple(row["box"]), row["layout"])
         for row in drawn(rows, limit)
     ]
 
@@ -117,7 +118,7 @@ def report(agent: Agent, title: str, parts: Sequence[Sequence[Pointed]], json_ou
             f"{label}, {result[reading]['view']}",
             *(f"{percent(row['attention'])} ({' .. '.join(map(percent, row['ci95']))})" for row in found),
         )
-        for kind in found[0]["kinds"]:
+        for kind in filter(None, found[0]["kinds"]):
             table.add_row(f"  {kind}", *(percent(row["kinds"][kind]) for row in found))
         table.add_row("  with boxes of other pictures", *(percent(row["shuffled"]) for row in found))
         table.add_row("  of all layers and heads", *(percent(row["mean_view"]) for row in found))
@@ -174,7 +175,7 @@ def layout_rows(arm: Arm, task: str, seed: int, out: Path) -> list[dict]:
                 {"image": name, "question": asked.question, "answer": asked.answer, "kind": asked.kind,
                  "box": box if visible else None, "layout": f"{task}-{seed}"}
                 for asked in scene_questions(task, state[None], success, held, 0, 0, rng)
-                if asked.kind in ABOUT_OBJECT
+                if asked.kind in LEARNT
             ]  # fmt: skip
         scene = arm.step(arm.expert_action())
     return rows

@@ -97,11 +97,12 @@ def test_a_sheet(tmp_path):
 
 def test_show(nanochat, tmp_path):
     out = tmp_path / "out.png"
-    plain, printed = nanochat("ask", picture(0), QUESTION), nanochat("ask", picture(0), QUESTION, "--show", out)
+    model = ("--checkpoint", "shapes")
+    plain, printed = (nanochat("ask", picture(0), QUESTION, *model, *words) for words in ((), ("--show", out)))
     assert printed.out == plain.out and f"what the words looked at: {out}" in printed.err
     with Image.open(out) as sheet:
         small = sheet.size
-    nanochat("ask", picture(0), picture(1), QUESTION, "--each", "--json", tmp_path / "r.json", "--show", out)
+    nanochat("ask", picture(0), picture(1), QUESTION, *model, "--each", "--json", tmp_path / "r.json", "--show", out)
     with Image.open(out) as sheet:
         assert sheet.width == small[0] and sheet.height > 1.5 * small[1]
 
