@@ -81,7 +81,7 @@ class Photos(PictureRecipe):
     """Captions of photographs and questions about them, one model for all: the one that ships as `photos`.
 
     The encoder is EfficientNet-Lite2 with ImageNet weights (extra "photos"), frozen, so its maps are computed once. The data of
-    the model that ships: --data flickr8k --also captions-questions:flickr8k daquar pairs"""
+    the model that ships: --data flickr8k --also captions-questions:flickr8k daquar daquar"""
 
     encoder: str = "efficientnet_lite2"
     layer: str = "features"
