@@ -28,6 +28,7 @@ from nanochat import cli
 from nanochat.action_heads import HEADS
 from nanochat.checkpoint import ASSETS
 from nanochat.training.recipes import RECIPES
+from tests.test_clips import write_clip
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -256,6 +257,7 @@ def test_cheap_commands_of_the_docs_run(folder, monkeypatch, capsys):
     shutil.copy(ASSETS / "pictures" / "0.png", folder / "picture.png")
     shutil.copy(ASSETS / "demo" / "frame.png", folder / "frame.png")
     shutil.copy(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), folder / "photo.jpg")
+    write_clip(folder / "clip.mp4", 20)
     run = {shlex.join(words): words for words in commands(text) if words[1] in ("ask", "caption", "--help")}
     printed = {}
     for command, words in run.items():
@@ -265,6 +267,8 @@ def test_cheap_commands_of_the_docs_run(folder, monkeypatch, capsys):
         printed[command] = capsys.readouterr().out.strip()
     assert "usage: nanochat" in printed.pop("nanochat --help")
     assert len(printed.pop("nanochat caption photo.jpg --beams 3").split()) > 3
+    (asked,) = [command for command in printed if "clip.mp4" in command]
+    assert len(printed.pop(asked).splitlines()) == 8  # one answer for each frame
     assert printed == {
         "nanochat ask photo.jpg 'is there a dog?'": "no",
         "nanochat ask picture.png 'what color is the shape?' --checkpoint shapes": "red",
