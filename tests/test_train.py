@@ -20,6 +20,7 @@ from nanochat.checkpoint import load_checkpoint, load_resume
 from nanochat.data.sample import vqa_sample
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import recipe as shared_fields
 from nanochat.training import recipes
 from nanochat.training.batches import Row, Rows, augment, make_batch, mask_images, mask_rows, mask_tokens
 from nanochat.training.pictures import PictureTask
@@ -365,7 +366,8 @@ def test_a_single_validation_picture_has_no_shuffled_score(pictures, tmp_path):
 def test_every_field_of_a_recipe_has_help():
     """The text below the field; a field that only changes a default inherits it."""
     known = {}
-    for item in ast.parse(Path(recipes.__file__).read_text()).body:
+    source = "".join(Path(module.__file__).read_text() for module in (shared_fields, recipes))
+    for item in ast.parse(source).body:
         if isinstance(item, ast.ClassDef):
             helped = dict(known[item.bases[0].id]) if item.bases else {}
             for field, after in zip(item.body, [*item.body[1:], None], strict=True):
