@@ -91,7 +91,7 @@ class Console:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nanochat", "chat", *SHAPES, *words],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it, and so do its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # children of background jobs ignore it
         )  # fmt: skip
         os.close(slave)
 
