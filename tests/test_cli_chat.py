@@ -5,7 +5,6 @@ import os
 import pty
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -62,6 +61,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(nanochat, monkeypatch):
     assert "stopped" in say(nanochat, monkeypatch, QUESTION, terminal=False, code=130).err
 
 
+def test_ctrl_c_at_the_prompt_clears_the_line(nanochat, monkeypatch):
+    lines = iter([KeyboardInterrupt, QUESTION, KeyboardInterrupt, "/quit"])
+
+    def read(prompt: str) -> str:
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    printed = say(nanochat, monkeypatch)
+    assert printed.out.count("/quit or Ctrl-D ends the chat") + printed.err.count("/quit or Ctrl-D ends the chat") == 2
+    assert "red" in printed.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -91,7 +105,6 @@ class Console:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nanochat", "chat", *SHAPES, *words],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # children of background jobs ignore it
         )  # fmt: skip
         os.close(slave)
 
@@ -109,7 +122,7 @@ class Console:
         os.write(self.master, keys.encode())
 
 
-def test_editing_history_and_ctrl_c_at_a_real_terminal():
+def test_editing_and_history_at_a_real_terminal():
     pytest.importorskip("readline")
     console = Console("--image", PICTURE, "--device", "cpu")
     try:
@@ -121,9 +134,6 @@ def test_editing_history_and_ctrl_c_at_a_real_terminal():
         console.until("what color is the shape?")
         console.send("\n")
         console.until("red\r\n")
-        console.until("> ")
-        os.killpg(console.process.pid, signal.SIGINT)  # at the prompt
-        console.until("/quit or Ctrl-D ends the chat")
         console.until("> ")
         console.send("/he\t")  # completed
         console.until("/help")
