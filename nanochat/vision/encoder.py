@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.errors import UserError
+from nanochat.vision.timm_encoder import PREFIX, WHEELS, TimmEncoder, open_timm
 
 
 @runtime_checkable
@@ -76,8 +77,6 @@ def open_encoder(
     encoder, and for a device or image size that cannot be used; ImportError where ultralytics is missing.
     """
     if is_timm_name(name):
-        from nanochat.vision.timm_encoder import open_timm
-
         return open_timm(str(name), device, image_size or 224)
     from nanochat.vision.yolov9 import YOLOv9Plus
 
@@ -94,7 +93,7 @@ def open_encoder(
 
 
 def is_timm_name(name: str | Path | None) -> bool:
-    return str(name).startswith("timm:") or str(name) in ("efficientnet_lite0", "efficientnet_lite2")
+    return str(name).startswith(PREFIX) or str(name) in WHEELS
 
 
 def encoder_from_architecture(architecture: dict, *, shapes_only: bool = False) -> Encoder:
@@ -108,8 +107,6 @@ def encoder_from_architecture(architecture: dict, *, shapes_only: bool = False) 
         raise UserError(f"the encoder architecture must be a mapping, got {type(architecture).__name__}")
     kind = architecture.get("kind", "yolov9")  # checkpoints of release 0.1 have no kind
     if kind == "timm":
-        from nanochat.vision.timm_encoder import TimmEncoder
-
         return TimmEncoder(architecture, shapes_only=shapes_only)
     if kind != "yolov9":
         raise UserError(
