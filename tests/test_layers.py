@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 LAYERS = (
     ("__init__", "errors", "shipped"),
     ("files", "devices", "hub", "gpt", "meta", "sampling", "actions", "safety"),
-    ("tokenizer", "verify", "cross_attention"),
+    ("tokenizer", "verify", "cross_attention", "cameras", "chunk_player"),
     ("conversation",),
     ("vision.*",),
     ("vision",),
