@@ -74,14 +74,29 @@ def test_one_episode_cannot_be_split():
         held_out(["a"])
 
 
-def test_the_camera_is_chosen_by_name(folder):
-    for asked, name, level in (("", "a", 50), ("b", "b", 90)):
-        found = open_demonstrations(folder, asked)
-        assert (found.cameras, found.camera) == (["a", "b"], name)
-        (picture,) = found.read("all", 32).images([0])
-        assert picture.shape == (32, 32, 3) and picture[16, 16].tolist() == [level] * 3
+@pytest.mark.parametrize(
+    "asked, cameras, others", [((), "ab", ""), (["b"], "b", "a"), (["b", "a"], "ba", ""), (["a", "a"], "a", "b")]
+)
+def test_cameras_are_chosen_by_name_and_keep_the_order(folder, asked, cameras, others):
+    found = open_demonstrations(folder, asked)
+    assert (found.cameras, found.other_cameras) == (tuple(cameras), list(others))
+    data = found.read("all", 32)
+    assert data.cameras == tuple(cameras) and data.fps == 10
+    for number, name in enumerate(cameras):
+        (picture,) = data.images([29], number)
+        assert picture.shape == (32, 32, 3) and picture[16, 16].tolist() == [{"a": 50, "b": 90}[name]] * 3
+
+
+def test_a_camera_that_is_not_there_is_named(folder):
     with pytest.raises(ValueError, match="has no camera front: its cameras are a, b"):
-        open_demonstrations(folder, "front")
+        open_demonstrations(folder, ["a", "front"])
+
+
+def test_all_episodes_have_the_same_cameras():
+    other = make_episode(1)
+    del other.images["b"]
+    with pytest.raises(ValueError, match="episode 1 must have the cameras a, b, found a"):
+        Demonstrations([make_episode(0), other], 32)
 
 
 def test_without_a_state_there_are_no_numbers(folder):
@@ -104,7 +119,7 @@ def test_a_bridge_folder_is_read_too(tmp_path):
     row = {"image": "0.png", "step": 0, "instruction": "lift", "rephrasings": [], "action": [0] * 7}
     (tmp_path / "frames.jsonl").write_text("\n".join(json.dumps(row | {"episode": n}) for n in range(3)))
     found = open_demonstrations(tmp_path)
-    assert (found.camera, found.tasks) == ("observation.images.image_0", ["lift"] * 3)
+    assert (found.cameras, found.fps, found.tasks) == (("observation.images.image_0",), 5.0, ["lift"] * 3)
     assert len(found.read("fit", 32)) == 2 and found.read("val", 32).action.shape == (1, 7)
 
 

@@ -170,7 +170,7 @@ def test_pictures_are_of_the_camera_that_was_trained_with(tmp_path, capsys):
     assert data.images(range(6)).max() == 0
     capsys.readouterr()
     evaluate(save_policy(tmp_path / "run", recipe), tmp_path / "two", n_frames=4)
-    assert "camera observation.images.toy; the data has observation.images.dark" in capsys.readouterr().out
+    assert "camera observation.images.toy; the data also has observation.images.dark" in capsys.readouterr().out
 
 
 def test_text_models_are_refused(folder, tmp_path):

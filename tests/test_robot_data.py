@@ -158,7 +158,7 @@ def test_plain_pictures_of_the_right_size_stay_as_they_are():
     files = picture_files()
     for name in ("rgb", "jpeg"):
         data = Demonstrations([replace(make_episode(1, 0), images={CAMERA: [files[name]]})], SIZE)
-        assert data.pictures == [files[name]]
+        assert data.pictures == [[files[name]]]
 
 
 # ---- what is broken is named

@@ -97,16 +97,16 @@ def test_only_the_video_that_is_read_must_be_there(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="episode 0: the video of front is not at .*file-000.mp4, where video_path in"
     ):
-        open_demonstrations(tmp_path / "robot", "front")
+        open_demonstrations(tmp_path / "robot", ["front"])
     write_video(path, 10, "10")
-    assert open_demonstrations(tmp_path / "robot", "front").read("all", SIZE).images([9]).shape == (1, SIZE, SIZE, 3)
+    assert open_demonstrations(tmp_path / "robot", ["front"]).read("all", SIZE).images([9]).shape == (1, SIZE, SIZE, 3)
 
 
 def test_pictures_of_videos_are_letterboxed_as_others_are(tmp_path):
     path = video_dataset(tmp_path / "robot")
     write_video(path, 10, "10")
     whole = RobotDataset(tmp_path / "robot").episode(1, ["front"]).images["front"]
-    small = open_demonstrations(tmp_path / "robot", "front").read("all", SIZE).images([6, 9])
+    small = open_demonstrations(tmp_path / "robot", ["front"]).read("all", SIZE).images([6, 9])
     np.testing.assert_array_equal(small, [square(whole[n], SIZE)[0] for n in (0, 3)])
 
 

@@ -12,6 +12,7 @@ from nanochat.files import DataError, existing_file, json_lines, path_inside, sh
 
 FIELDS = ("image", "episode", "step", "instruction", "rephrasings", "action")
 CAMERA = "observation.images.image_0"
+FPS = 5.0
 
 
 def bridge_episodes(folder: str | Path) -> Iterator[Episode]:

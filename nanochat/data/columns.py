@@ -18,8 +18,8 @@ except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
 __all__ = [
-    "column_names", "fill_template", "is_feature", "natural_number", "pa", "parquet_errors", "pc", "pq", "read_parquet",
-    "read_rows", "to_arrow", "to_numpy",
+    "column_names", "fill_template", "is_feature", "natural_number", "number_names", "pa", "parquet_errors", "pc", "pq",
+    "read_parquet", "read_rows", "to_arrow", "to_numpy",
 ]  # fmt: skip
 
 
@@ -62,6 +62,18 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:
 def is_feature(value: object) -> bool:
     """Whether this describes a column as meta/info.json does: an object with a dtype and a shape."""
     return isinstance(value, dict) and isinstance(value.get("dtype"), str) and isinstance(value.get("shape"), list)
+
+
+def number_names(feature: dict, width: int) -> list[str]:
+    """The names that meta/info.json gives to the `width` numbers of a column; [] if it gives none, or another count.
+    They may be a list, a list in a list, lists by group ({"motors": [...]}), or name -> place ({"x": 0})."""
+    names = feature.get("names")
+    if isinstance(names, dict):
+        names = list(names.values()) if all(isinstance(group, list) for group in names.values()) else list(names)
+    if isinstance(names, list) and all(isinstance(group, list) for group in names):
+        names = [name for group in names for name in group]
+    is_complete = isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)
+    return names if is_complete else []
 
 
 def natural_number(row: dict, key: str, where: str) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.data.bridge import FPS as BRIDGE_FPS
 from nanochat.data.bridge import bridge_episodes, other_fields
+from nanochat.data.columns import number_names
 from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset
 from nanochat.data.pictures import decoded_square, encode_square, encoded_square
 from nanochat.errors import UserError
@@ -31,13 +33,13 @@ def episode_task(episode: Episode | EpisodeInfo) -> str:
 class Demonstrations:
     """All frames of some episodes, in memory. n is the number of frames.
 
-    Pictures come from each episode's first camera. They are letterboxed to `size` pixels and stay encoded until they are
-    used: at 128 pixels a frame takes 20 kB instead of 50.
+    Pictures of all cameras of the episodes are letterboxed to `size` pixels and stay encoded until they are used.
 
     state: (n, S) float32; S is 0 for data without the column "observation.state".
     action: (n, A) float32.
     columns: name -> (n, ...) array, for the columns that all episodes have.
-    pictures: n encoded squares.
+    cameras: the names of the cameras, the same in all episodes. pictures: for each camera n encoded squares.
+    fps: frames per second; 0 if unknown. names_of: column -> a name for each of its numbers, [] if the data names none.
     episode: (n,) int64, the episode of each frame. first, end: (n,) int64, the range of frames of that episode.
     names: for messages, where each episode comes from. tasks: the task of each episode; several are joined by " / ".
     segment_end: (n,) int64, where the frame's task ends: before the episode does if the episode has several.
@@ -48,9 +50,17 @@ class Demonstrations:
         ImageError: a picture cannot be decoded. The message names episode, frame and camera.
     """
 
-    def __init__(self, episodes: Iterable[Episode], size: int, task_name: TaskName = episode_task):
+    def __init__(
+        self,
+        episodes: Iterable[Episode],
+        size: int,
+        task_name: TaskName = episode_task,
+        fps: float = 0.0,
+        names_of: dict[str, list[str]] | None = None,
+    ):
         parts: dict[str, list[np.ndarray]] = {}
-        self.pictures: list[bytes] = []
+        pictures: dict[str, list[bytes]] = {}
+        self.fps, self.names_of = fps, names_of or {}
         self.names: list[str] = []
         self.tasks: list[str] = []
         frame_tasks: list[str] = []
@@ -59,7 +69,12 @@ class Demonstrations:
             if "action" not in episode.columns or not episode.images:
                 raise missing([*episode.columns, *episode.images])
             self.names.append(episode.name or f"episode {len(lengths)}")
-            self.pictures += read_pictures(episode, size, self.names[-1])
+            if pictures and list(pictures) != list(episode.images):
+                raise UserError(
+                    f"{self.names[-1]} must have the cameras {', '.join(pictures)}, found {', '.join(episode.images)}"
+                )
+            for camera in episode.images:
+                pictures.setdefault(camera, []).extend(read_pictures(episode, camera, size, self.names[-1]))
             lengths.append(len(episode.columns["action"]))
             frame_tasks += (tasks := tasks_of_frames(episode, lengths[-1], task_name))
             self.tasks.append(" / ".join(dict.fromkeys(tasks)))
@@ -68,7 +83,9 @@ class Demonstrations:
                 parts.setdefault(key, []).append(values[:, None] if is_vector else values)
         if not lengths:
             raise UserError("there are no episodes to learn from")
+        self.cameras, self.pictures = tuple(pictures), list(pictures.values())
         self.columns = {key: joined(arrays, key) for key, arrays in parts.items() if len(arrays) == len(lengths)}
+        self.names_of = {key: self.names_of.get(key, []) for key in self.columns}
         ends = np.cumsum(lengths)
         self.episode = np.repeat(np.arange(len(lengths)), lengths)
         self.first, self.end = (ends - lengths)[self.episode], ends[self.episode]
@@ -121,9 +138,9 @@ class Demonstrations:
             frames.append(int(rng.integers(max(first, end - last) if last else first, end)))
         return frames
 
-    def images(self, frames: Sequence[int]) -> np.ndarray:
-        """The pictures of the frames, (n, S, S, 3) uint8 RGB."""
-        return np.stack([decoded_square(self.pictures[frame]) for frame in frames])
+    def images(self, frames: Sequence[int], camera: int = 0) -> np.ndarray:
+        """The pictures of the frames, (n, S, S, 3) uint8 RGB. camera: its index in `cameras`."""
+        return np.stack([decoded_square(self.pictures[camera][frame]) for frame in frames])
 
     def chunks(self, frames: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(n, length, A) float32 actions from each frame on, and (n, length) bool: False after the end of the episode, or of the
@@ -137,11 +154,10 @@ def missing(names: Sequence[str]) -> UserError:
     return UserError(f'imitation learning needs a camera and a column "action"; the data has {", ".join(names)}')
 
 
-def read_pictures(episode: Episode, size: int, where: str) -> list[bytes]:
-    """The encoded squares of the episode's first camera. Raises ImageError that names episode, frame and camera."""
-    camera, pictures = next(iter(episode.images.items()))
+def read_pictures(episode: Episode, camera: str, size: int, where: str) -> list[bytes]:
+    """The encoded squares of one camera of the episode. Raises ImageError that names episode, frame and camera."""
     squares = []
-    for frame, picture in enumerate(pictures):
+    for frame, picture in enumerate(episode.images[camera]):
         try:
             squares.append(encoded_square(picture, size))
         except ImageError as error:
@@ -166,13 +182,14 @@ def joined(arrays: list[np.ndarray], key: str) -> np.ndarray:
 class DemonstrationFolder:
     """A folder of episodes that are not read yet. Made by `open_demonstrations`.
 
-    cameras: the names of all cameras. camera: the one whose pictures are read; empty if there is none.
+    cameras: the names of the cameras whose pictures are read, in order. other_cameras: those that are not read.
     columns: name -> how many numbers a frame has; those that can be read, without LeRobot's bookkeeping. unreadable: the names of
         others, such as text, and columns that meta/info.json does not describe.
+    fps: frames per second. names_of: column -> a name for each of its numbers, [] if the data names none.
     tasks: the task of each episode, the first if it has several.
     """
 
-    def __init__(self, folder: Path, camera: str, task_name: TaskName):
+    def __init__(self, folder: Path, cameras: Sequence[str], task_name: TaskName):
         self.folder, self.task_name = folder, task_name
         if not folder.is_dir():
             found = "it is a file" if folder.exists() else "no such folder exists"
@@ -180,35 +197,45 @@ class DemonstrationFolder:
                 f"{folder} must be the folder of a LeRobot dataset or of BridgeData frames: {found}"
             )
         if (folder / "frames.jsonl").is_file():
-            self._open_bridge(camera)
+            self._open_bridge(cameras)
         elif (folder / "meta").is_dir():
-            self._open_lerobot(camera)
+            self._open_lerobot(cameras)
         else:
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
             raise UserError(
                 f"{folder} must have meta/info.json (a LeRobot dataset) or frames.jsonl (BridgeData frames), found {found}"
             )
 
-    def _open_bridge(self, camera: str) -> None:
+    def _open_bridge(self, cameras: Sequence[str]) -> None:
         episodes = list(bridge_episodes(self.folder))
-        self.cameras = list(episodes[0].images) if episodes else []
-        self.camera = chosen_camera(self.cameras, camera, self.folder)
+        self._choose(list(episodes[0].images) if episodes else [], cameras)
+        self.fps, self.names_of = BRIDGE_FPS, {"action": []}
         self.columns = {"action": 7} if episodes else {}
         self.unreadable = other_fields(self.folder)
         self.tasks = [self.task_name(episode) for episode in episodes]
         self._read = lambda number, encode: episodes[number]
 
-    def _open_lerobot(self, camera: str) -> None:
+    def _open_lerobot(self, cameras: Sequence[str]) -> None:
         dataset = RobotDataset(self.folder)
-        self.cameras = dataset.cameras
-        self.camera = chosen_camera(self.cameras, camera, self.folder)
-        if self.camera and dataset.features[self.camera]["dtype"] == "video":
-            for number in range(len(dataset)):  # a missing file is found now, not after an hour
-                dataset.video(number, self.camera)
+        self._choose(dataset.cameras, cameras)
+        for camera in self.cameras:
+            if dataset.features[camera]["dtype"] == "video":
+                for number in range(len(dataset)):  # a missing file is found now, not after an hour
+                    dataset.video(number, camera)
+        self.fps = float(dataset.fps)
+        self.names_of = {key: number_names(dataset.features[key], width) for key, width in dataset.columns.items()}
         self.columns, self.unreadable = dataset.columns, dataset.unreadable()
         self.tasks = [self.task_name(episode) for episode in dataset.episodes]
         columns = [key for key in self.columns if key == "action" or key.startswith("observation.")]
-        self._read = lambda number, encode: dataset.episode(number, [self.camera], encode, columns)
+        self._read = lambda number, encode: dataset.episode(number, self.cameras, encode, columns)
+
+    def _choose(self, found: Sequence[str], asked: Sequence[str]) -> None:
+        """Sets cameras and other_cameras. asked: names, () for all. Raises UserError for a name that there is not."""
+        for name in asked:
+            if name not in found:
+                raise UserError(f"{self.folder} has no camera {name}: its cameras are {', '.join(found) or 'none'}")
+        self.cameras = tuple(dict.fromkeys(asked or found))
+        self.other_cameras = [name for name in found if name not in self.cameras]
 
     def numbers(self, split: str) -> list[int]:
         """The episodes of a split: "val" for the held-out ones, "fit" for the others, "all" for both.
@@ -223,32 +250,25 @@ class DemonstrationFolder:
 
     def read(self, split: str, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter) -> Demonstrations:
         """The episodes of a split. track: wraps the episode numbers, to show progress. Raises as `Demonstrations`."""
-        if "action" not in self.columns or not self.camera:
+        if "action" not in self.columns or not self.cameras:
             raise missing([*self.columns, *self.cameras])
         # a video's pictures are made small before they are encoded: the same pixels, in a fraction of the time
         episodes = (self._read(number, partial(encode_square, size=size)) for number in track(self.numbers(split)))
-        return Demonstrations(episodes, size, self.task_name)
+        return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of)
 
 
 def open_demonstrations(
-    folder: str | Path, camera: str = "", task_name: TaskName = episode_task
+    folder: str | Path, cameras: Sequence[str] = (), task_name: TaskName = episode_task
 ) -> DemonstrationFolder:
     """A LeRobot dataset, or a folder of BridgeData V2 frames (one with frames.jsonl). No LeRobot picture is read yet.
 
-    camera: the one to read; without a name the first. task_name: the name of an episode's task; episodes of one name are grouped.
+    cameras: those to read, in this order; () for all. task_name: the name of an episode's task; episodes of one name are grouped.
 
     Raises:
         FileNotFoundError, DataError: the data is missing or malformed.
         ValueError: no camera of that name.
     """
-    return DemonstrationFolder(Path(folder).expanduser(), camera, task_name)
-
-
-def chosen_camera(cameras: Sequence[str], name: str, folder: Path) -> str:
-    """The camera of that name; without a name the first, or "" if there is none. Raises ValueError for an unknown name."""
-    if name and name not in cameras:
-        raise UserError(f"{folder} has no camera {name}: its cameras are {', '.join(cameras) or 'none'}")
-    return name or next(iter(cameras), "")
+    return DemonstrationFolder(Path(folder).expanduser(), cameras, task_name)
 
 
 def held_out(tasks: Sequence[str]) -> set[int]:

@@ -81,7 +81,7 @@ def open_source(folder: str, split: str | None, recipe: dict) -> tuple[Demonstra
 
     recipe: of the training run; may be empty. split: None for the default, see `evaluate_questions`.
     """
-    source = open_demonstrations(folder, recipe.get("camera", ""), task_name)
+    source = open_demonstrations(folder, [recipe["camera"]] if recipe.get("camera") else (), task_name)
     own = same_data(folder, recipe.get("data") or "")
     chosen = split or ("val" if own else "all")
     source.numbers(chosen)  # raises for a name that there is not
@@ -91,8 +91,10 @@ def open_source(folder: str, split: str | None, recipe: dict) -> tuple[Demonstra
         console.print(
             "[yellow]The model was trained on these episodes; --split val selects the held-out ones.[/yellow]"
         )
-    if len(source.cameras) > 1:
-        console.print(f"camera {source.camera}; the data has {', '.join(source.cameras)}")
+    if source.other_cameras:
+        console.print(
+            f"camera {', '.join(source.cameras)}; the data also has {', '.join(source.other_cameras)}", markup=False
+        )
     return source, chosen
 
 

@@ -67,7 +67,7 @@ CHECKED_FRAMES = 500  # frames whose questions must fit the context before a run
 class RobotTask(Task):
     """Frames of demonstrations, and where they come from a simulator, questions about them."""
 
-    memory_advice = "lower images_per_step or questions_per_step, or set gradient_checkpointing"
+    memory_advice = "lower device_batch_size or questions_per_step, or set gradient_checkpointing"
 
     def __init__(self, recipe: Robot):
         super().__init__(recipe)
@@ -167,7 +167,7 @@ class RobotTask(Task):
         }
 
     def pixel_batches(self) -> Iterator[torch.Tensor]:
-        rng, size = np.random.default_rng([self.recipe.seed, 0, 1]), self.recipe.images_per_step
+        rng, size = np.random.default_rng([self.recipe.seed, 0, 1]), self.recipe.device_batch_size or self.recipe.images_per_step
         for _ in range(-(-min(MAX_PICTURES, len(self.data)) // size)):
             images = shift_pictures(self.data.images(self.data.draw(size, rng)), self.recipe.shift, rng)
             yield to_pixels(images, self.model.device, torch.float32).contiguous(memory_format=torch.channels_last)
@@ -182,25 +182,36 @@ class RobotTask(Task):
 
     def backward(self, step: int) -> StepResult:
         """The value is the mean loss of the actions."""
-        recipe, model, data = self.recipe, self.model, self.data
+        recipe, data = self.recipe, self.data
         rng = np.random.default_rng([recipe.seed, step])
-        frames = data.draw(recipe.images_per_step, rng)
-        actions = action_batch(data, frames, model, self.tokenizer, rng)
-        tokens, shown, questions = actions.targets.numel(), list(frames), None
+        frames, asked = data.draw(recipe.images_per_step, rng), []
         if has_scene(data) and recipe.questions_per_step:
             asked = draw_asked(data, recipe.questions_per_step, rng)
+        n = -(-len(frames) // (recipe.device_batch_size or len(frames)))
+        own = self.own_parts(step, n, purpose=2)
+        return sum((self.part_gradients(frames[part::n], asked[part::n], rng) for part, rng in own), StepResult())
+
+    def part_gradients(self, frames: list[int], asked: list[int], rng: np.random.Generator) -> StepResult:
+        """Accumulate the gradients of the actions of some frames, and of a question about each of `asked`. Both losses weigh as
+        much as these are of all frames and questions of a step."""
+        recipe, model, data = self.recipe, self.model, self.data
+        share = len(frames) / recipe.images_per_step
+        actions = action_batch(data, frames, model, self.tokenizer, rng)
+        tokens, shown, questions = actions.targets.numel(), list(frames), None
+        if asked:
             questions = question_batch(data, asked, model, self.tokenizer, rng)
             shown, tokens = shown + questions.frames, tokens + questions.targets.numel()
         vectors = self.see(shift_pictures(data.images(shown), recipe.shift, rng))  # one encoder pass for all
         seen = mask_images(reduce_gradient(vectors, recipe.decoder_gradient), rng, recipe.blind_share)
         acting = self.action_loss(actions, seen[: len(frames)])
-        loss = acting
+        loss = share * acting
         if questions is not None:
-            loss = loss + recipe.question_loss * self.question_loss(questions, seen[len(frames) :])[0]
+            weight = recipe.question_loss * len(asked) / recipe.questions_per_step
+            loss = loss + weight * self.question_loss(questions, seen[len(frames) :])[0]
         if self.auxiliary is not None:
-            loss = loss + recipe.scene_loss * self.auxiliary.loss(vectors, shown) / len(shown)
+            loss = loss + share * recipe.scene_loss * self.auxiliary.loss(vectors, shown) / len(shown)
         loss.backward()
-        return StepResult(acting.item(), tokens, len(shown))
+        return StepResult(share * acting.item(), tokens, len(shown))
 
     def see(self, images: np.ndarray) -> torch.Tensor:
         """(n, S, S, 3) uint8 -> (n, N, D) vectors, differentiable."""
@@ -259,7 +270,7 @@ class RobotTask(Task):
 
 def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
     """(training, validation) demonstrations of the recipe."""
-    folder = open_demonstrations(recipe.data, recipe.camera, task_name)
+    folder = open_demonstrations(recipe.data, [recipe.camera] if recipe.camera else (), task_name)
     for line in describe_columns(folder):
         console.print(line, markup=False)
     reading = partial(track, description="reading episodes", console=console)
@@ -272,8 +283,8 @@ def describe_columns(folder: DemonstrationFolder) -> list[str]:
     if all(column in folder.columns for column in SCENE_COLUMNS):
         used += SCENE_COLUMNS
     numbers = {name: f"{name} ({width} number{'s' * (width != 1)})" for name, width in folder.columns.items()}
-    read = [f"camera {folder.camera}"] * bool(folder.camera) + [numbers[name] for name in used if name in numbers]
-    left = [f"camera {name}" for name in folder.cameras if name != folder.camera]
+    read = [f"camera {name}" for name in folder.cameras] + [numbers[name] for name in used if name in numbers]
+    left = [f"camera {name}" for name in folder.other_cameras]
     left += [text for name, text in numbers.items() if name not in used] + folder.unreadable
     lines = [f"reads {', '.join(read) or 'nothing'}; leaves out {', '.join(left) or 'nothing'}"]
     if "observation.state" not in numbers:
