@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nanochat.beams import beam_search, beam_search_all
+from nanochat.cameras import by_camera
 from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
 from nanochat.data.sample import CAPTION_PROMPT
@@ -209,6 +210,8 @@ class Agent:
             "state_range": self.state_range,  # low and high of each number in the training data
             "targets": config.targets,  # relative or absolute
             "image_size": config.vision_image_size,
+            "cameras": config.cameras,  # in order; empty for one camera without a name
+            "camera_dropout": config.camera_dropout,  # above 0: a camera may be missing
         }
 
     @property
@@ -227,21 +230,21 @@ class Agent:
 
     @torch.inference_mode()
     def act(self, images: Sequence, states: np.ndarray | None, instructions: Sequence[str]) -> np.ndarray:
-        """B pictures, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units. states is
-        None for a policy that reads no state (state_dim 0).
+        """What B robots see, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units.
 
-        None instead of a picture masks it, as training masks some. Nothing is clipped: send actions through
-        `safety.SafeActions` before anything moves. Raises ValueError for numbers or shapes that do not match, for states far
-        outside of the training data's range (another unit), and for a model that cannot act; ImageError for what is not a
-        picture.
+        images: for each robot a dict camera -> picture, or the picture alone where there is one camera. None instead of all
+        pictures masks them, as training masks some (blind). A single camera may be missing or None only if the policy was
+        trained with --camera-dropout. states: None for a policy that reads no state (state_dim 0).
+
+        Nothing is clipped: send actions through `safety.SafeActions` before anything moves. Raises ValueError for numbers or
+        shapes that do not match, for a camera that is missing or unknown, for states far outside of the training data's range
+        (another unit), and for a model that cannot act; ImageError for what is not a picture.
         """
         self.check_can_act()
-        config, shown = self.model.config, [i for i, image in enumerate(images) if image is not None]
-        vectors = torch.zeros(len(images), config.vision_tokens_per_image, config.vision_embedding_dim)
-        vectors = vectors.to(self.model.device)
-        if shown:
-            vectors[shown] = self.look([images[i] for i in shown]).to(vectors.device)
-        return self.model.act([self.prompt([action_message(text)]) for text in instructions], vectors, states)
+        config = self.model.config
+        rows = [by_camera(shown, config.cameras, config.camera_dropout > 0) for shown in images]
+        prompts = [self.prompt([action_message(text, config.n_cameras)]) for text in instructions]
+        return self.model.act(prompts, self.model.look_around(rows), states)
 
 
 class Chat:

@@ -19,9 +19,10 @@ def user_message(question: str, n_images: int = 0) -> dict:
     return {"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": question}]}
 
 
-def action_message(instruction: str) -> dict:
-    """What a policy is asked: a picture, the robot's state and an instruction."""
-    return {"role": "user", "content": [{"type": "image"}, {"type": "state"}, {"type": "text", "text": instruction}]}
+def action_message(instruction: str, n_images: int = 1) -> dict:
+    """What a policy is asked: a picture of each camera, the robot's state and an instruction."""
+    shown = [{"type": "image"}] * n_images
+    return {"role": "user", "content": [*shown, {"type": "state"}, {"type": "text", "text": instruction}]}
 
 
 @dataclass

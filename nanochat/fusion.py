@@ -4,6 +4,7 @@ map (B, D, H, W) ── pool_to_tokens, or Glances ──> (B, N, D) ── Visi
                                                             └── CellProjector ──> (B, N, C), read by cross-attention
 """
 
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -35,18 +36,27 @@ def pool_to_tokens(maps: torch.Tensor, n_tokens: int) -> torch.Tensor:
 class Glances(nn.Module):
     """(B, C, H, W) -> (B, N, D): N linear functions of the whole map, pooled to GLANCE_GRID x GLANCE_GRID cells.
 
-    A robot's camera does not move, so a place in the picture is a place in the world: with its own weights for every cell, a
-    glance reads positions off the map. Soft-argmax keypoints and a grid of cells as tokens were slower to learn it.
+    A robot's camera does not move, so a place in the picture is a place in the world (for a camera at the wrist: a place in
+    front of the hand): with its own weights for every cell, a glance reads positions off the map. Soft-argmax keypoints and a
+    grid of cells as tokens were slower to learn it.
+
+    Each camera has weights of its own, because the same place in the pictures of two cameras is not the same place in the world.
+    Its bias is added to whatever it sees: it is the learnt embedding by which the decoder tells the cameras apart.
     """
 
-    def __init__(self, channels: int, n_tokens: int, width: int):
+    def __init__(self, channels: int, n_tokens: int, width: int, n_cameras: int = 1):
         super().__init__()
-        self.n_tokens = n_tokens
-        self.linear = nn.Linear(channels * GLANCE_GRID * GLANCE_GRID, n_tokens * width)
+        self.n_tokens, self.n_cameras = n_tokens, n_cameras
+        # one camera's rows after another's, so that one camera has the tensors that it had before there were several
+        self.linear = nn.Linear(channels * GLANCE_GRID * GLANCE_GRID, n_cameras * n_tokens * width)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+    def forward(self, maps: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
+        """counts: how many of the maps are of each camera; those of the first come first. Without it all are of the first."""
         cells = F.adaptive_avg_pool2d(maps, GLANCE_GRID).flatten(1)  # (B, C * GLANCE_GRID * GLANCE_GRID)
-        return self.linear(cells).unflatten(-1, (self.n_tokens, -1))
+        parts = cells.split([len(cells)] if counts is None else list(counts))
+        weights, biases = self.linear.weight.chunk(self.n_cameras), self.linear.bias.chunk(self.n_cameras)
+        seen = torch.cat([F.linear(*its) for its in zip(parts, weights, biases, strict=False)])  # (B, N * D)
+        return seen.unflatten(-1, (self.n_tokens, -1))
 
 
 class VisionProjector(nn.Module):

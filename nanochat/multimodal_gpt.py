@@ -139,10 +139,13 @@ class MultimodalGPT(GPT):
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) RGB in 0..1, on the encoder's device -> (B, N, D) float32 vectors. Differentiable: training uses it."""
+        return self.pool(self.maps(pixels))
+
+    def maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> the encoder's map (B, C, H, W) in float32."""
         dtype, layer = self.compute_dtype, self.config.vision_layer
         with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
-            maps = self.vision_encoder.maps(pixels, [layer])[layer]
-        return self.pool(maps.float())
+            return self.vision_encoder.maps(pixels, [layer])[layer].float()
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
     def look(self, images) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     <|bos|> <|user_start|> <|image|>*N <|state|> open the door <|user_end|> <|assistant_start|>, then the action head's tokens
 
-Questions about a picture are asked and answered as MultimodalGPT does, by the same weights.
+With several cameras there are N places for each of them, in the order of the config. Questions are about pictures of the first
+camera; they are asked and answered as MultimodalGPT does, by the same weights.
 """
 
 import math
@@ -15,10 +16,12 @@ import torch.nn as nn
 
 from nanochat.action_heads import HEADS
 from nanochat.actions import N_BINS, TARGETS, Scale, check_states, described, number_array
+from nanochat.cameras import check_names
 from nanochat.errors import UserError
 from nanochat.fusion import Glances
 from nanochat.gpt import Inputs, Linear
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, check_integer
+from nanochat.vision.pixels import evaluating, read_pixels
 
 FREQUENCIES = 6  # of states: periods from 4 (more than the range -1..1) down to 1/8
 MAX_DIMENSIONS = 1024  # of a state or an action; a humanoid has about 100
@@ -34,6 +37,8 @@ class RobotGPTConfig(MultimodalGPTConfig):
     state_range: dict = field(default_factory=dict)  # least and greatest in the data; empty in older checkpoints
     action_scale: dict = field(default_factory=dict)
     targets: str = "relative"  # of the actions: relative or absolute
+    cameras: list[str] = field(default_factory=list)  # short names; empty in older ones: one camera without a name
+    camera_dropout: float = 0.0  # share of single cameras that training hid; above 0, a policy can do without one
     state_token_id: int = 0
     act_token_id: int = 0
     bin_token_id: int = 0  # of the first bin; the others follow
@@ -46,6 +51,9 @@ class RobotGPTConfig(MultimodalGPTConfig):
             raise UserError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
         check_integer("chunk", self.chunk, 1, 1024)
         check_integer("map_channels", self.map_channels, 1, 2**16)
+        check_names(self.cameras)
+        if type(self.camera_dropout) not in (int, float) or not 0 <= self.camera_dropout < 1:
+            raise UserError(f"camera_dropout must be a share, at least 0 and below 1, got {self.camera_dropout!r:.80}")
         if self.targets not in TARGETS:
             raise UserError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
         for scale in (self.state_scale, self.state_range, self.action_scale):
@@ -62,6 +70,10 @@ class RobotGPTConfig(MultimodalGPTConfig):
 
     def check_vision_tokens(self) -> None:
         """Glances are no grid: any number will do."""
+
+    @property
+    def n_cameras(self) -> int:
+        return max(1, len(self.cameras))
 
     @property
     def state_dim(self) -> int:
@@ -93,7 +105,8 @@ class RobotGPT(MultimodalGPT):
         self.state_scale = Scale(**config.state_scale) if config.state_dim else None
         self.trained_states = Scale(**(config.state_range or config.state_scale)) if config.state_dim else None
         self.action_scale = Scale(**config.action_scale)
-        self.glances = Glances(config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim)
+        shape = config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim
+        self.glances = Glances(*shape, config.n_cameras)
         self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd) if config.state_dim else None
         self.action_head: nn.Module = HEADS[config.action_head](config)
 
@@ -101,8 +114,25 @@ class RobotGPT(MultimodalGPT):
     def map_channels(self) -> int:
         return self.config.map_channels
 
-    def pool(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.glances(maps)
+    def see(self, pixels: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
+        """MultimodalGPT.see for pictures of several cameras at once. counts: how many are of each camera, those of the first
+        camera first; without it all are of the first."""
+        return self.glances(self.maps(pixels), counts)
+
+    @torch.no_grad()
+    def look_around(self, rows: Sequence[Sequence]) -> torch.Tensor:
+        """B rows with a picture of each of the K cameras -> (B, K * N, D) float32 for `act`, in one pass through the encoder.
+        None instead of a picture masks it: its vectors are zero, as training masks some."""
+        config = self.config
+        n, shape = config.n_cameras, (config.vision_tokens_per_image, config.vision_embedding_dim)
+        shown = torch.tensor([[row[camera] is not None for row in rows] for camera in range(n)]).view(n, len(rows))
+        vectors = torch.zeros(n, len(rows), *shape, device=self.device)
+        if shown.any():
+            pictures = [rows[row][camera] for camera, row in shown.nonzero().tolist()]
+            pixels, _ = read_pixels(self.vision_encoder, pictures)
+            with evaluating(self.vision_encoder):
+                vectors[shown.to(self.device)] = self.see(pixels, shown.sum(1).tolist()).to(self.device)
+        return vectors.transpose(0, 1).flatten(1, 2)
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
         """MultimodalGPT.embed; states replace the <|state|> tokens in reading order."""
@@ -124,9 +154,10 @@ class RobotGPT(MultimodalGPT):
     def act(self, prompts: Sequence[Sequence[int]], images: torch.Tensor, states: np.ndarray | None) -> np.ndarray:
         """Chunks of actions in physical units, (B, chunk, action_dim) float32, as the network gives them: not clipped.
 
-        prompts: of `conversation.action_message`, rendered, each with one picture and one state. images: (B, N, D) from `look`.
-        states: (B, state_dim) in physical units; None for a policy without a state. Raises UserError where their numbers or
-        shapes do not match, and for states far outside of the training data's range (see `actions.check_states`).
+        prompts: of `conversation.action_message`, rendered, each with a picture of each camera and one state. images: (B, K * N,
+        D) from `look_around`. states: (B, state_dim) in physical units; None for a policy without a state. Raises UserError
+        where their numbers or shapes do not match, and for states far outside of the training data's range (see
+        `actions.check_states`).
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts and {len(images)} pictures: expected as many of each")
