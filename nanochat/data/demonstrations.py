@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.cameras import short_names
 from nanochat.data.bridge import FPS as BRIDGE_FPS
 from nanochat.data.bridge import bridge_episodes, other_fields
 from nanochat.data.columns import number_names
@@ -33,7 +34,8 @@ def episode_task(episode: Episode | EpisodeInfo) -> str:
 class Demonstrations:
     """All frames of some episodes, in memory. n is the number of frames.
 
-    Pictures of all cameras of the episodes are letterboxed to `size` pixels and stay encoded until they are used.
+    Pictures of all cameras of the episodes are letterboxed to `size` pixels and stay encoded until they are used. With size 0
+    there are none, only numbers and tasks.
 
     state: (n, S) float32; S is 0 for data without the column "observation.state".
     action: (n, A) float32.
@@ -66,14 +68,14 @@ class Demonstrations:
         frame_tasks: list[str] = []
         lengths = []
         for episode in episodes:
-            if "action" not in episode.columns or not episode.images:
+            if "action" not in episode.columns or (size and not episode.images):
                 raise missing([*episode.columns, *episode.images])
             self.names.append(episode.name or f"episode {len(lengths)}")
             if pictures and list(pictures) != list(episode.images):
                 raise UserError(
                     f"{self.names[-1]} must have the cameras {', '.join(pictures)}, found {', '.join(episode.images)}"
                 )
-            for camera in episode.images:
+            for camera in episode.images if size else ():
                 pictures.setdefault(camera, []).extend(read_pictures(episode, camera, size, self.names[-1]))
             lengths.append(len(episode.columns["action"]))
             frame_tasks += (tasks := tasks_of_frames(episode, lengths[-1], task_name))
@@ -214,6 +216,7 @@ class DemonstrationFolder:
         self.unreadable = other_fields(self.folder)
         self.tasks = [self.task_name(episode) for episode in episodes]
         self._read = lambda number, encode: episodes[number]
+        self._read_numbers = lambda number: episodes[number]
 
     def _open_lerobot(self, cameras: Sequence[str]) -> None:
         dataset = RobotDataset(self.folder)
@@ -228,13 +231,17 @@ class DemonstrationFolder:
         self.tasks = [self.task_name(episode) for episode in dataset.episodes]
         columns = [key for key in self.columns if key == "action" or key.startswith("observation.")]
         self._read = lambda number, encode: dataset.episode(number, self.cameras, encode, columns)
+        self._read_numbers = lambda number: dataset.episode(number, [], columns=columns)
 
     def _choose(self, found: Sequence[str], asked: Sequence[str]) -> None:
-        """Sets cameras and other_cameras. asked: names, () for all. Raises UserError for a name that there is not."""
+        """Sets cameras and other_cameras. asked: names, short or whole, () for all. Raises UserError for a name that there is
+        not."""
+        short = short_names(found)
+        known = dict(zip(short, found, strict=True)) | {name: name for name in found}
         for name in asked:
-            if name not in found:
-                raise UserError(f"{self.folder} has no camera {name}: its cameras are {', '.join(found) or 'none'}")
-        self.cameras = tuple(dict.fromkeys(asked or found))
+            if name not in known:
+                raise UserError(f"{self.folder} has no camera {name}: its cameras are {', '.join(short) or 'none'}")
+        self.cameras = tuple(dict.fromkeys([known[name] for name in asked] or found))
         self.other_cameras = [name for name in found if name not in self.cameras]
 
     def numbers(self, split: str) -> list[int]:
@@ -255,6 +262,13 @@ class DemonstrationFolder:
         # a video's pictures are made small before they are encoded: the same pixels, in a fraction of the time
         episodes = (self._read(number, partial(encode_square, size=size)) for number in track(self.numbers(split)))
         return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of)
+
+    def read_numbers(self, split: str) -> Demonstrations:
+        """The episodes of a split without pictures, in a fraction of the time. Raises as `Demonstrations`."""
+        if "action" not in self.columns:
+            raise missing([*self.columns, *self.cameras])
+        episodes = (self._read_numbers(number) for number in self.numbers(split))
+        return Demonstrations(episodes, 0, self.task_name, self.fps, self.names_of)
 
 
 def open_demonstrations(
