@@ -74,7 +74,7 @@ def record(
 
 def checked_processes(processes: int | None) -> int:
     """What --processes says, else one per CPU core. Raises UserError for less than one."""
-    from nanochat.metaworld.record import default_processes
+    from nanochat.workers import default_processes
 
     if processes is not None and processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}; leave it out for one per CPU core")

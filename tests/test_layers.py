@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
     ("__init__", "errors", "shipped"),
-    ("files", "devices", "hub", "gpt", "meta", "sampling", "actions", "safety"),
-    ("tokenizer", "verify", "cross_attention", "cameras", "chunk_player"),
+    ("files", "devices", "hub", "gpt", "meta", "sampling", "actions", "safety", "workers"),
+    ("tokenizer", "verify", "cache", "cross_attention", "cameras", "chunk_player"),
     ("conversation",),
     ("vision.*",),
     ("vision",),

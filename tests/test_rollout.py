@@ -25,7 +25,7 @@ from nanochat.evaluation.rollout import (
     summary,
 )
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
-from nanochat.metaworld.workers import in_processes
+from nanochat.workers import in_processes
 from tests.test_simulator import needs_simulator
 from tests.tiny_policy import make_policy, make_tokenizer
 
@@ -222,7 +222,7 @@ def die(job):
 
 
 def test_a_process_that_dies_is_told_and_not_waited_for():
-    with pytest.raises(MemoryError, match="fewer --processes"):
+    with pytest.raises(MemoryError, match="fewer processes"):
         list(in_processes(die, [1, 2, 3], 2))
 
 
@@ -249,7 +249,7 @@ def test_who_stops_early_does_not_wait():
 
 PARENT = """
 import time
-from nanochat.metaworld.workers import in_processes
+from nanochat.workers import in_processes
 from tests.test_rollout import process_id
 results = in_processes(process_id, [0, 100], 2)
 print(next(results), flush=True)

@@ -29,7 +29,7 @@ from nanochat.evaluation import metrics
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
 from nanochat.metaworld.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
-from nanochat.metaworld.workers import in_processes
+from nanochat.workers import in_processes
 
 EPISODES_PER_JOB = 10  # each has a simulator and a renderer, 100 to 200 MB
 NETWORK_DRIVERS = ("policy", "shuffled", "blind")

@@ -9,7 +9,6 @@ Noise is added to the executed action, constant for a few steps, and the expert'
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_object
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.simulator import ACTION_DIM, FPS, MAX_STEPS, Arm
-from nanochat.metaworld.workers import in_processes
+from nanochat.workers import in_processes
 
 CAMERA_KEY = "observation.images.corner2"
 EPISODES_PER_BLOCK = 10
@@ -198,8 +197,3 @@ def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
             }
             extra = {"name": block.task, "seed": int(seed)}
             yield Episode(INSTRUCTIONS[block.task][0], columns, {CAMERA_KEY: pictures[rows]}, extra)
-
-
-def default_processes() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,13 +15,13 @@ pictures share vectors.
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from nanochat.cache import check_writable, make_folder
 from nanochat.errors import UserError
 from nanochat.files import DataError, atomic_path, json_object
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -103,21 +103,6 @@ def cached_vectors(
             rows |= {digest: (len(parts), row) for row, digest in enumerate(index["images"])}
             parts.append(read_vectors(path.with_suffix(".npy"), index))
     return Features(parts, [rows[digest] for digest in digests])
-
-
-def make_folder(place: Path) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"the cache {place} cannot be made: {error.strerror}: choose another --cache") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError where no file can be made in the folder: before the work, not after it."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"the cache {folder} cannot be written: {error.strerror}: choose another --cache") from error
 
 
 def cache_key(model: MultimodalGPT, mirrored: bool = False) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat.cache import make_folder
 from nanochat.errors import UserError
 from nanochat.files import atomic_path
-from nanochat.training.features import FORMAT, Features, cached_vectors, make_folder, source_digest
+from nanochat.training.features import FORMAT, Features, cached_vectors, source_digest
 from nanochat.vision.encoder import Encoder
 from nanochat.vision.images import ImageSource
 from nanochat.vision.pixels import STRIDE, read_pixels

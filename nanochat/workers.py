@@ -1,4 +1,4 @@
-"""Jobs in worker processes, for simulators."""
+"""Jobs in worker processes, for simulators and for decoding. Imports nothing of the project."""
 
 import multiprocessing
 import os
@@ -23,11 +23,18 @@ def in_processes(
             yield future.result()
         pool.shutdown()  # waits, so that getrusage includes the memory of the processes
     except BrokenProcessPool as error:
-        raise MemoryError("a worker process died, most likely because memory ran out: use fewer --processes") from error
+        raise MemoryError(
+            "a worker process died, most likely because memory ran out: use fewer processes (--processes)"
+        ) from error
     finally:
         for process in multiprocessing.active_children():  # after Ctrl-C, their current jobs are not needed
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def default_processes() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker(initializer: Callable | None, initargs: tuple) -> None:
