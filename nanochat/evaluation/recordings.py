@@ -1,0 +1,121 @@
+"""Evaluating a checkpoint on recorded episodes of a robot: questions about the pictures where a simulator's state answers them,
+otherwise the open-loop report."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from nanochat.agent import Agent
+from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.errors import UserError
+from nanochat.evaluation.held_out import same_data
+from nanochat.evaluation.open_loop import frames_to_ask, predict, run_open_loop
+from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
+from nanochat.evaluation.open_loop_report import number_table, row_table, summary
+from nanochat.evaluation.questions import evaluate_questions, open_source
+from nanochat.files import DataError, atomic_path, json_lines
+from nanochat.metaworld.questions import SCENE_COLUMNS, paraphrase, task_name
+
+FRAMES = 1000  # that are asked about, without --limit
+console = Console()
+
+
+def is_recording(dataset: str) -> bool:
+    """Whether these are episodes of a robot: a LeRobot dataset, or a folder of BridgeData frames."""
+    folder = Path(dataset)
+    if (folder / "meta/info.json").is_file():
+        return True
+    if not (folder / "frames.jsonl").is_file():
+        return False
+    try:
+        return "action" in next(json_lines(folder / "frames.jsonl"), ("", {}))[1]
+    except DataError:
+        return False  # the reader of pictures says what is wrong
+
+
+def evaluate_recording(
+    checkpoint: str, folder: str, split: str | None, limit: int | None, batch_size: int, json_out: Path | None,
+    plot: Path | None, device: torch.device,
+) -> dict:  # fmt: skip
+    """Evaluate on up to `limit` frames (1,000 by default) of the split; print the figures and return them.
+
+    split: as in `questions.evaluate_questions`. json_out: a file for the figures. plot: a PNG file, see `open_loop_plot`; only
+    for data without a simulator.
+
+    Raises:
+        ValueError: the batch size is below 1, the model cannot do what the data asks, or sizes do not match.
+        DataError, CheckpointError: the dataset or the checkpoint cannot be read.
+    """
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    if all(column in open_demonstrations(folder).columns for column in SCENE_COLUMNS):
+        if plot is not None:
+            raise UserError(
+                f"--plot draws the actions of a real robot; {folder} is of a simulator, where nanochat rollout says more"
+            )
+        return evaluate_questions(checkpoint, folder, split, limit or FRAMES, batch_size, json_out, device)
+    agent = Agent.load(checkpoint, device)
+    agent.check_can_act()
+    source, split = open_source(folder, split, agent.training.get("recipe") or {})
+    reading = partial(track, description="reading episodes", console=console)
+    data, known = source.read(split, agent.metadata["image_size"], reading), learnt_from(agent, source)
+    result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
+    result |= evaluate_open_loop(agent, data, known, limit or FRAMES, batch_size, plot)
+    if json_out is not None:
+        with atomic_path(json_out) as new:
+            new.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def evaluate_open_loop(
+    agent: Agent, data: Demonstrations, known: Demonstrations | None, n_frames: int, batch_size: int, plot: Path | None
+) -> dict:  # fmt: skip
+    """Print the open-loop report and return its figures. known: what the policy learnt from, if it is there."""
+    names, units = names_and_units(agent, data)
+    found = run_open_loop(
+        agent, data, frames_to_ask(data, n_frames), batch_size, known, partial(track, console=console)
+    )
+    result = summary(found, names, units, data.fps)
+    console.print(number_table(found, names, units))
+    console.print(row_table(found, data.fps))
+    for line in result["verdict"]:
+        console.print(line, markup=False)
+    if plot is not None:
+        draw_open_loop(found, play(agent, data, typical_episode(found), batch_size), names, units, data.fps, plot)
+    return result
+
+
+def learnt_from(agent: Agent, source: DemonstrationFolder) -> Demonstrations | None:
+    """The episodes that the policy was trained on, without pictures; None if they are not there any more, which is said."""
+    name = (agent.training.get("recipe") or {}).get("data") or ""
+    if same_data(str(source.folder), name):
+        return source.read_numbers("fit")
+    try:
+        return open_demonstrations(name, task_name=task_name).read_numbers("fit")
+    except (UserError, OSError):
+        console.print(
+            f"the training data {name or 'of this policy'} is not here: the rows mean action and nearest state are left out",
+            markup=False,
+        )
+        return None
+
+
+def names_and_units(agent: Agent, data: Demonstrations) -> tuple[list[str], list[str]]:
+    """Of each number of an action: as the data names it, else its place from 1 on; "" for a unit that nobody named."""
+    width = data.action.shape[1]
+    return data.names_of["action"] or [str(number + 1) for number in range(width)], [""] * width
+
+
+def play(agent: Agent, data: Demonstrations, episode: int, batch_size: int) -> Played:
+    """Chunks that follow each other through an episode, each predicted at the recorded frame where it starts."""
+    first = int(np.flatnonzero(data.episode == episode)[0])
+    starts = np.arange(first, data.end[first], agent.metadata["chunk"])
+    texts = [paraphrase(data.task(frame), None) for frame in starts]
+    batches = range(0, len(starts), batch_size)
+    chunks = predict(agent, data, starts, starts, texts, batch_size, batches)
+    return Played(data.names[episode].rpartition(": ")[2], data.action[first : data.end[first]], starts - first, chunks)
