@@ -38,12 +38,13 @@ class Seen(NamedTuple):
 class Pictures:
     """The pictures of B rows, at most P in one, N cells each, as the layers of cross-attention read them.
 
-    keys, values: for each layer (B, P, N, H, D). positions: (B, P) int64, the place of each picture in its row, ascending;
-    NEVER where a row has fewer than P.
+    keys, values: for each layer (B, P, N, H, D). cells: (B, P, N, C) float32, as projected, to which a later picture is compared.
+    positions: (B, P) int64, the place of each picture in its row, ascending; NEVER where a row has fewer than P.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    cells: torch.Tensor
     positions: torch.Tensor
 
     @classmethod
@@ -51,7 +52,8 @@ class Pictures:
         """Rows without pictures. config: of the model."""
         shape = (n_rows, 0, config.vision_tokens_per_image, config.n_head, config.head_dim)
         nothing = [torch.zeros(shape, device=device, dtype=dtype)] * config.n_layer
-        return cls(nothing, nothing, torch.zeros((n_rows, 0), dtype=torch.long, device=device))
+        cells = torch.zeros((*shape[:3], config.n_embd), device=device)
+        return cls(nothing, nothing, cells, torch.zeros((n_rows, 0), dtype=torch.long, device=device))
 
     @classmethod
     def joined(cls, first: "Pictures", second: "Pictures") -> "Pictures":
@@ -61,6 +63,7 @@ class Pictures:
         return cls(
             [torch.cat(pair) for pair in zip(*(part.keys for part in parts), strict=True)],
             [torch.cat(pair) for pair in zip(*(part.values for part in parts), strict=True)],
+            torch.cat([part.cells for part in parts]),
             torch.cat([part.positions for part in parts]),
         )
 
@@ -68,6 +71,13 @@ class Pictures:
     def counts(self) -> torch.Tensor:
         """(B,) int64: pictures in each row."""
         return (self.positions != NEVER).sum(1)
+
+    def last(self) -> torch.Tensor:
+        """(B, N, C) cells of the last picture of each row; zeros in a row without one."""
+        if self.cells.size(1) == 0:
+            return self.cells.new_zeros(len(self.cells), *self.cells.shape[2:])
+        rows = torch.arange(len(self.cells), device=self.cells.device)
+        return self.cells[rows, (self.counts - 1).clamp_min(0)]
 
     def widened(self, width: int) -> "Pictures":
         """The same with room for `width` pictures a row."""
@@ -78,6 +88,7 @@ class Pictures:
         return Pictures(
             [F.pad(keys, room) for keys in self.keys],
             [F.pad(values, room) for values in self.values],
+            F.pad(self.cells, room[2:]),
             F.pad(self.positions, (0, extra), value=NEVER),
         )
 
@@ -90,18 +101,23 @@ class Pictures:
         return Pictures(
             [mine.index_put(place, keys[rows, old]) for mine, keys in zip(whole.keys, new.keys, strict=True)],
             [mine.index_put(place, values[rows, old]) for mine, values in zip(whole.values, new.values, strict=True)],
+            whole.cells.index_put(place, new.cells[rows, old]),
             whole.positions.index_put(place, new.positions[rows, old]),
         )
 
     def rewound(self, lengths: Sequence[int]) -> "Pictures":
         """Without the pictures whose place is at or behind the given length of their row."""
         ends = torch.tensor(lengths, device=self.positions.device)[:, None]
-        return Pictures(self.keys, self.values, self.positions.masked_fill(self.positions >= ends, NEVER))
+        kept = self.positions.masked_fill(self.positions >= ends, NEVER)
+        return Pictures(self.keys, self.values, self.cells, kept)
 
     def of_rows(self, rows: torch.Tensor) -> "Pictures":
         """The rows of these indices."""
         return Pictures(
-            [keys[rows] for keys in self.keys], [values[rows] for values in self.values], self.positions[rows]
+            [keys[rows] for keys in self.keys],
+            [values[rows] for values in self.values],
+            self.cells[rows],
+            self.positions[rows],
         )
 
     def seen(self, query: torch.Tensor) -> Seen:

@@ -83,11 +83,10 @@ class VisionProjector(nn.Module):
 
 
 class CellProjector(nn.Module):
-    """One layer from the encoder's channels to the model's width, for cross-attention: (U, N, D) -> (V, N, C).
+    """From the encoder's cells to those that cross-attention reads: (U, N, D) -> (U, N, C), float32 whatever the input's dtype.
 
-    Attention tells neither cells nor pictures apart by their order, so each cell gets a learnt vector of its place in the
-    picture, and all cells of a picture one of its number in the row, both starting at zero. Vectors are RMS-normed first.
-    Kept and run in float32 whatever the input's dtype; the caller casts the result.
+    One layer. Vectors are RMS-normed first, and as attention does not tell cells apart by their order, each gets a learnt vector
+    of its place in the picture, starting at zero. See `in_row` for what a row adds.
     """
 
     def __init__(self, vision_dim: int, n_embd: int, n_tokens: int, max_images: int):
@@ -95,8 +94,35 @@ class CellProjector(nn.Module):
         self.linear = Linear(vision_dim, n_embd)
         self.cell = nn.Parameter(torch.zeros(n_tokens, n_embd))
         self.picture = nn.Parameter(torch.zeros(max_images, n_embd))
+        self.change = Change(n_embd)
 
-    def forward(self, vectors: torch.Tensor, which: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Result v is picture which[v] of `vectors`, as the one of numbers[v] (0 is the first) in its row."""
-        x = self.linear(norm(vectors.to(self.linear.weight.dtype)))
-        return x.index_select(0, which) + self.cell + self.picture[numbers][:, None]
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.linear(norm(vectors.to(self.linear.weight.dtype))) + self.cell
+
+    def in_row(self, cells: torch.Tensor, before: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """(V, N, C) cells of pictures as their rows show them: with a learnt vector of the picture's number in the row, (V,) int64,
+        and with what has changed since the picture before it, (V, N, C). The first picture of a row is its own `before`.
+
+        Cell by cell, a change is easy to see; by attention alone, from a few words to the cells of two pictures, it was hardly
+        learnt (see `data.pairs`).
+        """
+        return cells + self.picture[numbers][:, None] + self.change(cells - before)
+
+
+class Change(nn.Module):
+    """The difference of two pictures, cell by cell, (..., C) -> (..., C): zero where they are equal, and at the start everywhere."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = Linear(n_embd, n_embd)
+        self.c_proj = Linear(n_embd, n_embd)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def forward(self, difference: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(difference)).square())
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """Weights from before there was this layer: they see no change, as the start does."""
+        for name, parameter in self.named_parameters():
+            state_dict.setdefault(prefix + name, parameter.detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)

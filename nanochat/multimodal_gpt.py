@@ -113,6 +113,8 @@ class MultimodalGPT(GPT):
         for module in (self.vision_projector, *(self.cross_attention or ())):
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()
+        if self.cross_attention is not None:
+            self.vision_projector.change.c_proj.weight.zero_()
 
     # ---- from pictures to vectors
 
@@ -186,7 +188,7 @@ class MultimodalGPT(GPT):
             query = torch.arange(positions.start, positions.stop, device=inputs.idx.device)[None]
         pictures = None if cache is None else cache.pictures
         if inputs.images is not None and len(inputs.images):
-            new = self.pictures(inputs, query, None if pictures is None else pictures.counts)
+            new = self.pictures(inputs, query, pictures)
             pictures = new if pictures is None else pictures.extended(new)
             if cache is not None:
                 cache.pictures = pictures
@@ -194,31 +196,35 @@ class MultimodalGPT(GPT):
             return None
         return pictures.seen(query)
 
-    def pictures(self, inputs: Inputs, query: torch.Tensor, held: torch.Tensor | None) -> Pictures:
-        """The pictures of the inputs. query: (B or 1, T), the position of each token in its row; held: (B,), the number of
-        pictures that came before in each row. Raises UserError for more than max_images in a row."""
+    def pictures(self, inputs: Inputs, query: torch.Tensor, held: Pictures | None) -> Pictures:
+        """The pictures of the inputs. query: (B or 1, T), the position of each token in its row; held: the pictures that came
+        before in each row. Raises UserError for more than max_images in a row."""
         places, config = inputs.places, self.config
         rows, columns = places.nonzero(as_tuple=True)  # (S,) each, in reading order
         slots = places.cumsum(1)[rows, columns] - 1  # (S,) number among the new pictures of its row
-        numbers = slots if held is None else slots + held[rows]
+        numbers = slots if held is None else slots + held.counts[rows]
         if (most := int(numbers.max()) + 1) > config.max_images:
             raise too_many_images(most, config.max_images)
+        cells = self.vision_projector(self.one_by_one(inputs.images))  # (U, N, C) float32
         shown = torch.arange(len(rows), device=rows.device) if inputs.shown is None else inputs.shown
-        # a picture that many rows show with the same number has the same keys and values in all of them: V of the S are made
-        pairs, made_of = torch.stack([shown, numbers]).unique(dim=1, return_inverse=True)  # (2, V), (S,)
-        cells = self.vision_projector(self.one_by_one(inputs.images), *pairs)  # (V, N, C) float32
-        cells = cells.to(self.compute_dtype)
+        before = torch.where(slots > 0, shown.roll(1), shown)  # the picture in front of it in its row
+        if held is not None:
+            before = torch.where((slots == 0) & (numbers > 0), len(cells) + rows, before)
+            cells = torch.cat([cells, held.last()])
+        # a picture that many rows show alike has the same keys and values in all of them: V of the S are made
+        kinds, made_of = torch.stack([shown, before, numbers]).unique(dim=1, return_inverse=True)  # (3, V), (S,)
+        made = self.vision_projector.in_row(cells[kinds[0]], cells[kinds[1]], kinds[2]).to(self.compute_dtype)
         shape = (len(places), int(slots.max()) + 1)  # (B, P)
-        index = rows.new_zeros(shape)  # where a row has fewer pictures, any one will do: no token sees it
-        index[rows, slots] = made_of
+        index, base = (rows.new_zeros(shape) for _ in range(2))  # where a row has fewer, any one will do: no token sees it
+        index[rows, slots], base[rows, slots] = made_of, shown
         where = rows.new_full(shape, NEVER)
         where[rows, slots] = query.expand(places.shape)[rows, columns]
-        made = [layer.keys_and_values(cells) for layer in self.cross_attention]
+        keys_and_values = [layer.keys_and_values(made) for layer in self.cross_attention]
         keys, values = (
             [part.index_select(0, index.flatten()).unflatten(0, shape) for part in parts]
-            for parts in zip(*made, strict=True)
+            for parts in zip(*keys_and_values, strict=True)
         )
-        return Pictures(keys, values, where)
+        return Pictures(keys, values, cells.detach()[base], where)
 
     def layer(self, number: int, x: torch.Tensor, context: Seen | None, *rest) -> torch.Tensor:
         if context is not None:

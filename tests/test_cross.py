@@ -38,11 +38,16 @@ COUNTS = [2, 0, 1, 3]
 # ---- the meaning, written out
 
 
-def plain_cells(model, vectors, number):
-    """(N, C): the cells of one picture, the `number`-th of its row."""
+def plain_cells(model, vectors, number, before=None):
+    """(N, C): the cells of one picture, the `number`-th of its row. before: vectors of the picture in front of it."""
     projector = model.vision_projector
-    cells = norm(vectors) @ projector.linear.weight.T
-    return torch.stack([cells[i] + projector.cell[i] + projector.picture[number] for i in range(N)])
+    weights, change = projector.linear.weight, projector.change
+    cells = norm(vectors) @ weights.T
+    rows = torch.stack([cells[i] + projector.cell[i] + projector.picture[number] for i in range(N)])
+    if before is None:
+        return rows
+    difference = cells - norm(before) @ weights.T
+    return rows + (difference @ change.c_fc.weight.T).clamp_min(0) ** 2 @ change.c_proj.weight.T
 
 
 def plain_cross(layer, x, shown):
@@ -67,10 +72,8 @@ def plain_cross(layer, x, shown):
 def plain_logits(model, ids, vectors):
     """(T, vocab_size) of one row, with the text model's own blocks."""
     places = [t for t, token in enumerate(ids) if token == IMAGE] if len(vectors) else []
-    shown = [
-        (place, plain_cells(model, v, n))
-        for n, (place, v) in enumerate(zip(places, vectors.view(-1, N, D), strict=True))
-    ]
+    each = vectors.view(-1, N, D)
+    shown = [(place, plain_cells(model, each[n], n, each[n - 1] if n else None)) for n, place in enumerate(places)]
     x = norm(model.transformer.wte.weight[ids])
     for block, layer in zip(model.transformer.h, model.cross_attention, strict=True):
         x = plain_cross(layer, x, shown)
@@ -100,12 +103,27 @@ def test_a_token_sees_the_pictures_before_it_only(model):
     swapped = model(torch.tensor([ids]), [torch.cat([second, first])])[0]
     assert not torch.isclose(logits[5], swapped[5]).all()
     with torch.no_grad():
-        model.vision_projector.picture.zero_()  # without their numbers, two pictures are a set
+        model.vision_projector.picture.zero_()  # without their numbers and changes, two pictures are a set
+        model.vision_projector.change.c_proj.weight.zero_()
     both = [model(torch.tensor([ids]), [torch.cat(pair)])[0] for pair in ((first, second), (second, first))]
     mixed = [plain_cross(model.cross_attention[0], torch.ones(1, 32), [(0, plain_cells(model, v, 0)) for v in pair])
              for pair in ((first, second), (second, first))]  # fmt: skip
     torch.testing.assert_close(*mixed)
     assert not torch.isclose(both[0][3], both[1][3]).all()  # but which one a token between them sees still counts
+
+
+@torch.no_grad()
+def test_a_picture_that_repeats_the_one_before_has_no_change_and_weights_without_changes_load(model):
+    first, second = pictures(1, 1)
+    ids = torch.tensor([[1, IMAGE, IMAGE, 5]])
+    state = {name: value for name, value in model.state_dict().items() if ".change." not in name}
+    same, other = model(ids, [torch.cat([first, first])]), model(ids, [torch.cat([first, second])])
+    without = MultimodalGPT(model.config)
+    without.init_weights()
+    without.load_state_dict(state)
+    without.set_compute_dtype(torch.float32)
+    torch.testing.assert_close(without(ids, [torch.cat([first, first])]), same)
+    assert not torch.isclose(without(ids, [torch.cat([first, second])]), other).all(-1)[0, -1]
 
 
 @torch.no_grad()
