@@ -23,6 +23,7 @@ from nanochat.fusion import pool_to_tokens
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import CellsHead
+from nanochat.training.distributed import first_goes_first
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.recipes import Distill
 from nanochat.training.squares import Squares
@@ -37,7 +38,7 @@ class DistillTask(Task):
     """The student's vision vectors, one a cell, predict the teacher's map of the same view."""
 
     unit = "1 - cosine"
-    memory_advice = "lower images_per_step"
+    memory_advice = "lower device_batch_size"
 
     def __init__(self, recipe: Distill):
         super().__init__(recipe)
@@ -88,9 +89,10 @@ class DistillTask(Task):
             def show(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total)
 
-            teacher.fit(self.images, recipe.components, recipe.seed, folder)
-            self.targets = teacher.targets(self.images, True, show)
-            self.val_targets = teacher.targets(self.val_images, False, show)
+            with first_goes_first():
+                teacher.fit(self.images, recipe.components, recipe.seed, folder)
+                self.targets = teacher.targets(self.images, True, show)
+                self.val_targets = teacher.targets(self.val_images, False, show)
             progress.update(bar, completed=1, total=1)
         teacher.release()
 
@@ -128,15 +130,20 @@ class DistillTask(Task):
     def backward(self, step: int) -> StepResult:
         recipe = self.recipe
         numbers = pictures_of_step(len(self.images), step, recipe.images_per_step, recipe.seed)
-        pixels, views = self.views(numbers, np.random.default_rng([recipe.seed, step, 2]), self.sees_windows(step))
+        n, windows = self.n_parts, self.sees_windows(step)
+        own = self.own_parts(step, n, purpose=2)
+        return sum((self.part_gradients(numbers[part::n], windows, rng) for part, rng in own), StepResult())
+
+    def part_gradients(self, numbers: list[int], windows: bool, rng: np.random.Generator) -> StepResult:
+        """Accumulate the gradients of some pictures; they weigh as much as they are of those of a step."""
+        pixels, views = self.views(numbers, rng, windows)
         side = self.teacher.side
         targets = [
             cells_of(self.targets[number].reshape(2, side, side, -1), view)
             for number, view in zip(numbers, views, strict=True)
         ]
-        loss = self.auxiliary.loss(self.see(pixels), torch.from_numpy(np.stack(targets)).to(pixels.device)) / len(
-            numbers
-        )
+        learnt = torch.from_numpy(np.stack(targets)).to(pixels.device)
+        loss = self.auxiliary.loss(self.see(pixels), learnt) / self.recipe.images_per_step
         loss.backward()
         return StepResult(loss.item(), 0, len(numbers))
 
@@ -149,7 +156,7 @@ class DistillTask(Task):
 
     def pixel_batches(self) -> Iterator[torch.Tensor]:
         rng = np.random.default_rng([self.recipe.seed, 0, 3])
-        for numbers in picture_batches(len(self.images), self.recipe.images_per_step, rng):
+        for numbers in picture_batches(len(self.images), self.part_size, rng):
             yield self.views(numbers, rng, windows=False)[0]
 
     # ---- validation

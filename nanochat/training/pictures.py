@@ -44,6 +44,7 @@ from nanochat.training.batches import (
     texts_of,
 )
 from nanochat.training.caption_reward import CaptionReward
+from nanochat.training.distributed import first_goes_first
 from nanochat.training.features import cached_features
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.optimizers import learning_rate_factor
@@ -155,8 +156,9 @@ class PictureTask(Task):
         folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
         dtype = self.model.compute_dtype
         self.model.set_compute_dtype(torch.float32)  # the encoder runs once, so its vectors may cost a little more
-        self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
-        self.val_vectors = compute_features(self.model, self.val_rows, folder)
+        with first_goes_first():
+            self.vectors = compute_features(self.model, self.rows, folder, recipe.flip != "none")
+            self.val_vectors = compute_features(self.model, self.val_rows, folder)
         self.model.set_compute_dtype(dtype)
 
     def say_what_is_kept(self) -> None:
@@ -175,9 +177,8 @@ class PictureTask(Task):
         }
 
     def pixel_batches(self) -> Iterator[torch.Tensor]:
-        size = self.recipe.device_batch_size or self.recipe.images_per_step
         rng = np.random.default_rng([self.recipe.seed, 0, 3])
-        for numbers in picture_batches(len(self.rows.images), size, rng):
+        for numbers in picture_batches(len(self.rows.images), self.part_size, rng):
             yield self.vectors.pixels(numbers, rng)
 
     def next_commands(self, out: Path) -> list[str]:
@@ -217,35 +218,32 @@ class PictureTask(Task):
         recipe, rewarded = self.recipe, self.is_reward_step(step)
         n_rows = None if rewarded else recipe.questions_per_image
         groups = self.rows.step(step, recipe.images_per_step, n_rows, recipe.seed)
-        rng = np.random.default_rng([recipe.seed, step, 2])
         if not rewarded:
-            return self.imitation_gradients(self.chunks(groups), rng)
+            return self.imitation_gradients(self.parts(groups), step)
         # captions follow the reward; questions are learnt as before, so that they are not forgotten, but not by the encoder
         questions = [rows[: recipe.questions_per_image] for rows in groups if not rows[0].caption]
         if questions:
             self.model.vision_encoder.eval()  # with BatchNorm's statistics as they are
-            self.imitation_gradients(self.chunks(questions), rng, encoder_learns=False)
-        return self.reward_gradients(self.chunks([rows for rows in groups if rows[0].caption]), rng)
+            self.imitation_gradients(self.parts(questions), step, encoder_learns=False)
+        return self.reward_gradients(self.parts([rows for rows in groups if rows[0].caption]), step)
 
-    def chunks(self, groups: list[list[Row]]) -> list[list[list[Row]]]:
-        """Groups of rows that are in memory together."""
-        size = self.recipe.device_batch_size or max(1, len(groups))
-        return [groups[i : i + size] for i in range(0, len(groups), size)]
+    def parts(self, groups: list[list[Row]]) -> list[list[list[Row]]]:
+        """The parts of a step: groups of rows that are in memory together."""
+        return [groups[i : i + self.part_size] for i in range(0, len(groups), self.part_size)]
 
-    def imitation_gradients(
-        self, chunks: list[list[list[Row]]], rng: np.random.Generator, encoder_learns: bool = True
-    ) -> StepResult:
-        """chunks: groups of rows that are in memory together."""
-        batches = [make_batch([row for rows in chunk for row in rows]) for chunk in chunks]
+    def imitation_gradients(self, parts: list[list[list[Row]]], step: int, encoder_learns: bool = True) -> StepResult:
+        """parts: all parts of the step; gradients come from this process's own ones."""
+        batches = [make_batch([row for rows in part for row in rows]) for part in parts]
         # of the whole step, so that every token and every picture has the same weight
         n_learnt = max(1, sum(batch.n_learnt for batch in batches))
         n_images = max(1, sum(len(batch.numbers) for batch in batches))
-        total = 0.0
-        for batch in batches:
+        total = StepResult()
+        for part, rng in self.own_parts(step, len(batches), purpose=2):
+            batch = batches[part]
             answers, auxiliary = self.losses(batch, rng, encoder_learns)
             (answers / n_learnt + self.recipe.word_loss * auxiliary / n_images).backward()
-            total += answers.item() / n_learnt
-        return StepResult(total, sum(sum(batch.lengths) for batch in batches), n_images)
+            total += StepResult(answers.item() / n_learnt, sum(batch.lengths), len(batch.numbers))
+        return total
 
     def losses(
         self, batch: Batch, rng: np.random.Generator, encoder_learns: bool = True
@@ -267,25 +265,26 @@ class PictureTask(Task):
             answers += model.loss(hidden, part.targets.to(model.device), "sum", recipe.label_smoothing)
         return answers, auxiliary
 
-    def reward_gradients(self, chunks: list[list[list[Row]]], rng: np.random.Generator) -> StepResult:
-        """Sampled captions, each weighted by its advantage. The encoder is not trained."""
+    def reward_gradients(self, parts: list[list[list[Row]]], step: int) -> StepResult:
+        """Sampled captions, each weighted by its advantage. The encoder is not trained. parts: as for imitation."""
         model, n_samples = self.model, self.recipe.questions_per_image
-        n_images, total, tokens = max(1, sum(map(len, chunks))), 0.0, 0
-        for chunk in chunks:
+        n_images, total = max(1, sum(map(len, parts))), StepResult()
+        for number, rng in self.own_parts(step, len(parts), purpose=5):
+            part = parts[number]
             model.eval()  # with BatchNorm's statistics as they are
             with torch.no_grad():
-                vectors = self.vectors([rows[0].images[0] for rows in chunk], rng).to(model.device)
+                vectors = self.vectors([rows[0].images[0] for rows in part], rng).to(model.device)
             seed = int(rng.integers(2**31))
             rows, advantages, reward = sample_captions(
-                model, self.tokenizer, chunk, vectors, n_samples, seed, self.caption_reward
+                model, self.tokenizer, part, vectors, n_samples, seed, self.caption_reward
             )
             batch = make_batch(rows)
-            shown = torch.arange(len(chunk)).repeat_interleave(n_samples)
+            shown = torch.arange(len(part)).repeat_interleave(n_samples)
             hidden = model.hidden(row_inputs(model, batch.idx, vectors, shown=shown))
             nats = model.loss(hidden, batch.targets.to(model.device), "none").view(batch.idx.shape).sum(1)
             ((nats * advantages.to(model.device)).sum() / (n_images * n_samples)).backward()
-            total, tokens = total + reward * len(chunk) / n_images, tokens + batch.idx.numel()
-        return StepResult(total, tokens, n_images)
+            total += StepResult(reward * len(part) / n_images, batch.idx.numel(), len(part))
+        return total
 
     # ---- validation
 

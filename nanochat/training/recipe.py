@@ -74,6 +74,8 @@ class Recipe:
 
     images_per_step: int = 32
     "Pictures per optimiser step."
+    device_batch_size: int | None = None
+    "Pictures in memory at a time; a step accumulates gradients until it has --images-per-step. Default: all of them."
     gradient_checkpointing: bool = False
     "Recompute the decoder's blocks in the backward pass: less memory, more time."
     blind_share: float = 0.05
@@ -183,8 +185,6 @@ class PictureRecipe(Recipe):
     "Optimiser steps, instead of --epochs and --min-steps."
     questions_per_image: int = 4
     "Questions (or captions) of one picture per step, drawn at random; they share one encoder pass."
-    device_batch_size: int | None = None
-    "Pictures in memory at a time; a step accumulates gradients until it has --images-per-step."
     reward_steps: int = 0
     "Steps at the end in which captions that the model samples are rewarded by BLEU and CIDEr."
     reward_lr: float = 0.05

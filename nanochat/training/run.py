@@ -6,6 +6,7 @@ run.train()             # -> the checkpoint folder
 train ──> take_step ──> task.backward, optimizer.step
 """
 
+import json
 import math
 import signal
 import threading
@@ -15,9 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
@@ -26,7 +25,9 @@ from nanochat.errors import UserError, user_errors
 from nanochat.evaluation.controls import CONDITIONS
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import distributed
 from nanochat.training.distill import DistillTask
+from nanochat.training.fingerprint import digest
 from nanochat.training.history import advice, describe, history_files
 from nanochat.training.optimizers import (
     gradients_are_finite,
@@ -36,6 +37,7 @@ from nanochat.training.optimizers import (
 )
 from nanochat.training.out_folder import check_new, hold_folder, release_folder, released_at_end
 from nanochat.training.pictures import PictureTask
+from nanochat.training.progress import Meter, progress_bar
 from nanochat.training.recipe import Recipe
 from nanochat.training.recipes import Distill, Robot, recipe_name
 from nanochat.training.resuming import (
@@ -69,8 +71,11 @@ class Run:
         where the GPU is full. No checkpoint is written.
         """
         recipe.check()
+        distributed.join()
+        console.quiet = console.quiet or not distributed.is_first()
         self.out = out_folder(recipe)
-        hold_folder(self.out)
+        if distributed.is_first():
+            hold_folder(self.out)
         try:
             self.open(recipe)
         except BaseException:
@@ -82,11 +87,14 @@ class Run:
             check_new(self.out, resume_command(recipe))
         if not recipe.data:
             raise UserError(f"{recipe_name(recipe)} needs the path of your data: --data PATH")
-        device = pick_device(recipe.device)
+        device = distributed.own_device(pick_device(recipe.device))
+        recipe = replace(
+            recipe, device_batch_size=distributed.part_size(recipe.images_per_step, recipe.device_batch_size)
+        )
         started = started_recipe(recipe) if recipe.resume else None
         torch.manual_seed(recipe.seed)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+        if recipe.threads is not None or distributed.count() > 1:
+            torch.set_num_threads(recipe.threads or distributed.own_threads())
         task_class = task_class_of(recipe)
         with full_gpu_explained(task_class.memory_advice):
             self.task = task = task_class(recipe)
@@ -106,10 +114,21 @@ class Run:
         self.set_state(state)
         if recipe.resume:
             self.load_resume_state()
+        if distributed.count() > 1:
+            self.check_alike()
         n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         say(
             f"{task.describe_data()}; {n_parameters:,} trained parameters, vocabulary {self.tokenizer.vocab_size}, "
             f"{self.steps} steps on {device}"
+        )
+
+    def check_alike(self) -> None:
+        """Raises UserError unless all processes of the run have the same weights, vocabulary and data."""
+        tensors = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in self.model.state_dict().values())
+        texts = {"vocabulary": self.tokenizer.to_json(), "data": json.dumps(self.fingerprint)}
+        distributed.check_alike(
+            weights=digest(tensor.numpy() for tensor in tensors),
+            **{name: digest([text.encode()]) for name, text in texts.items()},
         )
 
     def set_state(self, state: dict) -> None:
@@ -170,9 +189,11 @@ class Run:
                 if check_is_due:
                     self.check(is_last)
                     meter.restart()
-                if self.step % recipe.save_every == 0 or is_last or self.stopping:
+                stopping = distributed.any_process(self.stopping)
+                if self.step % recipe.save_every == 0 or is_last or stopping:
                     self.save()
-                if self.stopping and not is_last:
+                if stopping and not is_last:
+                    distributed.meet()  # torchrun ends the others when one of them does
                     raise KeyboardInterrupt(
                         f"stopped at step {self.step} of {self.steps} and saved; resume with: "
                         + resume_command(replace(recipe, out=str(self.out)))
@@ -186,9 +207,10 @@ class Run:
         if self.step >= self.steps - self.task.reward_steps:
             self.update_statistics()  # reward steps read them
         set_training(self.model, self.recipe)
-        torch.manual_seed(step_seed(self.recipe.seed, self.step))  # of dropout
-        result = self.task.backward(self.step)
+        own = self.task.backward(self.step)
+        result = StepResult(*distributed.sum_numbers(own.value, own.tokens, own.images))
         parameters = list(self.model.parameters())
+        distributed.sum_gradients([*parameters, *self.auxiliary_parameters()])
         if math.isfinite(result.value) and gradients_are_finite([*parameters, *self.auxiliary_parameters()]):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             factor = self.task.rate_factor(self.step)
@@ -230,7 +252,9 @@ class Run:
             self.statistics_of = step
 
     def check(self, is_last: bool = False) -> None:
-        """Validate, and put the result into the history and on the screen."""
+        """Validate, and put the result into the history and on the screen. The first process does this for all."""
+        if not distributed.is_first():
+            return
         check = self.validate()
         if is_last:
             check |= self.task.check_training()
@@ -264,7 +288,9 @@ class Run:
         return self.seconds + time.monotonic() - self.started
 
     def save(self) -> None:
-        """Raises UserError, and leaves the old checkpoint, where a weight is not finite."""
+        """The first process does this for all. Raises UserError, and leaves the old checkpoint, where a weight is not finite."""
+        if not distributed.is_first():
+            return
         self.update_statistics()
         for name, tensor in self.model.state_dict().items():
             if not torch.isfinite(tensor).all():
@@ -312,48 +338,6 @@ class Run:
         say(f"checkpoint and loss curve in {self.out}")
         for command in self.task.next_commands(self.out):
             say(f"next: {command}")
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of torch's random numbers in a step, so that a resumed run draws the same ones."""
-    return int(np.random.SeedSequence([seed, step, 4]).generate_state(1)[0])
-
-
-class Meter:
-    """Averages over the steps since the last line of the history."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self.results: list[StepResult] = []
-        self.since = time.monotonic()
-
-    def averages(self, measure: str) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        values = [result.value for result in self.results if math.isfinite(result.value)]
-        return {
-            measure: sum(values) / len(values) if values else math.nan,
-            "tokens_per_s": sum(result.tokens for result in self.results) / seconds,
-            "images_per_s": sum(result.images for result in self.results) / seconds,
-        }
-
-
-@contextmanager
-def progress_bar(steps: int, done: int) -> Iterator[Callable[[int, dict, str], None]]:
-    """Yields a function that shows a step and its averages."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("training", total=steps, completed=done, status="")
-
-        def show(step: int, line: dict[str, float], measure: str) -> None:
-            speed = f"{line['tokens_per_s']:,.0f} tokens/s  {line['images_per_s']:.0f} images/s"
-            progress.update(bar, completed=step, status=f"{measure} {line[measure]:.3f}  {speed}")
-
-        yield show
 
 
 @contextmanager

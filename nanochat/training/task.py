@@ -3,10 +3,11 @@
 `pictures.PictureTask` learns conversations about pictures, `robots.RobotTask` demonstrations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import AuxiliaryHead
+from nanochat.training.distributed import parts_of
 from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipe import Recipe
 from nanochat.vision.encoder import Encoder
@@ -36,11 +38,15 @@ def say(text: str, style: str | None = None) -> None:
 
 @dataclass
 class StepResult:
-    """value: the loss (or what `Task.measure` names), averaged over the step. tokens, images: how many were processed."""
+    """value: the loss (or what `Task.measure` names), averaged over the step. tokens, images: how many were processed. Of a part
+    of a step they are its share, so that they add up."""
 
-    value: float
-    tokens: int
-    images: int
+    value: float = 0.0
+    tokens: int = 0
+    images: int = 0
+
+    def __add__(self, other: "StepResult") -> "StepResult":
+        return StepResult(self.value + other.value, self.tokens + other.tokens, self.images + other.images)
 
 
 class Task:
@@ -101,8 +107,27 @@ class Task:
         return learning_rate_factor(step, self.steps, self.recipe)
 
     def backward(self, step: int) -> StepResult:
-        """Accumulate the gradients of a step. It depends on (seed, step) only, so a resumed run equals an unbroken one."""
+        """Accumulate the gradients of a step, of all of its parts that are this process's own (`own_parts`). It depends on (seed,
+        step) only, so a resumed run equals an unbroken one."""
         raise NotImplementedError
+
+    @property
+    def part_size(self) -> int:
+        """Pictures in memory at a time."""
+        return self.recipe.device_batch_size or self.recipe.images_per_step
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of a step."""
+        return -(-self.recipe.images_per_step // self.part_size)
+
+    def own_parts(self, step: int, n: int, purpose: int) -> Iterator[tuple[int, np.random.Generator]]:
+        """Which of the n parts of a step this process computes, each with its random numbers. torch's are set to the part's as
+        well, so that dropout is the same in whichever process. purpose: tells streams of random numbers apart."""
+        seed = self.recipe.seed
+        for part in parts_of(n):
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, 4, part]).generate_state(1)[0]))
+            yield part, np.random.default_rng([seed, step, purpose, part])
 
     def pixel_batches(self) -> Iterable[torch.Tensor]:
         """Pixels (B, 3, S, S) of training pictures as steps have them, the same at every call, for BatchNorm's statistics."""
