@@ -183,7 +183,18 @@ def import_upstream(
 
 
 def train(words: list[str]) -> None:
-    """Train a model with a recipe; every field of it is a flag. With --resume, flags you omit keep their saved values."""
+    """Train a model with a recipe; every field of it is a flag. With --resume, flags you omit keep their saved values.
+
+    With several processes: torchrun --standalone --nproc_per_node 2 -m nanochat train RECIPE ..."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return train_alone(words)
+    from nanochat.training.distributed import one_voice
+
+    with one_voice():
+        train_alone(words)
+
+
+def train_alone(words: list[str]) -> None:
     defaults = {name: kind() for name, kind in RECIPES.items()}
     recipe = parse_recipe(words, defaults | {"folder": folder_from_photos()})
     if isinstance(recipe, Folder) and not recipe.resume:

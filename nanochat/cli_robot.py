@@ -1,4 +1,4 @@
-"""The commands of robots: demo, record, rollout and policy-server. See cli.py."""
+"""The commands of robots: demo, inspect, record, rollout and policy-server. See cli.py."""
 
 import os
 import shlex
@@ -43,6 +43,31 @@ def demo(
         raise UserError(f"demo runs one task, but {task} is {len(names)} tasks: use nanochat rollout for several")
     run_demo(out, names[0], seed, pick_device(device), [(path.name, path, ABOUT_ANY) for path in image])
     next_step('nanochat ask PICTURE "QUESTION", or nanochat train folder --data YOUR_PICTURES')
+
+
+def inspect_data(
+    dataset: Annotated[Positional[Path], arg(metavar="DATASET")],
+    out: Annotated[
+        Path | None, arg(aliases=["-o"], help="Write a contact sheet to this .png file: a row of frames for each camera.")
+    ] = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Show what is in a folder of robot demonstrations: cameras, rates, numbers with their ranges, tasks, gaps, what is broken;
+    and what `nanochat train robot` would use of it.
+
+    Args:
+        dataset: Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl).
+    """
+    from nanochat.evaluation.contents import show_contents
+
+    if out is not None:
+        check_out(out, ".png")
+    if json_out is not None:
+        check_out(json_out, ".json")
+    show_contents(dataset, out, json_out)
+    say_where(out)
+    say_where(json_out)
+    next_step(f"nanochat train robot --data {shlex.quote(str(dataset))}")
 
 
 def record(
