@@ -103,7 +103,7 @@ def test_max_change_is_measured_from_the_last_action_that_was_sent():
     policy = SafePolicy(Scripted(0.0, 0.5, -0.5), execute=2, max_change=0.1)
     act = policy.session()
     sent = np.concatenate([act(GOOD)["actions"] for _ in range(3)])
-    assert policy.metadata == Scripted.metadata | {"chunk": 2}
+    assert policy.metadata == Scripted.metadata | {"chunk": 2, "committed": 0}
     assert sent.shape == (6, 4) and sent.dtype == np.float32
     np.testing.assert_allclose(sent[:, 0], [0, 0, 0.1, 0.2, 0.1, 0.0], atol=1e-6)
 
@@ -166,3 +166,55 @@ def test_a_policy_without_a_state_asks_for_none(caplog):
     assert [record.message for record in caplog.records] == [
         "this policy reads no state: the one that was sent is not read"
     ]
+
+
+class Committed(Scripted):
+    """Continues up to two committed actions with its prepared values."""
+
+    metadata = Scripted.metadata | {"committed": 2}
+
+    def act(self, images, states, instructions, committed=None):
+        chunk = super().act(images, states, instructions)
+        if committed is not None:
+            self.calls[-1] = (*self.calls[-1], committed)
+            chunk[:, : committed.shape[1]] = committed
+        return chunk
+
+
+def test_committed_actions_reach_the_agent_and_the_answer_goes_on_from_them():
+    agent = Committed(0.5, 0.5)
+    act = SafePolicy(agent, max_change=0.1).session()
+    given = np.array([[0.1] * 4, [0.2] * 4])
+    actions = act(GOOD | {"observation/committed": given})["actions"]
+    np.testing.assert_array_equal(agent.calls[0][3], given[None].astype(np.float32))
+    np.testing.assert_allclose(
+        actions[:, 0], [0.1, 0.2, 0.3], atol=1e-6
+    )  # the change is measured from the last of them
+    assert actions.dtype == np.float32
+    for nothing in (None, [], np.zeros((0, 4))):
+        agent.values = iter([0.0])
+        act(GOOD | {"observation/committed": nothing})
+        assert len(agent.calls[-1]) == 3
+
+
+def test_committed_actions_leave_the_range_of_the_training_data_no_more_than_others():
+    act = SafePolicy(Committed(5.0)).session()
+    np.testing.assert_allclose(act(GOOD | {"observation/committed": [[3.0] * 4]})["actions"], 0.6)
+
+
+def test_one_action_of_an_answer_at_least_is_new():
+    assert SafePolicy(Committed(), execute=2).metadata["committed"] == 1
+    with pytest.raises(ValueError, match="up to 1 actions of 4 finite numbers, got"):
+        SafePolicy(Committed(0.5), execute=2).session()(GOOD | {"observation/committed": np.zeros((2, 4))})
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(4), np.zeros((1, 3)), np.zeros((3, 4)), np.full((1, 4), np.nan), "text", [["a"] * 4], {}]
+)
+def test_what_is_no_committed_action_is_named(wrong):
+    agent = Committed(0.5)
+    with pytest.raises(ValueError, match='"observation/committed" must be up to 2 actions of 4 finite numbers, got'):
+        SafePolicy(agent).session()(GOOD | {"observation/committed": wrong})
+    assert not agent.calls
+    with pytest.raises(ValueError, match="leave it out: this policy was trained without --committed"):
+        SafePolicy(Scripted(0.5)).session()(GOOD | {"observation/committed": np.zeros((1, 4))})

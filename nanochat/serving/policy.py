@@ -19,16 +19,19 @@ class ActingAgent(Protocol):
     """What serving needs from an agent (see nanochat/agent.py).
 
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
-        (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, and "state_range",
-        (low, high) of the training data's states.
+        (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, "state_range",
+        (low, high) of the training data's states, and "committed", how many actions of a chunk may be given (0).
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
-    act: B images, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, not limited yet.
+    act: B images, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d,
+        action_dim), with which the chunks begin; passed where the robot sent some.
     """
 
     metadata: dict
     action_range: tuple[Sequence[float], Sequence[float]]
 
-    def act(self, images: Sequence, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray: ...
+    def act(
+        self, images: Sequence, states: np.ndarray, instructions: Sequence[str], committed: np.ndarray | None = None
+    ) -> np.ndarray: ...
 
 
 def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -61,13 +64,28 @@ def read_state(state: object, state_dim: int) -> np.ndarray:
     return number_array(array, expected).astype(np.float32)
 
 
-def act_on(agent: ActingAgent, observation: dict) -> np.ndarray:
+def read_committed(observation: dict, action_dim: int, most: int) -> np.ndarray | None:
+    """(d, action_dim) float32, the actions that the robot carries out while this chunk is made, of "observation/committed"; None
+    where there are none. Raises ValueError for more than `most`, and for anything but finite numbers."""
+    found = observation.get("observation/committed")
+    if found is None or (isinstance(found, (list, np.ndarray)) and not len(found)):
+        return None
+    expected = f'"observation/committed" must be up to {most} actions of {action_dim} finite numbers'
+    actions = number_array(found, expected)
+    if actions.ndim != 2 or actions.shape[1] != action_dim or len(actions) > most:
+        why = "" if most else " (leave it out: this policy was trained without --committed)"
+        raise UserError(f"{expected}{why}, got {described(found)}")
+    return actions.astype(np.float32)
+
+
+def act_on(agent: ActingAgent, observation: dict, committed: np.ndarray | None = None) -> np.ndarray:
     """One observation (see `read_observation`) -> (chunk, action_dim) float32, not limited yet. Raises ValueError for a wrong
     observation, also for a state far outside of the training data's range."""
     image, state, prompt = read_observation(observation, agent.metadata["state_dim"])
     if state is not None and "state_range" in agent.metadata:
         check_states(state[None], Scale(*agent.metadata["state_range"]), '"observation/state"')
-    return agent.act([image], None if state is None else state[None], [prompt])[0]
+    asked = [image], None if state is None else state[None], [prompt]
+    return (agent.act(*asked) if committed is None else agent.act(*asked, committed[None]))[0]
 
 
 class SafePolicy:
@@ -75,7 +93,8 @@ class SafePolicy:
     the training data.
 
     execute: how many actions of a chunk are sent, None for all. The robot should execute all of them before it asks again,
-        because `max_change` is measured from the last action that was sent.
+        because `max_change` is measured from the last action that was sent, or from the last of those that the robot says
+        it carries out meanwhile ("observation/committed").
     max_change: the largest allowed change of each number between two consecutive actions, None for no limit.
     hold: what is sent instead of an unusable action (NaN or infinity). "still": zero motion with the gripper unchanged, for
         relative actions. "last": the previous action, for absolute targets. "auto": what fits the policy's actions, as its
@@ -100,7 +119,8 @@ class SafePolicy:
             )
         self.agent, self.execute, self.max_change = agent, execute or chunk, max_change
         self.hold = hold if hold != "auto" else "last" if absolute else "still"
-        self.metadata = agent.metadata | {"chunk": self.execute}
+        committed = min(agent.metadata.get("committed", 0), self.execute - 1)  # one action at least is new
+        self.metadata = agent.metadata | {"chunk": self.execute, "committed": committed}
         self.limits()  # checks max_change before the first client connects
 
     def limits(self) -> SafeActions:
@@ -118,9 +138,13 @@ class SafePolicy:
             if not noted and {"observation/state", "observation.state"} & observation.keys():
                 logger.info("this policy reads no state: the one that was sent is not read")
                 noted = True
-            chunk = act_on(self.agent, observation)[: self.execute]
+            known = read_committed(observation, self.metadata["action_dim"], self.metadata["committed"])
+            chunk = act_on(self.agent, observation, known)[: self.execute]
+            if known is not None:  # they precede the first new action
+                known, chunk = np.clip(known, *self.agent.action_range).astype(np.float32), chunk[len(known) :]
+                limits.last = known[-1].astype(np.float64)
             if self.hold == "last" and limits.last is None and not np.isfinite(chunk[0]).all():
                 raise UserError("the model's first action is not finite, and there is no previous action to repeat")
-            return {"actions": np.stack([limits(action) for action in chunk])}
+            return {"actions": np.stack([*(() if known is None else known), *map(limits, chunk)])}
 
         return act
