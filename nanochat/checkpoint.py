@@ -285,7 +285,7 @@ def build(folder: Path) -> GPT:
             "checkpoint was made by a newer one: upgrade nanochat-vision"
         )
     try:
-        check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder))
+        check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder), model_class.later_weights)
         model = model_class(model_class.config_class(**config))
         if encoder is not None:
             model.attach_encoder(encoder_from_architecture(encoder))

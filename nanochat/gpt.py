@@ -35,7 +35,8 @@ class Inputs:
     idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings, or from where on
     cross-attention sees a picture. images: (M, D) the vectors of whole pictures, in the reading order of the S pictures of the
     rows. shown: (S,) int64 where pictures come more than once, so that each is projected once: which of those in `images`
-    each one is. states: (R, state_dim) normalised robot states, in reading order.
+    each one is. states: (R, state_dim) normalised robot states, in reading order. committed: (A, most,
+    action_dim + 1) the actions that a robot carries out anyway, see `action_heads.known_actions`.
     """
 
     idx: torch.Tensor
@@ -43,6 +44,7 @@ class Inputs:
     images: torch.Tensor | None = None
     states: torch.Tensor | None = None
     shown: torch.Tensor | None = None
+    committed: torch.Tensor | None = None
 
 
 @dataclass
@@ -161,6 +163,7 @@ class GPT(nn.Module):
 
     kind = "gpt"  # as config.json of a checkpoint names it
     config_class = GPTConfig
+    later_weights = ()  # names of weights that older checkpoints lack: their layers start without an effect
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -93,6 +93,7 @@ class MultimodalGPT(GPT):
 
     kind = "multimodal_gpt"
     config_class = MultimodalGPTConfig
+    later_weights = ("vision_projector.change.c_fc.weight", "vision_projector.change.c_proj.weight")
 
     def __init__(self, config: MultimodalGPTConfig):
         super().__init__(config)

@@ -3,6 +3,7 @@ costs no more than reading the files once, and only the known files of the folde
 
 import hashlib
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -129,13 +130,14 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return shapes
 
 
-def check_header(path: Path, expected: dict) -> None:
-    """Compare the tensors of a file with those of a model. expected: name -> tensor, on any device, also meta.
+def check_header(path: Path, expected: dict, later: Collection[str] = ()) -> None:
+    """Compare the tensors of a file with those of a model. expected: name -> tensor, on any device, also meta. later: names that
+    older files may lack.
 
     Raises CheckpointError, naming the first differences.
     """
     found = read_header(path)
-    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems = [f"{name} is missing" for name in expected if name not in found and name not in later]
     problems += [f"{short_repr(name)} is unknown" for name in found if name not in expected]
     for name, tensor in expected.items():
         dtype, shape = found.get(name, (None, None))
