@@ -12,6 +12,7 @@ In a run of one process nothing is exchanged, and every function gives back what
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -185,10 +186,7 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:  # gloo and nccl have no error of their own for this
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
-        raise LostProcess(
-            "another process of this run has ended, so all of them end; what was saved last is intact, and --resume goes on "
-            "from it, with any number of processes"
-        ) from error
+        raise LostProcess("another process of this run has ended, so all of them end") from error
 
 
 # ---- what the processes say
@@ -206,6 +204,9 @@ def one_voice() -> Iterator[None]:
             join()
             yield
         except (Exception, KeyboardInterrupt) as error:
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # of torchrun, which ends all when one ends: the reason is said first
             if not speaks_first() and not os.environ.get("NANOCHAT_DEBUG"):
                 sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
             raise

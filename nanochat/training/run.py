@@ -171,7 +171,8 @@ class Run:
         advice, signals = full_gpu_explained(self.task.memory_advice), stop_signals(self.request_stop)
         if self.step >= self.steps:
             say(f"the run in {self.out} has finished its {self.steps} steps; to train on: {start_from_command(recipe)}")
-        with released_at_end(self.out), advice, signals, progress_bar(self.steps, self.step) as show:
+        held, lost = released_at_end(self.out), self.lost_process_explained()
+        with held, lost, advice, signals, progress_bar(self.steps, self.step) as show:
             if not self.history:
                 self.check()  # where it started from; a curve needs two points
             while self.step < self.steps:
@@ -206,11 +207,8 @@ class Run:
         Raises UserError after many of them in a row."""
         if self.step >= self.steps - self.task.reward_steps:
             self.update_statistics()  # reward steps read them
-        set_training(self.model, self.recipe)
-        own = self.task.backward(self.step)
-        result = StepResult(*distributed.sum_numbers(own.value, own.tokens, own.images))
+        result = self.accumulate()
         parameters = list(self.model.parameters())
-        distributed.sum_gradients([*parameters, *self.auxiliary_parameters()])
         if math.isfinite(result.value) and gradients_are_finite([*parameters, *self.auxiliary_parameters()]):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             factor = self.task.rate_factor(self.step)
@@ -225,6 +223,24 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return result
+
+    def accumulate(self) -> StepResult:
+        """The gradients of a step, of all processes."""
+        set_training(self.model, self.recipe)
+        own = self.task.backward(self.step)
+        distributed.sum_gradients([*self.model.parameters(), *self.auxiliary_parameters()])
+        return StepResult(*distributed.sum_numbers(own.value, own.tokens, own.images))
+
+    @contextmanager
+    def lost_process_explained(self) -> Iterator[None]:
+        """Raises LostProcess with what is left of the run."""
+        try:
+            yield
+        except distributed.LostProcess as error:
+            left = "nothing was saved"
+            if self.out.exists():
+                left = f"what was saved last is intact, resume with: {resume_command(replace(self.recipe, out=str(self.out)))}"
+            raise distributed.LostProcess(f"{error}; {left}") from None
 
     def skip_step(self, loss: float) -> None:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
