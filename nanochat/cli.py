@@ -21,7 +21,7 @@ from nanochat import __version__
 from nanochat.cli_ask import ask, caption
 from nanochat.cli_chat import chat
 from nanochat.cli_pictures import detect, embed, written_rows
-from nanochat.cli_robot import demo, policy_server, record, rollout
+from nanochat.cli_robot import demo, inspect_data, policy_server, record, rollout
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape
@@ -43,13 +43,20 @@ def evaluate(
     batch_size: int = 64,
     strict: bool = False,
     beams: Beams = 1,
+    plot: Annotated[
+        Path | None,
+        arg(
+            help="For a real robot's demonstrations: draw an episode with predicted over recorded actions to this .png file."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Evaluate a checkpoint on a dataset, with controls: another picture, no picture, and the most common answer.
 
     Args:
         dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name; docs/DATA.md lists
-            all. For a folder of `nanochat record`: questions about 1,000 random frames, or --limit of them.
+            all. For a folder of `nanochat record`: questions about 1,000 random frames, or --limit of them. For a real robot's
+            demonstrations: the error of each joint over the chunk, beside four baselines that need no training.
         split: Part of the dataset, such as test; fit, val or all if it has no parts. Default: what training held out if the
             checkpoint was trained on this data; otherwise test, or all.
         limit: Evaluate a random subset of this many samples.
@@ -62,18 +69,37 @@ def evaluate(
         raise UserError(f"--limit must be at least 1, got {limit}")
     if json_out is not None:
         check_out(json_out)
-    if os.path.isfile(os.path.join(dataset, "meta", "info.json")):
-        from nanochat.evaluation.questions import evaluate_questions
+    if plot is not None:
+        check_out(plot, ".png")
+    if is_recording(dataset):
+        from nanochat.evaluation.recordings import evaluate_recording
 
         if beams != 1:
             raise UserError(f"--beams is for captions and questions about pictures, got {beams} for a robot's episodes")
-        n_frames = 1000 if limit is None else limit
-        evaluate_questions(checkpoint, dataset, split, n_frames, batch_size, json_out, pick_device(device))
+        evaluate_recording(checkpoint, dataset, split, limit, batch_size, json_out, plot, pick_device(device))
+    elif plot is not None:
+        raise UserError("--plot draws a robot's actions: leave it out for a dataset of pictures")
     else:
         from nanochat.evaluation.pictures import evaluate_dataset
 
         evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device), beams)
     say_where(json_out)
+    say_where(plot)
+
+
+def is_recording(dataset: str) -> bool:
+    """Whether these are episodes of a robot: a LeRobot dataset, or a folder of BridgeData frames."""
+    from nanochat.files import DataError, json_lines
+
+    folder = Path(dataset)
+    if (folder / "meta/info.json").is_file():
+        return True
+    if not (folder / "frames.jsonl").is_file():
+        return False
+    try:
+        return "action" in next(json_lines(folder / "frames.jsonl"), ("", {}))[1]
+    except DataError:
+        return False  # the reader of pictures says what is wrong
 
 
 def models(json_rows: JsonRows = None) -> None:
@@ -237,6 +263,7 @@ COMMANDS = {
     "models": models,
     "pack": pack,
     "push": push,
+    "inspect": inspect_data,
     "record": record,
     "rollout": rollout,
     "policy-server": policy_server,

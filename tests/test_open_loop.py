@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
+from nanochat.cli import is_recording
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
@@ -17,7 +18,6 @@ from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST, baselines, 
 from nanochat.evaluation.open_loop import OpenLoop, conditions, frames_to_ask, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, liveliest, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary, verdict
-from nanochat.evaluation.recordings import is_recording
 from tests.data_files import encode, write_lines
 from tests.tiny_policy import make_policy, make_tokenizer
 

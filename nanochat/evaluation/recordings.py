@@ -18,24 +18,11 @@ from nanochat.evaluation.open_loop import frames_to_ask, predict, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary
 from nanochat.evaluation.questions import evaluate_questions, open_source
-from nanochat.files import DataError, atomic_path, json_lines
+from nanochat.files import atomic_path
 from nanochat.metaworld.questions import SCENE_COLUMNS, paraphrase, task_name
 
 FRAMES = 1000  # that are asked about, without --limit
 console = Console()
-
-
-def is_recording(dataset: str) -> bool:
-    """Whether these are episodes of a robot: a LeRobot dataset, or a folder of BridgeData frames."""
-    folder = Path(dataset)
-    if (folder / "meta/info.json").is_file():
-        return True
-    if not (folder / "frames.jsonl").is_file():
-        return False
-    try:
-        return "action" in next(json_lines(folder / "frames.jsonl"), ("", {}))[1]
-    except DataError:
-        return False  # the reader of pictures says what is wrong
 
 
 def evaluate_recording(
