@@ -93,9 +93,10 @@ def learnt_from(agent: Agent, source: DemonstrationFolder) -> Demonstrations | N
 
 
 def names_and_units(agent: Agent, data: Demonstrations) -> tuple[list[str], list[str]]:
-    """Of each number of an action: as the data names it, else its place from 1 on; "" for a unit that nobody named."""
-    width = data.action.shape[1]
-    return data.names_of["action"] or [str(number + 1) for number in range(width)], [""] * width
+    """Of each number of an action: its name in the data or in the policy, else its place from 1 on; the policy's unit, or ""."""
+    width, about = data.action.shape[1], agent.metadata
+    names = data.names_of.get("action") or about["action_names"] or [str(number + 1) for number in range(width)]
+    return names, [about["units"]] * width
 
 
 def play(agent: Agent, data: Demonstrations, episode: int, batch_size: int) -> Played:
