@@ -2,7 +2,11 @@
 
     rows(prompts, actions, inside)          the token rows that training reads, and what of them is learnt
     loss(model, hidden, batch)              the loss of an ActionBatch, given its hidden states
-    act(model, prompts, images, states)     chunks of actions in physical units
+    act(model, prompts, images, states, committed)     chunks of actions in physical units
+
+A chunk can continue actions that the robot carries out anyway while it is made: the committed ones, its first (see
+`chunk_player`). The continuous head learns that in training (Black et al. 2025, arXiv 2512.05964); for bins they are just the
+tokens before.
 
 To add one: write the class, list it in HEADS, and name it in `training.recipes.Robot.action_head`.
 """
@@ -14,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.actions import N_BINS, Scale
 from nanochat.engine import Engine, pad_rows
@@ -29,7 +34,8 @@ class ActionBatch:
     """A rows to learn actions from.
 
     inputs: of (A, T) tokens. targets: (A, T) int64, shifted, -1 where no token is learnt. chunks: (A, chunk, action_dim)
-    normalised actions. inside: (A, chunk) bool, False behind the episode's end, where nothing is learnt.
+    normalised actions. inside: (A, chunk) bool, False where nothing is learnt: behind the episode's end, and for actions that
+    are given (committed).
     """
 
     inputs: Inputs
@@ -38,14 +44,24 @@ class ActionBatch:
     inside: torch.Tensor
 
 
+def known_actions(chunks: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
+    """(A, most, D + 1) of normalised chunks (A, chunk, D), for `Inputs.committed`: the first counts[i] actions of each chunk, and
+    zeros behind them; the last number is 1 for an action that is given. counts: (A,), at most `most`."""
+    given = (torch.arange(most, device=chunks.device) < counts[:, None])[..., None].to(chunks.dtype)
+    return torch.cat([chunks[:, :most] * given, given], -1)
+
+
 class ActionHead(Protocol):
     unit: str  # of the loss
+    most_committed: int  # so many actions of a chunk may be given at most
 
     def rows(self, prompts: Sequence[list[int]], actions: np.ndarray, inside: np.ndarray) -> list[TokenRow]: ...
 
     def loss(self, model, hidden: torch.Tensor, batch: ActionBatch) -> torch.Tensor: ...
 
-    def act(self, model, prompts: Sequence[list[int]], images: torch.Tensor, states: torch.Tensor) -> np.ndarray: ...
+    def act(
+        self, model, prompts: Sequence[list[int]], images: torch.Tensor, states: torch.Tensor, committed: np.ndarray
+    ) -> np.ndarray: ...
 
 
 class ContinuousHead(Linear):
@@ -56,6 +72,7 @@ class ContinuousHead(Linear):
     def __init__(self, config):
         super().__init__(config.n_embd, config.chunk * config.action_dim)
         self.shape, self.act_token_id = (config.chunk, config.action_dim), config.act_token_id
+        self.most_committed = config.committed
         self.scale = Scale(**config.action_scale)
 
     def rows(self, prompts, actions, inside):
@@ -69,7 +86,7 @@ class ContinuousHead(Linear):
         """(B, T, C) -> normalised chunks (A, chunk, action_dim) float32 of the A <|act|> tokens."""
         return self(hidden[idx == self.act_token_id]).float().unflatten(-1, self.shape)
 
-    def act(self, model, prompts, images, states):
+    def act(self, model, prompts, images, states, committed):
         if not prompts:
             return np.zeros((0, *self.shape), np.float32)
         longest, fits = max(map(len, prompts)) + 1, model.config.sequence_len
@@ -78,6 +95,11 @@ class ContinuousHead(Linear):
         # a row is padded with its own start, which is no placeholder
         idx = pad_rows([[*prompt, self.act_token_id] for prompt in prompts], prompts[0][0]).to(model.device)
         inputs = Inputs(idx, idx == model.config.vision_token_id, images.flatten(0, 1), states)
+        if self.most_committed:
+            chunks = torch.from_numpy(self.scale.normalize(committed)).to(model.device)  # (B, d, D)
+            counts = torch.full((len(chunks),), chunks.shape[1], device=model.device)
+            chunks = F.pad(chunks, (0, 0, 0, self.most_committed - chunks.shape[1]))
+            inputs.committed = known_actions(chunks, counts, self.most_committed)
         return self.scale.restore(self.chunks(model.hidden(inputs), idx).cpu().numpy())
 
 
@@ -89,6 +111,7 @@ class BinsHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.shape, self.first_id = (config.chunk, config.action_dim), config.bin_token_id
+        self.most_committed = config.chunk - 1
         self.scale = Scale(**config.action_scale)
 
     def rows(self, prompts, actions, inside):
@@ -102,13 +125,15 @@ class BinsHead(nn.Module):
     def loss(self, model, hidden, batch):
         return model.loss(hidden, batch.targets)
 
-    def act(self, model, prompts, images, states):
+    def act(self, model, prompts, images, states, committed):
         if not prompts:
             return np.zeros((0, *self.shape), np.float32)
-        n, bins = self.shape[0] * self.shape[1], tuple(range(self.first_id, self.first_id + N_BINS))
+        known = (self.scale.to_bins(committed) + self.first_id).reshape(len(prompts), -1)
+        prompts = [[*prompt, *before] for prompt, before in zip(prompts, known.tolist(), strict=True)]
+        n, bins = self.shape[0] * self.shape[1] - known.shape[1], tuple(range(self.first_id, self.first_id + N_BINS))
         states = None if states is None else states[:, None]
         rows = Engine(model).generate(prompts, n, sampling=Sampling(allowed_ids=bins), images=images, states=states)
-        return self.scale.from_bins(np.array(rows).reshape(-1, *self.shape) - self.first_id)
+        return self.scale.from_bins(np.concatenate([known, rows], 1).reshape(-1, *self.shape) - self.first_id)
 
 
 HEADS: dict[str, type] = {"continuous": ContinuousHead, "bins": BinsHead}

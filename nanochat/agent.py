@@ -208,10 +208,16 @@ class Agent:
             "action_dim": config.action_dim,
             "state_dim": config.state_dim,  # 0: the policy reads no state
             "state_range": self.state_range,  # low and high of each number in the training data
+            "action_range": self.action_range,  # low and high of each number that the server sends
             "targets": config.targets,  # relative or absolute
+            "committed": self.model.action_head.most_committed,  # so many actions of a chunk may be given
             "image_size": config.vision_image_size,
             "cameras": config.cameras,  # in order; empty for one camera without a name
             "camera_dropout": config.camera_dropout,  # above 0: a camera may be missing
+            "state_names": config.state_names,  # empty where the data names none
+            "action_names": config.action_names,
+            "units": config.units,  # empty if unknown
+            "fps": config.fps,  # actions per second; 0 if unknown
         }
 
     @property
@@ -229,12 +235,20 @@ class Agent:
         return self.model.action_scale.low, self.model.action_scale.high
 
     @torch.inference_mode()
-    def act(self, images: Sequence, states: np.ndarray | None, instructions: Sequence[str]) -> np.ndarray:
+    def act(
+        self,
+        images: Sequence,
+        states: np.ndarray | None,
+        instructions: Sequence[str],
+        committed: np.ndarray | None = None,
+    ) -> np.ndarray:
         """What B robots see, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units.
 
         images: for each robot a dict camera -> picture, or the picture alone where there is one camera. None instead of all
         pictures masks them, as training masks some (blind). A single camera may be missing or None only if the policy was
-        trained with --camera-dropout. states: None for a policy that reads no state (state_dim 0).
+        trained with --camera-dropout. states: None for a policy that reads no state (state_dim 0). committed: (B, d, action_dim)
+        the actions that will be carried out anyway, d up to `metadata["committed"]`: the chunks begin with them and continue
+        them.
 
         Nothing is clipped: send actions through `safety.SafeActions` before anything moves. Raises ValueError for numbers or
         shapes that do not match, for a camera that is missing or unknown, for states far outside of the training data's range
@@ -244,7 +258,7 @@ class Agent:
         config = self.model.config
         rows = [by_camera(shown, config.cameras, config.camera_dropout > 0) for shown in images]
         prompts = [self.prompt([action_message(text, config.n_cameras)]) for text in instructions]
-        return self.model.act(prompts, self.model.look_around(rows), states)
+        return self.model.act(prompts, self.model.look_around(rows), states, committed)
 
 
 class Chat:

@@ -48,7 +48,8 @@ def demo(
 def inspect_data(
     dataset: Annotated[Positional[Path], arg(metavar="DATASET")],
     out: Annotated[
-        Path | None, arg(aliases=["-o"], help="Write a contact sheet to this .png file: a row of frames for each camera.")
+        Path | None,
+        arg(aliases=["-o"], help="Write a contact sheet to this .png file: a row of frames for each camera."),
     ] = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -59,12 +60,17 @@ def inspect_data(
         dataset: Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl).
     """
     from nanochat.evaluation.contents import show_contents
+    from nanochat.training.recipes import Robot
+    from nanochat.training.robot_plan import training_plan
 
     if out is not None:
         check_out(out, ".png")
     if json_out is not None:
         check_out(json_out, ".json")
     show_contents(dataset, out, json_out)
+    print("nanochat train robot would use:")
+    for line in training_plan(Robot(data=str(dataset))):
+        print(f"  {line}")
     say_where(out)
     say_where(json_out)
     next_step(f"nanochat train robot --data {shlex.quote(str(dataset))}")
@@ -114,6 +120,9 @@ def rollout(
     protocol: Literal["standard", "published"] = "standard",
     drivers: tuple[Literal["policy", "shuffled", "blind", "random", "expert"], ...] = ("policy",),
     execute: int = 5,
+    delay: int = 0,
+    ensemble: float | None = None,
+    committed: bool = True,
     max_steps: int | None = None,
     processes: int | None = None,
     gifs: Annotated[Path | None, arg(aliases=["--record"])] = None,
@@ -130,7 +139,11 @@ def rollout(
             seeds for every task, 400 steps, one zero action before the first observation.
         drivers: Who chooses the actions: the policy; the policy with the instruction of another task (shuffled) or without an
             image (blind); random actions; or Meta-World's scripted expert, which sees the full state.
-        execute: Actions of a chunk that are executed before the policy gets a new observation.
+        execute: Actions that are executed from one observation of the policy to the next.
+        delay: Steps until the actions for an observation are there, as on a robot that does not wait for its network.
+        ensemble: Temporal ensembling: execute the mean of all chunks for a step, weighted by exp(-ENSEMBLE * i), i = 0 for the
+            oldest; 0.01 as in ACT, with --execute 1.
+        committed: With a delay, a policy that was trained with --committed is told the actions that are executed meanwhile.
         max_steps: An episode fails after this many steps; default that of the protocol.
         processes: Parallel processes; default one per CPU core.
         gifs: Write a GIF of every episode to this folder.
@@ -144,7 +157,7 @@ def rollout(
         check_out(json_out)
     run_rollouts(
         checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, n_processes,
-        gifs, json_out, pick_device(device), protocol,
+        gifs, json_out, pick_device(device), protocol, delay, ensemble, committed,
     )  # fmt: skip
     say_where(json_out)
     say_where(gifs)

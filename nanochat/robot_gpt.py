@@ -37,8 +37,13 @@ class RobotGPTConfig(MultimodalGPTConfig):
     state_range: dict = field(default_factory=dict)  # least and greatest in the data; empty in older checkpoints
     action_scale: dict = field(default_factory=dict)
     targets: str = "relative"  # of the actions: relative or absolute
+    committed: int = 0  # the continuous head continues up to so many actions that a robot carries out anyway
     cameras: list[str] = field(default_factory=list)  # short names; empty in older ones: one camera without a name
     camera_dropout: float = 0.0  # share of single cameras that training hid; above 0, a policy can do without one
+    state_names: list[str] = field(default_factory=list)  # of the numbers of a state; empty if the data names none
+    action_names: list[str] = field(default_factory=list)
+    units: str = ""  # of states and actions, if whoever trained it said so
+    fps: float = 0.0  # actions per second; 0 if unknown
     state_token_id: int = 0
     act_token_id: int = 0
     bin_token_id: int = 0  # of the first bin; the others follow
@@ -50,8 +55,13 @@ class RobotGPTConfig(MultimodalGPTConfig):
         if self.action_head not in HEADS:
             raise UserError(f"action_head must be one of {', '.join(HEADS)}, got {self.action_head!r}")
         check_integer("chunk", self.chunk, 1, 1024)
+        check_integer("committed", self.committed, 0, self.chunk - 1)
         check_integer("map_channels", self.map_channels, 1, 2**16)
         check_names(self.cameras)
+        if not isinstance(self.units, str) or len(self.units) > 100:
+            raise UserError(f"units must be a short text such as degrees, got {self.units!r:.80}")
+        if type(self.fps) not in (int, float) or not 0 <= self.fps < 1e6:
+            raise UserError(f"fps must be a number of actions per second, 0 if unknown, got {self.fps!r:.80}")
         if type(self.camera_dropout) not in (int, float) or not 0 <= self.camera_dropout < 1:
             raise UserError(f"camera_dropout must be a share, at least 0 and below 1, got {self.camera_dropout!r:.80}")
         if self.targets not in TARGETS:
@@ -63,6 +73,8 @@ class RobotGPTConfig(MultimodalGPTConfig):
                 raise UserError(f"a state or an action has at most {MAX_DIMENSIONS} numbers, got {len(scale['low'])}")
         if self.state_range and len(self.state_range["low"]) != self.state_dim:
             raise UserError(f"state_range must have {self.state_dim} numbers, got {len(self.state_range['low'])}")
+        for name, width in (("state_names", self.state_dim), ("action_names", self.action_dim)):
+            check_labels(name, getattr(self, name), width)
         last = {"state_token_id": self.state_token_id, "act_token_id": self.act_token_id,
                 "bin_token_id": self.bin_token_id + N_BINS - 1}  # fmt: skip
         for name, token in last.items():
@@ -82,6 +94,12 @@ class RobotGPTConfig(MultimodalGPTConfig):
     @property
     def action_dim(self) -> int:
         return len(self.action_scale["low"])
+
+
+def check_labels(name: str, labels: object, n: int) -> None:
+    """Raises UserError unless this is a list of n texts, or an empty one."""
+    if not isinstance(labels, list) or len(labels) not in (0, n) or not all(isinstance(text, str) for text in labels):
+        raise UserError(f"{name} must be a list of {n} names, or empty, got {labels!r:.80}")
 
 
 def waves(x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +126,16 @@ class RobotGPT(MultimodalGPT):
         shape = config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim
         self.glances = Glances(*shape, config.n_cameras)
         self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd) if config.state_dim else None
+        n_committed = config.committed * (config.action_dim + 1)
+        self.committed_projector = Linear(n_committed, config.n_embd) if n_committed else None
         self.action_head: nn.Module = HEADS[config.action_head](config)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """MultimodalGPT.init_weights; committed actions change nothing at first, so that a policy can learn them later."""
+        super().init_weights()
+        if self.committed_projector is not None:
+            self.committed_projector.weight.zero_()
 
     @property
     def map_channels(self) -> int:
@@ -135,8 +162,11 @@ class RobotGPT(MultimodalGPT):
         return vectors.transpose(0, 1).flatten(1, 2)
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
-        """MultimodalGPT.embed; states replace the <|state|> tokens in reading order."""
+        """MultimodalGPT.embed; states replace the <|state|> tokens in reading order, committed actions are added to <|act|>."""
         x = super().embed(inputs)
+        if inputs.committed is not None:
+            known = self.committed_projector(inputs.committed.flatten(1)).to(x.dtype)  # (A, C)
+            x = x + torch.zeros_like(x).masked_scatter((inputs.idx == self.config.act_token_id)[..., None], known)
         if inputs.states is None:
             return x
         projected = self.state_projector(waves(inputs.states.clamp(-STATE_LIMIT, STATE_LIMIT)))
@@ -151,18 +181,43 @@ class RobotGPT(MultimodalGPT):
         return "outputs" if name.startswith("action_head.") else super().param_group(name, parameter)
 
     @torch.inference_mode()
-    def act(self, prompts: Sequence[Sequence[int]], images: torch.Tensor, states: np.ndarray | None) -> np.ndarray:
+    def act(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: torch.Tensor,
+        states: np.ndarray | None,
+        committed: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Chunks of actions in physical units, (B, chunk, action_dim) float32, as the network gives them: not clipped.
 
         prompts: of `conversation.action_message`, rendered, each with a picture of each camera and one state. images: (B, K * N,
-        D) from `look_around`. states: (B, state_dim) in physical units; None for a policy without a state. Raises UserError
-        where their numbers or shapes do not match, and for states far outside of the training data's range (see
-        `actions.check_states`).
+        D) from `look_around`. states: (B, state_dim) in physical units; None for a policy without a state. committed: (B, d,
+        action_dim) in physical units, d <= `action_head.most_committed`: actions that will be carried out anyway. They are
+        the first of the chunks, which continue them.
+
+        Raises UserError where their numbers or shapes do not match, and for states far outside of the training data's range
+        (see `actions.check_states`).
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts and {len(images)} pictures: expected as many of each")
         normalised = self.normalised_states(states, len(prompts))
-        return self.action_head.act(self, [list(prompt) for prompt in prompts], images.to(self.device), normalised)
+        known = self.checked_committed(committed, len(prompts))
+        prompts = [list(prompt) for prompt in prompts]
+        chunks = self.action_head.act(self, prompts, images.to(self.device), normalised, known)
+        chunks[:, : known.shape[1]] = known
+        return chunks
+
+    def checked_committed(self, committed: np.ndarray | None, n: int) -> np.ndarray:
+        """(n, d, action_dim) float32, d = 0 for None."""
+        dim, most = self.config.action_dim, self.action_head.most_committed
+        expected = f"committed actions must be up to {most} rows of {dim} finite numbers for each prompt"
+        if committed is None:
+            return np.zeros((n, 0, dim), np.float32)
+        values = number_array(committed, expected)
+        if values.ndim != 3 or len(values) != n or values.shape[1] > most or values.shape[2] != dim:
+            why = " (this policy was trained without --committed)" if most == 0 else ""
+            raise UserError(f"{expected}{why}, got {described(committed)}")
+        return values.astype(np.float32)
 
     def normalised_states(self, states: np.ndarray | None, n: int) -> torch.Tensor | None:
         """(n, state_dim) float32 for `Inputs`; None for a policy without a state."""

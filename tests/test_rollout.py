@@ -18,6 +18,7 @@ from nanochat.evaluation.rollout import (
     Job,
     Outcome,
     instruction_for,
+    jerk,
     layout_seed,
     make_jobs,
     run_job,
@@ -304,3 +305,82 @@ def test_a_rollout_from_a_checkpoint(checkpoint, tmp_path):
         rollouts(["policy"], episodes=0)
     with pytest.raises(ValueError, match="max_steps must be in 1..500"):
         rollouts(["policy"], max_steps=501)
+
+
+# ---- delays
+
+
+def test_jerk_is_the_third_difference_of_the_path():
+    t = np.arange(10.0)
+    path = np.stack([t**3, -2 * t**3, t**2], 1) / 1e3  # third differences: 6, -12 and 0 mm
+    assert jerk(path) == pytest.approx((6**2 + 12**2) ** 0.5)
+    assert jerk(np.stack([t, t, t], 1)) == pytest.approx(0) and jerk(path[:3]) == 0
+
+
+def counting(known):
+    """A policy whose actions say when its observation was made: 0.01 times the number of the look. known: what it is shown."""
+
+    def act(images, states, instructions, committed=None):
+        known.append(committed)
+        return np.full((len(states), 10, 4), len(known) / 100, np.float32)
+
+    return act
+
+
+@needs_simulator
+def test_a_chunk_is_carried_out_after_its_delay(monkeypatch):
+    from nanochat.metaworld.simulator import Arm
+
+    sent, step = [], Arm.step
+    monkeypatch.setattr(
+        Arm, "step", lambda arm, action: (sent.append(round(float(action[0]) * 100)), step(arm, action))[1]
+    )
+    run_job(Job("reach", "go", "policy", (0,), 4, 32, 12, delay=3), counting(known := []))
+    assert sent == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]  # the arm rests until the first chunk is there
+    assert known == [None] * 3
+    sent.clear()
+    run_job(Job("reach", "go", "policy", (0,), 4, 32, 8), counting([]))
+    assert sent == [1] * 4 + [2] * 4
+
+
+@needs_simulator
+def test_what_goes_on_meanwhile_is_shown_to_a_policy_that_can_use_it():
+    found = run_job(Job("reach", "go", "policy", (0, 1), 4, 32, 12, delay=3, committed=2), counting(known := []))
+    assert known[0] is None
+    for look in (1, 2):
+        np.testing.assert_array_equal(known[look], np.full((2, 2, 4), np.float32(look / 100)))
+    assert all(0 < outcome.jerk < 10 for outcome in found)
+
+
+@needs_simulator
+def test_ensembling_is_the_mean_of_chunks(monkeypatch):
+    from nanochat.metaworld.simulator import Arm
+
+    sent, step = [], Arm.step
+    monkeypatch.setattr(Arm, "step", lambda arm, action: (sent.append(float(action[0])), step(arm, action))[1])
+    run_job(Job("reach", "go", "policy", (0,), 1, 32, 4, ensemble=0.0), counting([]))
+    np.testing.assert_allclose(sent, [0.01, 0.015, 0.02, 0.025], atol=1e-6)
+
+
+def test_a_delay_that_the_chunk_cannot_bridge_is_refused(checkpoint):
+    for delay, execute in ((1, 1), (2, 2), (1, 3), (-1, 2)):
+        with pytest.raises(
+            ValueError, match=f"with --execute {execute} and chunks of 3 actions, the delay must be in 0.."
+        ):
+            run_rollouts(checkpoint, ["reach"], 1, 0, ["policy"], execute, 9, 1, None, None, "cpu", delay=delay)
+
+
+@needs_simulator
+def test_a_rollout_with_delay_says_so(checkpoint, nanochat, tmp_path):
+    out = tmp_path / "figures.json"
+    printed, _ = nanochat(
+        "rollout", checkpoint, "--tasks", "reach", "--episodes", "1", "--execute", "2", "--delay", "1", "--ensemble", "0.01",
+        "--max-steps", "6", "--processes", "1", "--json", out, "--device", "cpu",
+    )  # fmt: skip
+    assert "jerk of the hand" in printed
+    figures = json.loads(out.read_text())
+    assert (figures["delay"], figures["ensemble"], figures["committed"]) == (1, 0.01, 0)
+    assert (
+        figures["drivers"]["policy"]["jerk"] == pytest.approx(figures["outcomes"][0]["jerk"])
+        and figures["outcomes"][0]["jerk"] > 0
+    )

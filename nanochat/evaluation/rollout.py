@@ -9,33 +9,29 @@ no picture: blind), with random actions, and with the scripted expert.
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from nanochat.agent import Agent
+from nanochat.chunk_player import ChunkPlayer
 from nanochat.errors import UserError
-from nanochat.evaluation import metrics
+from nanochat.evaluation.rollout_figures import Outcome, console, jerk, peak_memory_mb, report, summary
 from nanochat.files import atomic_path
-from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
+from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
 from nanochat.workers import in_processes
 
 EPISODES_PER_JOB = 10  # each has a simulator and a renderer, 100 to 200 MB
-NETWORK_DRIVERS = ("policy", "shuffled", "blind")
-console = Console()
 
-Act = Callable[[Sequence, np.ndarray, Sequence[str]], np.ndarray]  # images, states, instructions -> (B, chunk, 4)
+# images, states, instructions -> (B, chunk, 4); and (B, d, 4) committed actions, where there are some
+Act = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,9 @@ PROTOCOLS = {
 class Job:
     """Episodes of one task. instruction: given to the policy. driver: policy, shuffled, blind, random or expert.
 
-    seeds: numbers of the episodes. execute: actions of a chunk that are executed before the next observation. gifs: folder
-    for a GIF of each episode.
+    seeds: numbers of the episodes. execute: actions that are executed from one observation to the next. gifs: folder for a GIF
+    of each episode. delay: how many of them are executed before the chunk of the observation is there; those of the chunk
+    before go on meanwhile, and up to `committed` of them are shown to the policy. ensemble: see `chunk_player.ChunkPlayer`.
     """
 
     task: str
@@ -74,23 +71,9 @@ class Job:
     max_steps: int = MAX_STEPS
     gifs: str | None = None
     protocol: str = "standard"
-
-
-@dataclass
-class Outcome:
-    """The result of one episode. looks: chunks that the driver chose, each after a new observation. network_s: the episode's
-    share of the time in the network. seconds: the time of the whole job, which its episodes share. warnings: counts of
-    corrected actions, see `safety.SafeActions`."""
-
-    task: str
-    driver: str
-    seed: int
-    success: bool
-    steps: int
-    looks: int
-    network_s: float
-    seconds: float
-    warnings: dict
+    delay: int = 0
+    ensemble: float | None = None
+    committed: int = 0
 
 
 # ---- running ----
@@ -99,12 +82,13 @@ class Outcome:
 def run_rollouts(
     checkpoint: str, tasks: list[str], episodes: int, seed: int | None, drivers: list[str], execute: int,
     max_steps: int | None, processes: int, gifs: Path | None, json_out: Path | None, device: torch.device | str,
-    protocol: str = "standard",
+    protocol: str = "standard", delay: int = 0, ensemble: float | None = None, committed: bool = True,
 ) -> dict:  # fmt: skip
     """Run all episodes, print the tables and return the figures (see `summary`).
 
     episodes: per task, with the numbers seed, seed + 1, ...; seed, max_steps: None for those of the protocol, see `PROTOCOLS`.
     gifs: folder for a GIF of every episode; json_out: a file for the figures. Every process loads the checkpoint to `device`.
+    delay, ensemble: see `Job`. committed: whether a policy that has learnt it is shown the actions that go on meanwhile.
 
     Raises:
         ValueError: a number is out of its range, or the checkpoint is not a policy.
@@ -116,12 +100,15 @@ def run_rollouts(
     rules = PROTOCOLS[protocol]
     seed, max_steps = rules.first_seed if seed is None else seed, rules.max_steps if max_steps is None else max_steps
     check_numbers(episodes, seed, execute, max_steps, config.chunk, MAX_STEPS - rules.zero_first)
+    check_delay(delay, execute, config.chunk)
+    shown = agent.metadata["committed"] if committed else 0
     if gifs is not None:
         gifs.mkdir(parents=True, exist_ok=True)
     size = config.vision_image_size
     Arm(tasks[0], size).image()  # if rendering fails, it fails once here and not in every process
     drivers = list(dict.fromkeys(drivers))
     jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs, protocol)
+    jobs = [replace(job, delay=delay, ensemble=ensemble, committed=shown) for job in jobs]
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
         bar = progress.add_task("running episodes", total=len(drivers) * len(tasks) * episodes)
@@ -131,6 +118,7 @@ def run_rollouts(
     seconds = time.perf_counter() - started
     result = summary(outcomes, tasks, rules.own_layouts) | {
         "checkpoint": str(checkpoint), "protocol": protocol, "episodes": episodes, "seed": seed, "execute": execute,
+        "delay": delay, "ensemble": ensemble, "committed": min(delay, shown),
         "max_steps": max_steps, "image_size": size, "seconds": seconds, "steps_per_s": sum(o.steps for o in outcomes) / seconds,
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
@@ -148,6 +136,15 @@ def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk:
         raise UserError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
     if not 1 <= max_steps <= limit:
         raise UserError(f"max_steps must be in 1..{limit}, where Meta-World ends an episode, got {max_steps}")
+
+
+def check_delay(delay: int, execute: int, chunk: int) -> None:
+    """Raises UserError for a delay at which the arm would run out of actions, or have two observations under way."""
+    if not 0 <= delay < execute or delay + execute > chunk:
+        most = min(execute - 1, chunk - execute)
+        raise UserError(
+            f"with --execute {execute} and chunks of {chunk} actions, the delay must be in 0..{most}, got {delay}"
+        )
 
 
 def make_jobs(
@@ -188,7 +185,7 @@ def acting(agent: Agent) -> Act:
     """`agent.act`; a policy that was trained without a state does not get the arm's."""
     if agent.metadata["state_dim"]:
         return agent.act
-    return lambda images, states, instructions: agent.act(images, None, instructions)
+    return lambda images, states, instructions, *committed: agent.act(images, None, instructions, *committed)
 
 
 class Episode:
@@ -203,7 +200,9 @@ class Episode:
         if rules.zero_first:
             self.scene = self.arm.step(np.zeros(ACTION_DIM))
             self.last_step += 1
-        self.looks, self.film = 0, []
+        self.looks, self.film, self.path = 0, [], [self.scene.state[:3]]
+        self.player = ChunkPlayer(job.execute, job.ensemble, job.committed)
+        self.player.delays.append(job.delay)  # known from the start, so that all episodes of a job commit alike
 
     @property
     def running(self) -> bool:
@@ -219,11 +218,15 @@ class Episode:
         return image
 
     def execute(self, chunk: np.ndarray | None) -> None:
-        """Execute the first actions of a chunk (chunk, 4); None: let the expert choose every action."""
+        """Execute actions until the next look. chunk: (chunk, 4), which is there after the delay; until the first one is, the
+        arm does not move. None: let the expert choose every action."""
         self.looks += 1
         for step in range(self.job.execute):
-            action = self.arm.expert_action() if chunk is None else chunk[step]
-            self.scene = self.arm.step(self.limits(action))
+            if chunk is not None and step == self.job.delay:
+                self.player.receive(chunk)
+            action = self.arm.expert_action() if chunk is None else self.player.play()
+            self.scene = self.arm.step(self.limits(np.zeros(ACTION_DIM) if action is None else action))
+            self.path.append(self.scene.state[:3])
             if not self.running:
                 break
 
@@ -236,8 +239,9 @@ class Episode:
         steps = self.arm.steps - (self.last_step - job.max_steps)
         self.arm.close()
         return Outcome(
-            job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts)
-        )
+            job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts),
+            jerk(np.stack(self.path)),
+        )  # fmt: skip
 
 
 def layout_seed(task: str, number: int) -> int:
@@ -255,7 +259,8 @@ def run_job(job: Job, act: Act | None = None) -> list[Outcome]:
         images = [episode.picture() for episode in running]
         states = np.stack([episode.scene.state for episode in running])
         since = time.perf_counter()
-        chunks = choose(job, act, images, states, rng)
+        known = [episode.player.ask() for episode in running]  # alike in all: they are at the same step
+        chunks = choose(job, act, images, states, rng, [] if known[0] is None else [np.stack(known)])
         network += time.perf_counter() - since
         for number, episode in enumerate(running):
             episode.execute(None if chunks is None else chunks[number])
@@ -263,108 +268,20 @@ def run_job(job: Job, act: Act | None = None) -> list[Outcome]:
     return [episode.finish(network * episode.looks / looks, seconds) for episode in episodes]
 
 
-def choose(job: Job, act: Act | None, images: list, states: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+def choose(
+    job: Job, act: Act | None, images: list, states: np.ndarray, rng: np.random.Generator, committed: Sequence = ()
+) -> np.ndarray | None:
     """Chunks of actions (B, chunk, 4); None for the expert, which chooses an action at every step."""
     if job.driver == "expert":
         return None
     if job.driver == "random":
-        return rng.uniform(-1, 1, (len(states), job.execute, ACTION_DIM)).astype(np.float32)
+        return rng.uniform(-1, 1, (len(states), job.execute + job.delay, ACTION_DIM)).astype(np.float32)
     if job.driver == "blind":
         images = [None] * len(states)
-    return act(images, states, [job.instruction] * len(states))
+    return act(images, states, [job.instruction] * len(states), *committed)
 
 
 def write_gif(path: Path, film: list[np.ndarray]) -> None:
     frames = [Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC) for image in film]
     with atomic_path(path) as new:
         frames[0].save(new, format="GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
-
-
-# ---- figures ----
-
-
-def summary(outcomes: list[Outcome], tasks: list[str], own_layouts: bool = True) -> dict:
-    """{"drivers": {driver: {"tasks": {task: rate}, "pooled", "pooled_ci95", "ms_per_chunk", "warnings", and for all 50 tasks
-    "tiers", "macro", "macro_ci95"}}}; rates are 0..1.
-
-    Intervals are 95 % bootstrap intervals over what is independent: the episodes of each task or, where episodes with the same
-    number share a layout (own_layouts is False), those numbers. With independent episodes, "pooled_ci95" is Wilson's.
-    """
-    result = {}
-    for driver in dict.fromkeys(outcome.driver for outcome in outcomes):
-        own = sorted((outcome for outcome in outcomes if outcome.driver == driver), key=lambda outcome: outcome.seed)
-        by_task = {task: [o.success for o in own if o.task == task] for task in tasks}
-        looks = sum(o.looks for o in own)
-        row = {
-            "tasks": {task: float(np.mean(successes)) for task, successes in by_task.items()},
-            "pooled": float(np.mean([o.success for o in own])),
-            "pooled_ci95": metrics.wilson(sum(o.success for o in own), len(own)),
-            "ms_per_chunk": 1e3 * sum(o.network_s for o in own) / max(1, looks),
-            "warnings": sum(sum(o.warnings.values()) for o in own),
-        }
-        if not own_layouts:
-            row["pooled_ci95"] = interval(by_task, [list(by_task)], own_layouts)
-        if set(tasks) == set(INSTRUCTIONS):
-            row["tiers"] = {
-                tier: float(np.mean([row["tasks"][task] for task in names])) for tier, names in TIERS.items()
-            }
-            row["macro"] = float(np.mean(list(row["tiers"].values())))
-            row["macro_ci95"] = interval(by_task, list(TIERS.values()), own_layouts)
-        result[driver] = row
-    return {"drivers": result}
-
-
-def interval(
-    by_task: dict[str, list[bool]], groups: list[list[str]], own_layouts: bool, resamples: int = 2000
-) -> list[float]:
-    """[low, high]: 95 % bootstrap interval of the mean, over groups of tasks, of their success rates. Tasks are not resampled.
-
-    by_task: successes of each task, as many for all, in the order of their numbers.
-    """
-    successes = np.array([by_task[task] for task in by_task], float)  # (tasks, episodes)
-    weights = np.zeros(len(by_task))
-    for names in groups:
-        weights[[list(by_task).index(task) for task in names]] = 1 / (len(groups) * len(names))
-    rng, n = np.random.default_rng(0), successes.shape[1]
-    shape = (resamples, len(by_task), n) if own_layouts else (resamples, 1, n)
-    drawn = np.broadcast_to(rng.integers(n, size=shape), (resamples, len(by_task), n))
-    rates = np.take_along_axis(np.broadcast_to(successes, drawn.shape), drawn, axis=2).mean(2)  # (resamples, tasks)
-    return np.quantile(rates @ weights, (0.025, 0.975)).tolist()
-
-
-def peak_memory_mb() -> float:
-    """The peak memory of the largest worker process that has ended."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
-
-
-def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
-    """Print the success rates, a column per driver, and the speed."""
-    rows = [result["drivers"][driver] for driver in drivers]
-    table = Table(
-        title=f"success rate, {result['episodes']} episodes per task from seed {result['seed']}, protocol {result['protocol']}"
-    )
-    table.add_column("task")
-    for driver in drivers:
-        table.add_column(driver, justify="right")
-    for task in tasks:
-        table.add_row(task, *(f"{row['tasks'][task]:.0%}" for row in rows))
-    table.add_section()
-    for tier in rows[0].get("tiers", {}):
-        table.add_row(tier, *(f"{row['tiers'][tier]:.1%}" for row in rows))
-    for name, label in (("macro", "mean of the tiers"), ("pooled", "all episodes")):
-        if name in rows[0]:
-            intervals = [" .. ".join(f"{value:.1%}" for value in row[f"{name}_ci95"]) for row in rows]
-            table.add_row(
-                label, *(f"{row[name]:.1%}\n{low_high}" for row, low_high in zip(rows, intervals, strict=True))
-            )
-    console.print(table)
-    with_network = [driver for driver in drivers if driver in NETWORK_DRIVERS]
-    network = ""
-    if with_network:
-        ms = result["drivers"][with_network[0]]["ms_per_chunk"]
-        network = f"{ms:.1f} ms of network per chunk and episode (batched), "
-    console.print(
-        f"{network}{result['steps_per_s']:.0f} steps/s, peak memory {result['peak_memory_mb']:.0f} MB per process, "
-        f"{result['seconds'] / 60:.1f} min"
-    )
