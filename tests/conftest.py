@@ -31,6 +31,12 @@ def make_model(**changes):
     return model.eval()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_tests(tmp_path_factory):
+    """No test writes to the user's cache, or finds anything in it. Processes that tests start inherit it."""
+    os.environ["NANOCHAT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def model():
     return make_model()

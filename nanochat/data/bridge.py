@@ -1,7 +1,8 @@
 """A folder of BridgeData V2 frames (Walke et al. 2023, CC BY 4.0): a WidowX arm at 5 frames per second, 7-D actions."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +16,63 @@ CAMERA = "observation.images.image_0"
 FPS = 5.0
 
 
-def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
+class BridgeFrames:
     """The episodes of a folder. Its frames.jsonl has a row per frame, sorted by episode and step: image (a path in the
     folder), episode, step, instruction, rephrasings, action.
 
+    episodes: without pictures. paths: for each episode the files of its pictures, which may be missing. unreadable: the fields
+        of the rows that are not read.
+
     Raises:
-        FileNotFoundError: frames.jsonl or an image is missing.
+        FileNotFoundError: frames.jsonl is missing.
         DataError: a row is malformed (the message names its episode).
     """
-    folder = Path(folder).expanduser()
-    rows = [row for _, row in json_lines(folder / "frames.jsonl")]
-    for number, group in itertools.groupby(rows, lambda row: row.get("episode")):
-        frames, where = list(group), f"{folder}/frames.jsonl: episode {number}"
-        if [row.get("step") for row in frames] != list(range(len(frames))):
-            raise DataError(f"{where} must have the steps 0 to {len(frames) - 1}, in order")
-        try:
-            actions = np.array([numbers(row["action"]) for row in frames], np.float32).reshape(len(frames), 7)
-            tasks = [row["instruction"] for row in frames]
-            extra = {"rephrasings": "\n".join(frames[0]["rephrasings"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where} must have an instruction, rephrasings, 7-D actions: {error!r}") from error
-        for step, task in enumerate(tasks):
-            check_text(task, "instruction", f"{where}, step {step}")
-        paths = [existing_file(path_inside(folder, row.get("image"), where)) for row in frames]
-        images = {CAMERA: [path.read_bytes() for path in paths]}
-        extra = {"name": f"bridge-{number}"} | extra
-        yield Episode(tasks[0], {"action": actions}, images, extra, only_if_mixed(tasks), where)
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        self.episodes: list[Episode] = []
+        self.paths: list[list[Path]] = []
+        rows = [row for _, row in json_lines(self.folder / "frames.jsonl")]
+        self.unreadable = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in FIELDS]
+        for number, group in itertools.groupby(rows, lambda row: row.get("episode")):
+            frames, where = list(group), f"{self.folder}/frames.jsonl: episode {number}"
+            self.episodes.append(episode_of(frames, number, where))
+            self.paths.append([path_inside(self.folder, row.get("image"), where) for row in frames])
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def pictures(self, number: int, camera: str, frames: Sequence[int]) -> Iterator[bytes]:
+        """The encoded pictures of frames of an episode. Raises FileNotFoundError for a missing one."""
+        for frame in frames:
+            yield existing_file(self.paths[number][frame]).read_bytes()
+
+    def picture_source(self, number: int, camera: str, frames: Sequence[int]) -> tuple[list[Path], str]:
+        """(the files that these pictures depend on, where the pictures are in them). Raises as `pictures`."""
+        return [existing_file(self.paths[number][frame]) for frame in frames], ""
+
+
+def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
+    """The episodes of a folder with their pictures, one in memory at a time. Raises as `BridgeFrames` and its `pictures`."""
+    data = BridgeFrames(folder)
+    for number, episode in enumerate(data.episodes):
+        yield replace(episode, images={CAMERA: list(data.pictures(number, CAMERA, range(len(data.paths[number]))))})
+
+
+def episode_of(frames: list[dict], number: object, where: str) -> Episode:
+    """The episode of these rows, without pictures."""
+    if [row.get("step") for row in frames] != list(range(len(frames))):
+        raise DataError(f"{where} must have the steps 0 to {len(frames) - 1}, in order")
+    try:
+        actions = np.array([numbers(row["action"]) for row in frames], np.float32).reshape(len(frames), 7)
+        tasks = [row["instruction"] for row in frames]
+        extra = {"rephrasings": "\n".join(frames[0]["rephrasings"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} must have an instruction, rephrasings, 7-D actions: {error!r}") from error
+    for step, task in enumerate(tasks):
+        check_text(task, "instruction", f"{where}, step {step}")
+    extra = {"name": f"bridge-{number}"} | extra
+    return Episode(tasks[0], {"action": actions}, {}, extra, only_if_mixed(tasks), where)
 
 
 def numbers(action: list) -> list:

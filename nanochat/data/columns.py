@@ -18,8 +18,8 @@ except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
 __all__ = [
-    "column_names", "fill_template", "is_feature", "natural_number", "number_names", "pa", "parquet_errors", "pc", "pq",
-    "read_parquet", "read_rows", "to_arrow", "to_numpy",
+    "column_names", "episode_spans", "fill_template", "is_feature", "leaf_names", "natural_number", "number_names", "pa",
+    "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
 ]  # fmt: skip
 
 
@@ -51,6 +51,38 @@ def column_names(path: Path) -> list[str]:
     """The columns of a file. Raises as `read_parquet`."""
     with parquet_errors(path):
         return read_parquet(pq.read_schema, path).names
+
+
+def leaf_names(path: Path) -> set[str]:
+    """The names of a file's columns and of the fields in them, such as "front.path". Raises as `read_parquet`."""
+    schema = read_parquet(pq.read_metadata, path).schema
+    return {schema.column(number).path for number in range(len(schema))}
+
+
+def episode_spans(path: Path) -> list[tuple[float, float]]:
+    """The first and the last episode_index of each row group, as far as the file says. Raises as `read_parquet`."""
+    metadata = read_parquet(pq.read_metadata, path)
+    names, spans = [metadata.schema.column(n).path for n in range(metadata.num_columns)], []
+    for group in range(metadata.num_row_groups):
+        column = metadata.row_group(group).column(names.index("episode_index")) if "episode_index" in names else None
+        found = column and column.statistics
+        known = found is not None and found.has_min_max
+        spans.append((found.min, found.max) if known else (-math.inf, math.inf))
+    return spans
+
+
+def read_groups(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
+    """Some columns of some row groups of a file. A column may be a field of one, "front.path". Raises as `read_parquet`, and
+    DataError for a column that is not there."""
+    known = {*column_names(path), *leaf_names(path)}
+    if missing := [name for name in columns if name not in known]:
+        raise DataError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes or training needs")
+
+    def read(path: Path) -> pa.Table:
+        with pq.ParquetFile(path) as file:
+            return file.read_row_groups(groups, columns=columns)
+
+    return read_parquet(read, path)
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:

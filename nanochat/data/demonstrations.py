@@ -1,27 +1,33 @@
-"""Demonstrations as training reads them: every frame of every episode, its state, its actions and its picture.
+"""Demonstrations as training reads them: every frame of every episode, its state, its actions and its pictures.
 
 What the columns of one simulator mean is not known here; see `nanochat.metaworld.questions`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from nanochat.cameras import short_names
+from nanochat.data.bridge import CAMERA as BRIDGE_CAMERA
 from nanochat.data.bridge import FPS as BRIDGE_FPS
-from nanochat.data.bridge import bridge_episodes, other_fields
+from nanochat.data.bridge import BridgeFrames
 from nanochat.data.columns import number_names
+from nanochat.data.frame_store import Frames, FrameStore, Track, skipped_line, squared
 from nanochat.data.lerobot import Episode, EpisodeInfo, RobotDataset
-from nanochat.data.pictures import decoded_square, encode_square, encoded_square
 from nanochat.errors import UserError
+from nanochat.files import DataError
 from nanochat.vision.images import ImageError
 
 SPLITS = ("all", "fit", "val")
 VAL_SHARE = 0.04  # of each task's episodes, but at least one
-TWO_DIMENSIONAL = ("action", "observation.state")  # LeRobot stores one number per frame as (T,); these become (T, 1)
+ACTION, STATE = (
+    "action",
+    "observation.state",
+)  # LeRobot's names; here they stand for what --action-key and --state-key choose
+OTHER_NAMES = {ACTION: ("actions",), STATE: ("state",)}
+TWO_DIMENSIONAL = (ACTION, STATE)  # LeRobot stores one number per frame as (T,); these become (T, 1)
 
 TaskName = Callable[[Episode | EpisodeInfo], str]
 
@@ -32,15 +38,15 @@ def episode_task(episode: Episode | EpisodeInfo) -> str:
 
 
 class Demonstrations:
-    """All frames of some episodes, in memory. n is the number of frames.
+    """All frames of some episodes. n is the number of frames.
 
-    Pictures of all cameras of the episodes are letterboxed to `size` pixels and stay encoded until they are used. With size 0
-    there are none, only numbers and tasks.
+    Numbers are in memory. Pictures, letterboxed to `size` pixels, are those of a frame store, or without one those of the
+    episodes, decoded in memory. With size 0 there are none, only numbers and tasks.
 
     state: (n, S) float32; S is 0 for data without the column "observation.state".
     action: (n, A) float32.
     columns: name -> (n, ...) array, for the columns that all episodes have.
-    cameras: the names of the cameras, the same in all episodes. pictures: for each camera n encoded squares.
+    cameras: the names of the cameras, the same in all episodes.
     fps: frames per second; 0 if unknown. names_of: column -> a name for each of its numbers, [] if the data names none.
     episode: (n,) int64, the episode of each frame. first, end: (n,) int64, the range of frames of that episode.
     names: for messages, where each episode comes from. tasks: the task of each episode; several are joined by " / ".
@@ -49,7 +55,7 @@ class Demonstrations:
 
     Raises:
         ValueError: no episodes, or one without a camera or without the column "action", or with numbers that are not finite.
-        ImageError: a picture cannot be decoded. The message names episode, frame and camera.
+        ImageError: a picture of the episodes cannot be decoded. The message names episode, frame and camera.
     """
 
     def __init__(
@@ -59,16 +65,18 @@ class Demonstrations:
         task_name: TaskName = episode_task,
         fps: float = 0.0,
         names_of: dict[str, list[str]] | None = None,
+        frames: Frames | None = None,
     ):
+        """frames: of a store; None for the pictures of the episodes."""
         parts: dict[str, list[np.ndarray]] = {}
-        pictures: dict[str, list[bytes]] = {}
+        pictures: dict[str, list[np.ndarray]] = {}
         self.fps, self.names_of = fps, names_of or {}
         self.names: list[str] = []
         self.tasks: list[str] = []
         frame_tasks: list[str] = []
         lengths = []
         for episode in episodes:
-            if "action" not in episode.columns or (size and not episode.images):
+            if ACTION not in episode.columns or (size and not (frames or episode.images)):
                 raise missing([*episode.columns, *episode.images])
             self.names.append(episode.name or f"episode {len(lengths)}")
             if pictures and list(pictures) != list(episode.images):
@@ -76,8 +84,8 @@ class Demonstrations:
                     f"{self.names[-1]} must have the cameras {', '.join(pictures)}, found {', '.join(episode.images)}"
                 )
             for camera in episode.images if size else ():
-                pictures.setdefault(camera, []).extend(read_pictures(episode, camera, size, self.names[-1]))
-            lengths.append(len(episode.columns["action"]))
+                pictures.setdefault(camera, []).append(read_pictures(episode, camera, size, self.names[-1]))
+            lengths.append(len(episode.columns[ACTION]))
             frame_tasks += (tasks := tasks_of_frames(episode, lengths[-1], task_name))
             self.tasks.append(" / ".join(dict.fromkeys(tasks)))
             for key, values in episode.columns.items():
@@ -85,7 +93,10 @@ class Demonstrations:
                 parts.setdefault(key, []).append(values[:, None] if is_vector else values)
         if not lengths:
             raise UserError("there are no episodes to learn from")
-        self.cameras, self.pictures = tuple(pictures), list(pictures.values())
+        if frames is None:
+            arrays = {camera: np.concatenate(parts) for camera, parts in pictures.items()}
+            frames = Frames(arrays, np.arange(sum(lengths)), {})
+        self.cameras, self.frames = tuple(frames.cameras), frames
         self.columns = {key: joined(arrays, key) for key, arrays in parts.items() if len(arrays) == len(lengths)}
         self.names_of = {key: self.names_of.get(key, []) for key in self.columns}
         ends = np.cumsum(lengths)
@@ -94,8 +105,8 @@ class Demonstrations:
         self._read_segments(frame_tasks)
         for key in TWO_DIMENSIONAL:
             self.check_finite(key)
-        self.action = self.columns["action"].astype(np.float32)
-        self.state = self.columns.get("observation.state", np.zeros((len(self.action), 0))).astype(np.float32)
+        self.action = self.columns[ACTION].astype(np.float32)
+        self.state = self.columns.get(STATE, np.zeros((len(self.action), 0))).astype(np.float32)
 
     def _read_segments(self, frame_tasks: list[str]) -> None:
         """Sets by_task, segment_end and the task of each frame. frame_tasks: n names."""
@@ -142,7 +153,7 @@ class Demonstrations:
 
     def images(self, frames: Sequence[int], camera: int = 0) -> np.ndarray:
         """The pictures of the frames, (n, S, S, 3) uint8 RGB. camera: its index in `cameras`."""
-        return np.stack([decoded_square(self.pictures[camera][frame]) for frame in frames])
+        return np.array(self.frames.cameras[self.cameras[camera]][self.frames.rows[frames]])
 
     def chunks(self, frames: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(n, length, A) float32 actions from each frame on, and (n, length) bool: False after the end of the episode, or of the
@@ -153,15 +164,18 @@ class Demonstrations:
 
 
 def missing(names: Sequence[str]) -> UserError:
-    return UserError(f'imitation learning needs a camera and a column "action"; the data has {", ".join(names)}')
+    return UserError(
+        f'imitation learning needs a camera and a column "action" (--action-key for another name); the data has '
+        f"{', '.join(names) or 'nothing'}"
+    )
 
 
-def read_pictures(episode: Episode, camera: str, size: int, where: str) -> list[bytes]:
-    """The encoded squares of one camera of the episode. Raises ImageError that names episode, frame and camera."""
-    squares = []
+def read_pictures(episode: Episode, camera: str, size: int, where: str) -> np.ndarray:
+    """(T, S, S, 3) of one camera of the episode. Raises ImageError that names episode, frame and camera."""
+    squares = np.empty((len(episode.images[camera]), size, size, 3), np.uint8)
     for frame, picture in enumerate(episode.images[camera]):
         try:
-            squares.append(encoded_square(picture, size))
+            squares[frame] = squared(picture, size)
         except ImageError as error:
             raise ImageError(f"{where}: frame {frame} of the camera {camera}: {error}") from error
     return squares
@@ -185,13 +199,17 @@ class DemonstrationFolder:
     """A folder of episodes that are not read yet. Made by `open_demonstrations`.
 
     cameras: the names of the cameras whose pictures are read, in order. other_cameras: those that are not read.
-    columns: name -> how many numbers a frame has; those that can be read, without LeRobot's bookkeeping. unreadable: the names of
-        others, such as text, and columns that meta/info.json does not describe.
-    fps: frames per second. names_of: column -> a name for each of its numbers, [] if the data names none.
+    columns: name -> how many numbers a frame has; those that can be read, without LeRobot's bookkeeping. "action" and
+        "observation.state" are the chosen ones. renamed: their names in the data, where these differ.
+    unreadable: the names of other columns: text, columns that meta/info.json does not describe.
+    fps: frames per second that are read. data_fps: that there are. names_of: column -> a name for each of its numbers, [] if the
+        data names none.
     tasks: the task of each episode, the first if it has several.
     """
 
-    def __init__(self, folder: Path, cameras: Sequence[str], task_name: TaskName):
+    def __init__(
+        self, folder: Path, cameras: Sequence[str], task_name: TaskName, keys: dict[str, str], fps: float | None
+    ):
         self.folder, self.task_name = folder, task_name
         if not folder.is_dir():
             found = "it is a file" if folder.exists() else "no such folder exists"
@@ -199,43 +217,41 @@ class DemonstrationFolder:
                 f"{folder} must be the folder of a LeRobot dataset or of BridgeData frames: {found}"
             )
         if (folder / "frames.jsonl").is_file():
-            self._open_bridge(cameras)
+            self._open_bridge()
         elif (folder / "meta").is_dir():
-            self._open_lerobot(cameras)
+            self._open_lerobot()
         else:
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
             raise UserError(
                 f"{folder} must have meta/info.json (a LeRobot dataset) or frames.jsonl (BridgeData frames), found {found}"
             )
+        self._choose_cameras(cameras)
+        self._choose_columns(keys)
+        self.fps = self.data_fps if fps is None else float(fps)
+        if not 0 < self.fps <= self.data_fps:
+            raise UserError(f"--fps must be more than 0 and at most the data's {self.data_fps:g}, got {self.fps:g}")
 
-    def _open_bridge(self, cameras: Sequence[str]) -> None:
-        episodes = list(bridge_episodes(self.folder))
-        self._choose(list(episodes[0].images) if episodes else [], cameras)
-        self.fps, self.names_of = BRIDGE_FPS, {"action": []}
-        self.columns = {"action": 7} if episodes else {}
-        self.unreadable = other_fields(self.folder)
-        self.tasks = [self.task_name(episode) for episode in episodes]
-        self._read = lambda number, encode: episodes[number]
-        self._read_numbers = lambda number: episodes[number]
+    def _open_bridge(self) -> None:
+        self.source = data = BridgeFrames(self.folder)
+        self.all_cameras = [BRIDGE_CAMERA] if len(data) else []
+        self.columns = {ACTION: 7} if len(data) else {}
+        self.data_fps, self.names_of, self.unreadable = BRIDGE_FPS, {}, list(data.unreadable)
+        self.tasks = [self.task_name(episode) for episode in data.episodes]
+        self._lengths = [len(paths) for paths in data.paths]
+        self._episode = lambda number, columns: data.episodes[number]
 
-    def _open_lerobot(self, cameras: Sequence[str]) -> None:
-        dataset = RobotDataset(self.folder)
-        self._choose(dataset.cameras, cameras)
-        for camera in self.cameras:
-            if dataset.features[camera]["dtype"] == "video":
-                for number in range(len(dataset)):  # a missing file is found now, not after an hour
-                    dataset.video(number, camera)
-        self.fps = float(dataset.fps)
-        self.names_of = {key: number_names(dataset.features[key], width) for key, width in dataset.columns.items()}
-        self.columns, self.unreadable = dataset.columns, dataset.unreadable()
-        self.tasks = [self.task_name(episode) for episode in dataset.episodes]
-        columns = [key for key in self.columns if key == "action" or key.startswith("observation.")]
-        self._read = lambda number, encode: dataset.episode(number, self.cameras, encode, columns)
-        self._read_numbers = lambda number: dataset.episode(number, [], columns=columns)
+    def _open_lerobot(self) -> None:
+        self.source = data = RobotDataset(self.folder)
+        self.all_cameras, self.columns = list(data.cameras), dict(data.columns)
+        self.data_fps, self.unreadable = float(data.fps), data.unreadable()
+        self.names_of = {key: number_names(data.features[key], width) for key, width in data.columns.items()}
+        self.tasks = [self.task_name(episode) for episode in data.episodes]
+        self._lengths = [episode.length for episode in data.episodes]
+        self._episode = lambda number, columns: data.episode(number, [], columns)
 
-    def _choose(self, found: Sequence[str], asked: Sequence[str]) -> None:
-        """Sets cameras and other_cameras. asked: names, short or whole, () for all. Raises UserError for a name that there is
-        not."""
+    def _choose_cameras(self, asked: Sequence[str]) -> None:
+        """asked: names, short or whole, () for all. Raises UserError for a name that there is not."""
+        found = self.all_cameras
         short = short_names(found)
         known = dict(zip(short, found, strict=True)) | {name: name for name in found}
         for name in asked:
@@ -243,6 +259,25 @@ class DemonstrationFolder:
                 raise UserError(f"{self.folder} has no camera {name}: its cameras are {', '.join(short) or 'none'}")
         self.cameras = tuple(dict.fromkeys([known[name] for name in asked] or found))
         self.other_cameras = [name for name in found if name not in self.cameras]
+
+    def _choose_columns(self, keys: dict[str, str]) -> None:
+        """Gives the columns of actions and states LeRobot's names. keys: ACTION and STATE -> the asked name, "" for the usual
+        ones. Raises UserError for a name that there is not."""
+        self.renamed: dict[str, str] = {}
+        for name, asked in keys.items():
+            if asked and asked not in self.columns:
+                flag = "--action-key" if name == ACTION else "--state-key"
+                raise UserError(f"{self.folder} has no column {asked} ({flag}): it has {', '.join(self.columns)}")
+            usual = [key for key in (name, *OTHER_NAMES[name]) if key in self.columns]
+            chosen = asked or next(iter(usual), name)
+            if chosen != name:
+                self.renamed[name] = chosen
+        swapped = {chosen: name for name, chosen in self.renamed.items()}
+        self.unreadable += [key for key in self.renamed if key in self.columns]
+        self.columns, self.names_of = (
+            {swapped.get(key, key): value for key, value in table.items() if key not in self.renamed}
+            for table in (self.columns, self.names_of)
+        )
 
     def numbers(self, split: str) -> list[int]:
         """The episodes of a split: "val" for the held-out ones, "fit" for the others, "all" for both.
@@ -255,34 +290,96 @@ class DemonstrationFolder:
         kept_back = held_out(self.tasks)
         return [number for number in numbers if (number in kept_back) == (split == "val")]
 
-    def read(self, split: str, size: int, track: Callable[[Sequence[int]], Iterable[int]] = iter) -> Demonstrations:
-        """The episodes of a split. track: wraps the episode numbers, to show progress. Raises as `Demonstrations`."""
-        if "action" not in self.columns or not self.cameras:
+    def read(
+        self,
+        split: str,
+        size: int,
+        track: Track = lambda sequence, description: sequence,
+        cache: Path | None = None,
+        skip_damaged: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Demonstrations:
+        """The episodes of a split, with pictures of `size` pixels from the store of frames in `cache` (None for the default
+        folder). What is not in the store is decoded now. track, skip_damaged, say: see `FrameStore`. Raises as it does, and as
+        `Demonstrations`."""
+        if ACTION not in self.columns or not self.cameras:
             raise missing([*self.columns, *self.cameras])
-        # a video's pictures are made small before they are encoded: the same pixels, in a fraction of the time
-        episodes = (self._read(number, partial(encode_square, size=size)) for number in track(self.numbers(split)))
-        return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of)
+        if not (numbers := self.numbers(split)):
+            raise UserError(f"{self.folder}: there are no episodes to learn from")
+        store = FrameStore(self.source, cache, skip_damaged, track, say)
+        frames = store.read(self.cameras, {number: self._kept(number) for number in numbers}, size)
+        if frames.damaged:
+            say(skipped_line(frames.damaged, len(numbers)))
+        return self._read([number for number in numbers if number not in frames.damaged], size, track, frames)
 
     def read_numbers(self, split: str) -> Demonstrations:
         """The episodes of a split without pictures, in a fraction of the time. Raises as `Demonstrations`."""
-        if "action" not in self.columns:
+        if ACTION not in self.columns:
             raise missing([*self.columns, *self.cameras])
-        episodes = (self._read_numbers(number) for number in self.numbers(split))
-        return Demonstrations(episodes, 0, self.task_name, self.fps, self.names_of)
+        return self._read(self.numbers(split), 0)
+
+    def _read(
+        self,
+        numbers: list[int],
+        size: int,
+        track: Track = lambda sequence, description: sequence,
+        frames: Frames | None = None,
+    ) -> Demonstrations:
+        columns = {
+            self.renamed.get(key, key): key for key in self.columns if key == ACTION or key.startswith("observation.")
+        }
+        episodes = (self._sampled(number, columns) for number in track(numbers, description="reading episodes"))
+        try:
+            return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of, frames)
+        except DataError:
+            raise
+        except UserError as error:  # its columns have LeRobot's names
+            raise UserError(with_names(str(error), self.renamed)) from error
+
+    def _kept(self, number: int) -> list[int]:
+        """The frames of an episode that are nearest to multiples of 1 / fps."""
+        step = self.data_fps / self.fps
+        times = np.arange(int((self._lengths[number] - 1) / step + 1e-6) + 1) * step
+        return np.floor(times + 0.5 - 1e-6).astype(int).tolist()
+
+    def _sampled(self, number: int, columns: dict[str, str]) -> Episode:
+        """The kept frames of an episode, without pictures. columns: name in the data -> name here."""
+        episode, kept = self._episode(number, list(columns)), self._kept(number)
+        found = {columns[key]: values[kept] for key, values in episode.columns.items()}
+        return replace(
+            episode, columns=found, frame_tasks=[episode.frame_tasks[i] for i in kept if episode.frame_tasks]
+        )
+
+
+def with_names(message: str, renamed: dict[str, str]) -> str:
+    """A message with the names that columns have in the data."""
+    for name, own in renamed.items():
+        message = message.replace(f"{name!r}", f"{own!r}")
+    return message
 
 
 def open_demonstrations(
-    folder: str | Path, cameras: Sequence[str] = (), task_name: TaskName = episode_task
+    folder: str | Path,
+    cameras: Sequence[str] = (),
+    task_name: TaskName = episode_task,
+    *,
+    action_key: str = "",
+    state_key: str = "",
+    fps: float | None = None,
 ) -> DemonstrationFolder:
-    """A LeRobot dataset, or a folder of BridgeData V2 frames (one with frames.jsonl). No LeRobot picture is read yet.
+    """A LeRobot dataset, or a folder of BridgeData V2 frames (one with frames.jsonl). No picture is read yet.
 
     cameras: those to read, in this order; () for all. task_name: the name of an episode's task; episodes of one name are grouped.
+    action_key, state_key: the columns of actions and states; "" for "action" or "actions", and "observation.state" or "state".
+    fps: frames per second to read, at most those of the data; None for all. Where it does not divide the data's rate, the nearest
+        frames are taken.
 
     Raises:
         FileNotFoundError, DataError: the data is missing or malformed.
-        ValueError: no camera of that name.
+        ValueError: no camera or column of that name; a rate above that of the data.
     """
-    return DemonstrationFolder(Path(folder).expanduser(), cameras, task_name)
+    keys = {ACTION: action_key, STATE: state_key}
+    return DemonstrationFolder(Path(folder).expanduser(), cameras, task_name, keys, fps)
 
 
 def held_out(tasks: Sequence[str]) -> set[int]:

@@ -6,7 +6,7 @@ out of the folder are refused.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,25 +14,27 @@ import numpy as np
 
 from nanochat.data.columns import (
     column_names,
+    episode_spans,
     fill_template,
     is_feature,
+    leaf_names,
     natural_number,
     pa,
     parquet_errors,
     pc,
-    pq,
-    read_parquet,
+    read_groups,
     read_rows,
     to_numpy,
 )
 from nanochat.data.pictures import encode_png
 from nanochat.data.sample import check_text
-from nanochat.data.video import Encode, video_frames
+from nanochat.data.video import video_pictures
 from nanochat.files import DataError, existing_file, json_lines, json_object, path_inside, short_repr
 
 VERSIONS = ("v3.0", "v2.1")
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 TASKS_PATH = "meta/tasks.parquet"
+NO_TASK = "do the task"  # the instruction of episodes for which the data has none
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every dataset
 EPISODE_FIELDS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 READABLE = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool")
@@ -74,13 +76,13 @@ class EpisodeInfo:
 
 
 class RobotDataset:
-    """A LeRobot dataset of version 3.0 or 2.1 in a folder. Frames are read by `episode`.
+    """A LeRobot dataset of version 3.0 or 2.1 in a folder. Frames are read by `episode` and `pictures`.
 
     fps: frames per second.
     features: column -> {"dtype", "shape", ...}, as in meta/info.json.
     cameras: the columns that are images or videos.
     columns: name -> how many numbers a frame has, for the columns that `episode` reads.
-    episodes: an EpisodeInfo for each episode.
+    episodes: an EpisodeInfo for each episode. One without an instruction has NO_TASK.
     tasks: task_index -> instruction; empty if the dataset has no table of them.
     stats: as in meta/stats.json; empty if there is no such file (version 2.1).
 
@@ -112,7 +114,9 @@ class RobotDataset:
         stats = self.folder / "meta/stats.json"
         self.stats = json_object(stats.read_bytes(), stats) if stats.is_file() else {}
         self.tasks = self._read_tasks()
-        self.episodes = [self._episode_info(row, number) for number, row in enumerate(self._rows())]
+        self._spans: dict[Path, list[tuple[float, float]]] = {}  # file -> first and last episode of each row group
+        self._last: tuple[tuple, pa.Table | None] = ((), None)  # what _rows has read
+        self.episodes = [self._episode_info(row, number) for number, row in enumerate(self._episode_rows())]
         found = {"total_episodes": len(self), "total_frames": sum(episode.length for episode in self.episodes)}
         if any(self.info.get(key) != count for key, count in found.items()):
             raise DataError(f"{where} contradicts the table of episodes, which has {found}")
@@ -127,7 +131,7 @@ class RobotDataset:
     def __len__(self) -> int:
         return len(self.episodes)
 
-    def _rows(self) -> list[dict]:
+    def _episode_rows(self) -> list[dict]:
         """The table of episodes, without their statistics."""
         if self.info["codebase_version"] == "v2.1":
             return [row for _, row in json_lines(self.folder / "meta/episodes.jsonl")]
@@ -139,14 +143,11 @@ class RobotDataset:
     def _episode_info(self, row: dict, number: int) -> EpisodeInfo:
         where = f"{self.folder}: row {number} of the table of episodes"
         length, tasks = natural_number(row, "length", where), row.get("tasks")
-        if (
-            natural_number(row, "episode_index", where) != number
-            or length == 0
-            or not isinstance(tasks, list)
-            or not tasks
-        ):
-            raise DataError(f"{where} must have episode_index {number}, frames and tasks, found {str(row)[:200]}")
-        tasks = tuple(check_text(task, "tasks", where) and task for task in tasks)
+        if natural_number(row, "episode_index", where) != number or length == 0 or not isinstance(tasks or [], list):
+            raise DataError(
+                f"{where} must have episode_index {number}, frames and tasks (a list of texts), found {str(row)[:200]}"
+            )
+        tasks = tuple(instruction(task, "tasks", where) for task in tasks or [None])
         others = {key: value for key, value in row.items() if key not in EPISODE_FIELDS and "/" not in key}
         extra = {key: value for key, value in others.items() if type(value) in (str, int, float)}
         path = existing_file(self._path(row, "data_path", "data", where))
@@ -163,7 +164,7 @@ class RobotDataset:
         tasks = {}
         for where, row in rows:  # pandas writes an index without a name as __index_level_0__
             text = row.get("task", row.get("__index_level_0__"))
-            tasks[natural_number(row, "task_index", where)] = check_text(text, "task", where) and text
+            tasks[natural_number(row, "task_index", where)] = instruction(text, "task", where)
         return tasks
 
     def _path(self, row: dict, template: str, kind: str, where: str) -> Path:
@@ -190,17 +191,10 @@ class RobotDataset:
             )
         return path, start
 
-    def episode(
-        self,
-        i: int,
-        cameras: Sequence[str] | None = None,
-        encode: Encode = encode_png,
-        columns: Sequence[str] | None = None,
-    ) -> Episode:
+    def episode(self, i: int, cameras: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> Episode:
         """Read the frames of episode `i`: its numeric columns, and the images of cameras.
 
-        cameras, columns: which of `self.cameras` and `self.columns`; None for all. encode: for the pictures of videos, (H, W, 3)
-            uint8 RGB -> bytes; those of other cameras are encoded already.
+        cameras, columns: which of `self.cameras` and `self.columns`; None for all. Pictures of videos are encoded as PNG.
 
         Raises:
             IndexError: there is no such episode.
@@ -212,31 +206,74 @@ class RobotDataset:
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
         columns = list(self.columns) if columns is None else list(columns)
-        cameras = self.cameras if cameras is None else cameras
-        stills = [camera for camera in cameras if self.features[camera]["dtype"] == "image"]
         known = column_names(info.path)
-        numbering = [key for key in ("timestamp", "task_index") if key in known]
-        wanted, only = ["frame_index", *columns, *stills, *numbering], pc.field("episode_index") == i
-        table = read_parquet(pq.read_table, info.path, columns=wanted, filters=only, partitioning=None)
-        if len(table) != info.length or (one_number(table, "frame_index", where) != np.arange(info.length)).any():
-            raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
-        with parquet_errors(info.path):
-            images = {camera: self._stills(table[camera], camera, where) for camera in stills}
-        for camera in [camera for camera in cameras if camera not in stills]:
-            path, start = self.video(i, camera)
-            images[camera] = video_frames(
-                path, start, self._times(table, where), self.fps, f"episode {i}, {camera}", encode
-            )
+        table = self._rows(i, [*columns, *(key for key in ("timestamp", "task_index") if key in known)])
+        images = {}
+        for camera in self.cameras if cameras is None else cameras:
+            found = self.pictures(i, camera, range(info.length))
+            images[camera] = [picture if isinstance(picture, bytes) else encode_png(picture) for picture in found]
         numbers = {key: self._column(table[key], key, f"{where}: {short_repr(key)}") for key in columns}
         frame_tasks = self._frame_tasks(table, info, where)
-        images = {camera: images[camera] for camera in cameras}
         return Episode(frame_tasks[0], numbers, images, dict(info.extra), only_if_mixed(frame_tasks), where)
 
-    def _times(self, table: pa.Table, where: str) -> np.ndarray:
+    def pictures(self, i: int, camera: str, frames: Sequence[int]) -> Iterator[bytes | np.ndarray]:
+        """The pictures of a camera in frames of episode `i`, in increasing order: encoded, or of a video (H, W, 3) uint8 RGB.
+        Raises as `episode`, and FileNotFoundError for a missing file."""
+        info = self.episodes[i]
+        where = f"{info.path}: episode {i}"
+        if self.features[camera]["dtype"] == "video":
+            path, start = self.video(i, camera)
+            times = self._times(i)[np.asarray(frames)]
+            yield from video_pictures(path, start, times, self.fps, f"episode {i}, {camera}")
+        else:
+            table = self._rows(i, [camera])
+            with parquet_errors(info.path):
+                for frame, row in zip(frames, table[camera].take(pa.array(frames, pa.int64())), strict=True):
+                    yield self._still(row.as_py(), f"{where}: frame {frame} of the camera {camera}")
+
+    def picture_source(self, i: int, camera: str, frames: Sequence[int]) -> tuple[list[Path], str]:
+        """(the files that these pictures depend on, where the pictures are in them). Raises FileNotFoundError for a missing
+        video."""
+        if self.features[camera]["dtype"] == "video":
+            path, start = self.video(i, camera)
+            return [path], f"{start} {self._times(i)[np.asarray(frames)].tolist()}"
+        info, names = self.episodes[i], f"{camera}.path"  # pictures may be files that the table names
+        files = [info.path]
+        if names in leaf_names(info.path):
+            rows = self._rows(i, [names])[camera].to_pylist()
+            named = [row["path"] for frame in frames if isinstance(row := rows[frame], dict)]
+            paths = [path_inside(self.folder, name, str(info.path)) for name in named if isinstance(name, str)]
+            files += [path for path in paths if path.is_file()]
+        return files, f"{i} {list(frames)}"
+
+    def _rows(self, i: int, columns: Sequence[str]) -> pa.Table:
+        """The rows of an episode. Row groups that hold several episodes are read once, if these are asked for one after the
+        other. Raises DataError if the frames are not those of the episode."""
+        path = self.episodes[i].path
+        wanted = list(dict.fromkeys(["episode_index", "frame_index", *columns]))
+        if path not in self._spans:
+            self._spans[path] = episode_spans(path)
+        groups = [group for group, (low, high) in enumerate(self._spans[path]) if low <= i <= high]
+        if self._last[0] != (path, groups, wanted):
+            self._last = (path, groups, wanted), read_groups(path, groups, wanted)
+        with parquet_errors(path):
+            table = self._last[1].filter(pc.equal(self._last[1]["episode_index"], i))
+        self._check_frames(table, i)
+        return table
+
+    def _check_frames(self, table: pa.Table, i: int) -> None:
+        info = self.episodes[i]
+        where = f"{info.path}: episode {i}"
+        if len(table) != info.length or (one_number(table, "frame_index", where) != np.arange(info.length)).any():
+            raise DataError(f"{where} must have {info.length} frames in order, found {len(table)}, or in another order")
+
+    def _times(self, i: int) -> np.ndarray:
         """(T,) seconds from the episode's start at which its frames were taken: those of the dataset, or T / fps."""
-        if "timestamp" not in table.column_names:
-            return np.arange(len(table)) / self.fps
-        times = one_number(table, "timestamp", where).astype(np.float64)
+        info = self.episodes[i]
+        where = f"{info.path}: episode {i}"
+        if "timestamp" not in column_names(info.path):
+            return np.arange(len(self._rows(i, []))) / self.fps
+        times = one_number(self._rows(i, ["timestamp"]), "timestamp", where).astype(np.float64)
         times = times - times[0]
         if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
             raise DataError(f"{where}: 'timestamp' must be seconds that increase from frame to frame")
@@ -264,23 +301,25 @@ class RobotDataset:
         with np.errstate(over="ignore"):  # a number that is too large becomes infinite
             return column.astype(self.features[key]["dtype"], copy=False)
 
-    def _stills(self, values: pa.ChunkedArray, camera: str, where: str) -> list[bytes]:
-        """The images in the table, or in the files of the folder that it names."""
-        pictures = []
-        for frame, row in enumerate(values.to_pylist()):
-            place = f"{where}: frame {frame} of the camera {camera}"
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{place}: images must be {IMAGE_TYPE}, found {values.type if row is not None else 'nothing'}"
-                )
-            pictures.append(row.get("bytes") or self._image_file(row.get("path"), place))
-        return pictures
+    def _still(self, row: object, where: str) -> bytes:
+        """The image in a row of the table, or in the file of the folder that it names."""
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{where}: images must be {IMAGE_TYPE}, found {short_repr(row) if row is not None else 'nothing'}"
+            )
+        return row.get("bytes") or self._image_file(row.get("path"), where)
 
     def _image_file(self, name: object, where: str) -> bytes:
         path = path_inside(self.folder, name, where)
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path} is missing")
         return path.read_bytes()
+
+
+def instruction(text: object, key: str, where: str) -> str:
+    """The text, NO_TASK for a missing or empty one. Raises DataError for what is no text."""
+    is_missing = text is None or (isinstance(text, str) and not text.strip())
+    return NO_TASK if is_missing else check_text(text, key, where) and text
 
 
 def one_number(table: pa.Table, key: str, where: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Frames of video files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,40 +8,43 @@ import numpy as np
 from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 
-Encode = Callable[[np.ndarray], bytes]
 TOLERANCE = 0.75  # of the time between two frames: how far from its time stamp a picture may be
 DRIFT = 0.002  # seconds per second: a video of 29.97 frames per second that is described as 30 differs by half of this
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in the place of a large file that was not fetched
 
 
-def video_frames(
-    path: Path, start: float, times: Sequence[float], fps: float, where: str, encode: Encode = encode_png
-) -> list[bytes]:
-    """The pictures of a video that are nearest to `times`, encoded.
+def video_frames(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> list[bytes]:
+    """The same as `video_pictures`, encoded as PNG."""
+    return [encode_png(picture) for picture in video_pictures(path, start, times, fps, where)]
+
+
+def video_pictures(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> Iterator[np.ndarray]:
+    """The pictures of a video that are nearest to `times`, (H, W, 3) uint8 RGB, one after the other.
 
     start: second at which the episode begins in the video. times: T seconds from there, in increasing order. fps: of the
-    dataset; the rate of the video itself may differ. where: episode and camera, for messages. encode: (H, W, 3) uint8 RGB ->
-        the bytes of a picture.
+    dataset; the rate of the video itself may differ. where: episode and camera, for messages.
 
     Raises:
         ImportError: PyAV is not installed.
         DataError: the file is not a video, or has no picture near one of the times.
     """
-    pictures: list[bytes] = []
     last = None  # the picture before `frame`, and its time
-    for now, frame in decoded(path, start, where, pictures):
-        while len(pictures) < len(times) and (wanted := times[len(pictures)]) <= now:
+    done = 0
+    for now, frame in decoded(path, start, where):
+        while done < len(times) and (wanted := times[done]) <= now:
             nearest = last if last is not None and wanted - last[0] < now - wanted else (now, frame)
-            check_whole(nearest[1], len(pictures), path, where)
-            check_near(nearest[0], wanted, fps, len(pictures), (path, start, where, len(times)))
-            pictures.append(encode(nearest[1].to_ndarray(format="rgb24")))
-        if len(pictures) == len(times):
-            return pictures
+            check_whole(nearest[1], done, path, where)
+            check_near(nearest[0], wanted, fps, done, (path, start, where, len(times)))
+            yield nearest[1].to_ndarray(format="rgb24")
+            done += 1
+        if done == len(times):
+            return
         last = (now, frame)
-    while len(pictures) < len(times):  # times behind the last picture
+    while done < len(times):  # times behind the last picture
         now, frame = last or (float("inf"), None)
-        check_near(now, times[len(pictures)], fps, len(pictures), (path, start, where, len(times)))
-        pictures.append(encode(frame.to_ndarray(format="rgb24")))
-    return pictures
+        check_near(now, times[done], fps, done, (path, start, where, len(times)))
+        yield frame.to_ndarray(format="rgb24")
+        done += 1
 
 
 def check_near(found: float, wanted: float, fps: float, done: int, names: tuple) -> None:
@@ -62,18 +65,25 @@ def check_whole(frame, number: int, path: Path, where: str) -> None:
         )
 
 
-def decoded(path: Path, start: float, where: str, done: list) -> Iterator[tuple[float, object]]:
-    """(seconds after `start`, picture) of a video, from the key frame before `start` on. done: what has been read."""
+def decoded(path: Path, start: float, where: str) -> Iterator[tuple[float, object]]:
+    """(seconds after `start`, picture) of a video, from the key frame before `start` on."""
     try:
         import av
     except ImportError as error:
         raise ImportError(f"{path}: reading videos needs the library PyAV: pip install av") from error
+    second = 0.0
     try:
         with av.open(str(path.absolute())) as container:  # a relative "concat:a.mp4" would be a protocol of FFmpeg
             stream = container.streams.video[0]
+            stream.thread_count = 1  # episodes are decoded in as many processes as there are cores
             container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):
-                yield frame.time - start, frame
+                second = frame.time - start
+                yield second, frame
     except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as a video: {where}, frame {len(done)}: {reason}") from error
+        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            reason = "it is a pointer of git-lfs, not the video: fetch it with git lfs pull"
+        raise DataError(
+            f"{path} cannot be read as a video: {where}, after {max(0.0, second):.2f} s: {reason}"
+        ) from error
