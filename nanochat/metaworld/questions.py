@@ -45,6 +45,13 @@ def object_positions(demos: Demonstrations, frames: Sequence[int] | slice = slic
     return demos.columns[ENVIRONMENT_STATE][frames][:, OBJECT_POSITIONS]
 
 
+def positions_from_hand(demos: Demonstrations) -> np.ndarray:
+    """(n, 9) float32: object, second object and goal of each frame as seen from the hand, along the axes of the world. A camera
+    that moves with the hand can tell no others."""
+    positions = object_positions(demos).reshape(-1, 4, 3)
+    return (positions[:, 1:] - positions[:, :1]).reshape(-1, 9)
+
+
 def draw_asked(demos: Demonstrations, n: int, rng: np.random.Generator) -> list[int]:
     """n random frames to ask about, half of them from the ends of episodes."""
     return demos.draw(n // 2, rng) + demos.draw(n - n // 2, rng, last=LAST_FRAMES)

@@ -48,16 +48,20 @@ class AnswerTokensHead(AuxiliaryHead):
 
 
 class PositionsHead(AuxiliaryHead):
-    """From all vision vectors of a frame to positions of objects: L1 distance, averaged over the numbers of a frame."""
+    """From all vision vectors of a picture to positions of objects: L1 distance, averaged over the numbers of a picture. Each
+    camera has rows of its own in the layer, and targets of its own."""
 
-    def __init__(self, n_in: int, positions: np.ndarray):
-        """n_in: N * D. positions: (n_frames, K) in metres."""
-        super().__init__(n_in, positions.shape[1])
-        self.targets = Scale.fit(positions).normalize(positions)  # (n_frames, K) float32
+    def __init__(self, n_in: int, positions: Sequence[np.ndarray]):
+        """n_in: N * D. positions: for each camera (n_frames, P), in metres."""
+        super().__init__(n_in, sum(own.shape[1] for own in positions))
+        self.targets = [Scale.fit(own).normalize(own) for own in positions]  # (n_frames, P) float32 each
 
-    def loss(self, vectors: torch.Tensor, items: Sequence[int]) -> torch.Tensor:
-        targets = torch.from_numpy(self.targets[items]).to(vectors.device)
-        return (self.linear(vectors.flatten(1)) - targets).abs().mean(-1).sum()
+    def loss(self, vectors: torch.Tensor, items: Sequence[int], camera: int = 0) -> torch.Tensor:
+        """vectors: (U, N, D) of one camera's pictures."""
+        targets = torch.from_numpy(self.targets[camera][items]).to(vectors.device)
+        rows = [own.shape[1] for own in self.targets]
+        weight, bias = self.linear.weight.split(rows)[camera], self.linear.bias.split(rows)[camera]
+        return (F.linear(vectors.flatten(1), weight, bias) - targets).abs().mean(-1).sum()
 
 
 class CellsHead(AuxiliaryHead):

@@ -44,7 +44,7 @@ def demonstrations_fingerprint(data: "Demonstrations") -> dict:
             "instructions": digest(task.encode() for task in data.tasks),
             "states": digest([data.state.tobytes()]),
             "actions": digest([data.action.tobytes()]),
-            "pictures": digest([data.images(frames).tobytes()]),
+            "pictures": digest(data.images(frames, camera).tobytes() for camera in range(len(data.cameras))),
         },
     }
 

@@ -130,8 +130,10 @@ class Robot(Recipe):
 
     data: str = ""
     "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
-    camera: str = ""
-    "Name of the camera, such as observation.images.front; default the first of the data."
+    cameras: tuple[str, ...] = ()
+    "Names of the cameras to read, such as front wrist, the one that questions are about first; default all of the data."
+    camera_dropout: float = 0.0
+    "Share of single cameras that are hidden at random, so that the policy can do without one (needs several cameras)."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
@@ -158,10 +160,14 @@ class Robot(Recipe):
     "How actions are written: continuous gives a whole chunk at once, bins one token per number."
     targets: Targets = "auto"
     "What the data's actions are: relative (motions) or absolute (joint angles, poses); auto finds it from the data."
+    units: str = ""
+    "Unit of the states and actions, such as degrees: the policy tells it to its clients, since the data does not say it."
     glance_dim: int = 64
     "Width of each vision token before it is projected."
     chunk: int = 10
     "Actions per prediction."
+    committed: int = 0
+    "Learn to continue up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: not."
     questions_per_step: int = 16
     "Questions per optimiser step, in addition to the frames (only for data of a simulator)."
     question_loss: float = 0.3

@@ -78,6 +78,7 @@ def started_recipe(recipe: Recipe) -> Recipe:
         )
     known = {field.name for field in fields(recipe)}
     saved = {"min_steps": 1} | training["recipe"]  # release 0.1 had no least number of steps
+    saved = {"cameras": [saved["camera"]]} | saved if saved.get("camera") else saved  # it read one camera
     saved = {
         name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
     }  # JSON has lists

@@ -1,12 +1,12 @@
 """Batches of demonstrations as tensors: rows whose actions are learnt, and questions with their answers."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from nanochat.action_heads import ActionBatch
+from nanochat.action_heads import ActionBatch, known_actions
 from nanochat.conversation import Rendered, action_message, render
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
@@ -16,7 +16,7 @@ from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, paraphrase, question, question_messages, questions
 from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.batches import Row, padded, row_inputs
+from nanochat.training.batches import Row, mask_images, padded, row_inputs
 
 
 @dataclass
@@ -44,11 +44,20 @@ def action_batch(
     states = None if model.state_scale is None else torch.from_numpy(model.state_scale.normalize(data.state[frames]))
     chunks = torch.from_numpy(model.action_scale.normalize(actions))
     inputs, device = row_inputs(model, idx, states=states), model.device
-    return ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
+    batch = ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
+    return commit_some(batch, model.config.committed, rng) if model.config.committed and rng is not None else batch
+
+
+def commit_some(batch: ActionBatch, most: int, rng: np.random.Generator) -> ActionBatch:
+    """The same batch in which the first 0 to `most` actions of each chunk are given, and not learnt."""
+    counts = torch.from_numpy(rng.integers(0, most + 1, len(batch.chunks))).to(batch.chunks.device)
+    learnt = torch.arange(batch.chunks.shape[1], device=counts.device) >= counts[:, None]
+    inputs = replace(batch.inputs, committed=known_actions(batch.chunks, counts, most))
+    return replace(batch, inputs=inputs, inside=batch.inside & learnt)
 
 
 def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> list[int]:
-    messages = [action_message(instruction)]
+    messages = [action_message(instruction, model.config.n_cameras)]
     return render(tokenizer, messages, model.config.places_per_image, for_completion=True).ids
 
 
@@ -112,6 +121,30 @@ def check_row(what: str, n: int, options: list[str], model: RobotGPT) -> None:
             f"{what} takes {n} tokens, vision tokens included, but the context has {model.config.sequence_len}: train a new "
             f"model with {options}, fewer --vision-tokens, or a shorter text"
         )
+
+
+# ---- pictures
+
+
+def camera_pictures(
+    data: Demonstrations, frames: Sequence[int], about: Sequence[int] = (), n_cameras: int | None = None
+) -> tuple[np.ndarray, list[int]]:
+    """The pictures (M, S, S, 3) uint8 of some frames, one camera after another, and how many there are of each camera. about:
+    further frames, of which only the first camera is shown. n_cameras: only the first so many; None for all."""
+    parts = [data.images([*frames, *about])]
+    parts += [data.images(frames, camera) for camera in range(1, n_cameras or len(data.cameras))]
+    return np.concatenate(parts), [len(part) for part in parts]
+
+
+def join_cameras(vectors: torch.Tensor, counts: Sequence[int], n: int) -> torch.Tensor:
+    """(M, N, D) vectors of `camera_pictures` -> (n, K * N, D): those of the first n frames of each camera, frame by frame."""
+    return torch.stack([own[:n] for own in vectors.split(list(counts))], 1).flatten(1, 2)
+
+
+def mask_cameras(vectors: torch.Tensor, n_cameras: int, rng: np.random.Generator, share: float) -> torch.Tensor:
+    """(n, K * N, D) with a random share of the single cameras set to zero: the policy learns to do without them."""
+    cameras = vectors.unflatten(1, (n_cameras, -1)).flatten(0, 1)  # (n * K, N, D)
+    return mask_images(cameras, rng, share).view(vectors.shape)
 
 
 def shift_pictures(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

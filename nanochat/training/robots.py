@@ -9,8 +9,8 @@ model: a policy reads pictures, its own state, and text.
 """
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 
 from nanochat.action_heads import ActionBatch
-from nanochat.actions import ACT, BINS, STATE, TARGETS, Scale, span
+from nanochat.actions import ACT, BINS, STATE, TARGETS
 from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
 from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
@@ -30,6 +30,7 @@ from nanochat.metaworld.questions import (
     draw_asked,
     has_scene,
     object_positions,
+    positions_from_hand,
     task_name,
     tokenizer_texts,
 )
@@ -37,16 +38,21 @@ from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.auxiliary import PositionsHead
 from nanochat.training.batches import exactly_right, mask_images, reduce_gradient, with_images
+from nanochat.training.distributed import first_goes_first
 from nanochat.training.fingerprint import demonstrations_fingerprint
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import (
     QuestionBatch,
     action_batch,
+    camera_pictures,
     check_instructions,
     check_questions,
+    join_cameras,
+    mask_cameras,
     question_batch,
     shift_pictures,
 )
+from nanochat.training.robot_models import adopted, check_cameras, check_fits, fields_of_data
 from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import (
     StepResult,
@@ -71,12 +77,15 @@ class RobotTask(Task):
 
     def __init__(self, recipe: Robot):
         super().__init__(recipe)
-        self.data, self.val = read_data(recipe)
+        with first_goes_first():
+            self.data, self.val = read_data(recipe)
         self.targets, reason = find_targets(self.data)
         if recipe.targets != "auto":
             self.targets, reason = recipe.targets, "--targets"
         other = next(name for name in TARGETS if name != self.targets)
         console.print(f"actions are {self.targets} ({reason}); if that is wrong: --targets {other}", markup=False)
+        if recipe.camera_dropout and len(self.data.cameras) < 2:
+            raise UserError("--camera-dropout hides some of several cameras, but one is read: leave it out")
         if has_scene(self.data):
             for data in (self.data, self.val):
                 data.check_finite(ENVIRONMENT_STATE)
@@ -93,8 +102,7 @@ class RobotTask(Task):
             state_token_id=tokenizer.special(STATE),
             act_token_id=tokenizer.special(ACT),
             bin_token_id=tokenizer.special(BINS[0]),
-            targets=self.targets,
-            **self.scales(),
+            **self.fields_of_config(),
             **model_shape(recipe, tokenizer),
         )
         model = RobotGPT(config)
@@ -103,46 +111,28 @@ class RobotTask(Task):
         return model, tokenizer
 
     def adopt(self, model: RobotGPT) -> RobotGPT:
-        """The same weights with the scales of this data, and a new action head if the recipe asks for another one."""
+        """The same weights with the scales and cameras of this data, see `robot_models.adopted`."""
         recipe, config = self.recipe, model.config
         if not isinstance(model, RobotGPT):
             raise UserError(
                 f"the checkpoint {recipe.start_from} is a {type(model).__name__}, not a robot policy: choose another one"
             )
-        self.check_fits(model, recipe.start_from, "train a new model without --start-from")
+        advice = "train a new model without --start-from"
+        check_fits(model, recipe.start_from, self.data, recipe.data, advice)
         self.recipe = replace(shaped_like(recipe, model), chunk=config.chunk, glance_dim=config.vision_embedding_dim)
-        adopted = RobotGPT(replace(config, action_head=recipe.action_head, targets=self.targets, **self.scales()))
-        adopted.init_weights()
-        adopted.attach_encoder(model.vision_encoder)
-        weights = model.state_dict()
-        if recipe.action_head != config.action_head:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
-        adopted.load_state_dict(weights, strict=recipe.action_head == config.action_head)
-        return adopted
+        return adopted(model, replace(config, action_head=recipe.action_head, **self.fields_of_config()))
 
-    def scales(self) -> dict[str, dict]:
-        """The ranges of the data's states and actions, for a model's config."""
-        state, has_state = self.data.state, self.data.state.shape[1] > 0
-        return {
-            "state_scale": asdict(Scale.fit(state)) if has_state else {},
-            "state_range": span(state) if has_state else {},
-            "action_scale": asdict(Scale.fit(self.data.action)),
-        }
-
-    def check_fits(self, model: RobotGPT, name: str, advice: str) -> None:
-        """Raises UserError if the data has states or actions of another size than the model."""
-        for kind, expected, found in (
-            ("state", model.config.state_dim, self.data.state.shape[1]),
-            ("action", model.config.action_dim, self.data.action.shape[1]),
-        ):
-            if found != expected:
-                raise UserError(
-                    f"{name} has a{'n' if kind == 'action' else ''} {kind} of {expected} numbers, but that of the data in "
-                    f"{self.recipe.data} has {found}: {advice}"
-                )
+    def fields_of_config(self) -> dict:
+        """The fields of a policy's config that do not come from a shape or a tokenizer."""
+        recipe, found = self.recipe, fields_of_data(self.data)
+        committed = recipe.committed if recipe.action_head == "continuous" else 0
+        found |= {"targets": self.targets, "committed": committed}
+        return found | {"camera_dropout": recipe.camera_dropout, "units": recipe.units}
 
     def prepare(self, model: RobotGPT, tokenizer: Tokenizer) -> None:
-        self.check_fits(model, self.recipe.out or "the run", "resume it with its own data, or choose another --out")
+        name, advice = self.recipe.out or "the run", "resume it with its own data, or choose another --out"
+        check_fits(model, name, self.data, self.recipe.data, advice)
+        check_cameras(model, name, self.data)
         super().prepare(model, tokenizer)
         check_instructions([*self.data.by_task, *self.val.by_task], model, tokenizer)
         for data in [self.data] * bool(self.recipe.questions_per_step) + [self.val]:  # a validation asks in any case
@@ -151,7 +141,8 @@ class RobotTask(Task):
         self.steps, self.unit, config = self.recipe.steps, model.action_head.unit, model.config
         if self.recipe.scene_loss and has_scene(self.data):
             n_in = config.vision_tokens_per_image * config.vision_embedding_dim
-            self.auxiliary = PositionsHead(n_in, object_positions(self.data)).to(model.device)
+            others = [positions_from_hand(self.data)] * (config.n_cameras - 1)
+            self.auxiliary = PositionsHead(n_in, [object_positions(self.data), *others]).to(model.device)
 
     def describe_data(self) -> str:
         return f"{len(self.data):,} frames of {len(self.data.by_task)} tasks, {len(self.val):,} to validate"
@@ -167,9 +158,10 @@ class RobotTask(Task):
         }
 
     def pixel_batches(self) -> Iterator[torch.Tensor]:
-        rng, size = np.random.default_rng([self.recipe.seed, 0, 1]), self.recipe.device_batch_size or self.recipe.images_per_step
+        rng, size = np.random.default_rng([self.recipe.seed, 0, 1]), self.part_size
         for _ in range(-(-min(MAX_PICTURES, len(self.data)) // size)):
-            images = shift_pictures(self.data.images(self.data.draw(size, rng)), self.recipe.shift, rng)
+            images, _ = camera_pictures(self.data, self.data.draw(size, rng))
+            images = shift_pictures(images, self.recipe.shift, rng)
             yield to_pixels(images, self.model.device, torch.float32).contiguous(memory_format=torch.channels_last)
 
     def next_commands(self, out: Path) -> list[str]:
@@ -187,7 +179,7 @@ class RobotTask(Task):
         frames, asked = data.draw(recipe.images_per_step, rng), []
         if has_scene(data) and recipe.questions_per_step:
             asked = draw_asked(data, recipe.questions_per_step, rng)
-        n = -(-len(frames) // (recipe.device_batch_size or len(frames)))
+        n = self.n_parts
         own = self.own_parts(step, n, purpose=2)
         return sum((self.part_gradients(frames[part::n], asked[part::n], rng) for part, rng in own), StepResult())
 
@@ -197,29 +189,43 @@ class RobotTask(Task):
         recipe, model, data = self.recipe, self.model, self.data
         share = len(frames) / recipe.images_per_step
         actions = action_batch(data, frames, model, self.tokenizer, rng)
-        tokens, shown, questions = actions.targets.numel(), list(frames), None
+        tokens, about, questions = actions.targets.numel(), [], None
         if asked:
             questions = question_batch(data, asked, model, self.tokenizer, rng)
-            shown, tokens = shown + questions.frames, tokens + questions.targets.numel()
-        vectors = self.see(shift_pictures(data.images(shown), recipe.shift, rng))  # one encoder pass for all
-        seen = mask_images(reduce_gradient(vectors, recipe.decoder_gradient), rng, recipe.blind_share)
-        acting = self.action_loss(actions, seen[: len(frames)])
+            about, tokens = questions.frames, tokens + questions.targets.numel()
+        images, counts = camera_pictures(data, frames, about)
+        vectors = self.see(shift_pictures(images, recipe.shift, rng), counts)  # one encoder pass for all
+        seen = reduce_gradient(vectors, recipe.decoder_gradient)
+        acting_on = mask_images(join_cameras(seen, counts, len(frames)), rng, recipe.blind_share)
+        asked_about = mask_images(seen[len(frames) : counts[0]], rng, recipe.blind_share)
+        acting = self.action_loss(actions, mask_cameras(acting_on, len(counts), rng, recipe.camera_dropout))
         loss = share * acting
         if questions is not None:
             weight = recipe.question_loss * len(asked) / recipe.questions_per_step
-            loss = loss + weight * self.question_loss(questions, seen[len(frames) :])[0]
+            loss = loss + weight * self.question_loss(questions, asked_about)[0]
         if self.auxiliary is not None:
-            loss = loss + share * recipe.scene_loss * self.auxiliary.loss(vectors, shown) / len(shown)
+            loss = loss + share * recipe.scene_loss * self.scene_loss(vectors.split(counts), [*frames, *about])
         loss.backward()
-        return StepResult(share * acting.item(), tokens, len(shown))
+        return StepResult(share * acting.item(), tokens, len(images))
 
-    def see(self, images: np.ndarray) -> torch.Tensor:
-        """(n, S, S, 3) uint8 -> (n, N, D) vectors, differentiable."""
+    def see(self, images: np.ndarray, counts: list[int] | None = None) -> torch.Tensor:
+        """(n, S, S, 3) uint8 -> (n, N, D) vectors, differentiable. counts: see `RobotGPT.see`."""
         pixels = to_pixels(images, self.model.device, torch.float32)
-        return self.model.see(pixels.contiguous(memory_format=torch.channels_last))
+        return self.model.see(pixels.contiguous(memory_format=torch.channels_last), counts)
+
+    def see_frames(self, data: Demonstrations, frames: list[int], n_cameras: int) -> torch.Tensor:
+        """(n, K * N, D): what the first K cameras saw in these frames, as training shows it but not shifted."""
+        images, counts = camera_pictures(data, frames, n_cameras=n_cameras)
+        return join_cameras(self.see(images, counts), counts, len(frames))
+
+    def scene_loss(self, vectors: Sequence[torch.Tensor], shown: list[int]) -> torch.Tensor:
+        """The loss of the auxiliary head, averaged over the pictures of each camera and added up over cameras. vectors: of each
+        camera, (n, N, D) of the first n frames in `shown`."""
+        losses = [self.auxiliary.loss(own, shown[: len(own)], camera) / len(own) for camera, own in enumerate(vectors)]
+        return sum(losses)
 
     def action_loss(self, batch: ActionBatch, vectors: torch.Tensor) -> torch.Tensor:
-        """The mean loss of the action head. vectors: (A, N, D)."""
+        """The mean loss of the action head. vectors: (A, K * N, D)."""
         batch = replace(batch, inputs=with_images(batch.inputs, vectors))
         return self.model.action_head.loss(self.model, self.model.hidden(batch.inputs), batch)
 
@@ -236,7 +242,8 @@ class RobotTask(Task):
         frames, size, losses = self.data.draw(VAL_FRAMES, np.random.default_rng(0)), self.recipe.images_per_step, []
         for part in (frames[i : i + size] for i in range(0, VAL_FRAMES, size)):
             batch = action_batch(self.data, part, self.model, self.tokenizer, None)
-            losses.append(self.action_loss(batch, self.see(self.data.images(part))).item())
+            vectors = self.see_frames(self.data, part, self.model.config.n_cameras)
+            losses.append(self.action_loss(batch, vectors).item())
         return {"train": float(np.mean(losses))}
 
     def validate(self) -> dict[str, float]:
@@ -247,7 +254,8 @@ class RobotTask(Task):
         starts = range(0, VAL_FRAMES, size)
         losses: dict[str, list[float]] = {}
         actions = [action_batch(self.val, acted[i : i + size], self.model, self.tokenizer, None) for i in starts]
-        for condition, parts in self.condition_vectors([acted[i : i + size] for i in starts]).items():
+        frames, n_cameras = [acted[i : i + size] for i in starts], self.model.config.n_cameras
+        for condition, parts in self.condition_vectors(frames, n_cameras).items():
             losses[condition] = [self.action_loss(batch, v).item() for batch, v in zip(actions, parts, strict=True)]
         if has_scene(self.val):
             questions = [question_batch(self.val, asked[i : i + size], self.model, self.tokenizer, rng) for i in starts]
@@ -260,9 +268,9 @@ class RobotTask(Task):
         _, hidden = self.question_loss(batch, vectors)
         return exactly_right(self.model, hidden, batch.targets).float().mean().item()
 
-    def condition_vectors(self, batches: list[list[int]]) -> dict[str, tuple[torch.Tensor, ...]]:
-        """{condition: the vectors (n_i, N, D) of each batch of frames}."""
-        vectors = torch.cat([self.see(self.val.images(frames)) for frames in batches])
+    def condition_vectors(self, batches: list[list[int]], n_cameras: int = 1) -> dict[str, tuple[torch.Tensor, ...]]:
+        """{condition: the vectors (n_i, K * N, D) of each batch of frames, of the first K cameras}."""
+        vectors = torch.cat([self.see_frames(self.val, frames, n_cameras) for frames in batches])
         episodes = [int(self.val.episode[frame]) for frames in batches for frame in frames]
         sizes = [len(frames) for frames in batches]
         return {name: seen.split(sizes) for name, seen in conditions(vectors, episodes).items()}
@@ -270,7 +278,7 @@ class RobotTask(Task):
 
 def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
     """(training, validation) demonstrations of the recipe."""
-    folder = open_demonstrations(recipe.data, [recipe.camera] if recipe.camera else (), task_name)
+    folder = open_demonstrations(recipe.data, recipe.cameras, task_name)
     for line in describe_columns(folder):
         console.print(line, markup=False)
     reading = partial(track, description="reading episodes", console=console)

@@ -1,0 +1,77 @@
+"""The policy that a run trains: what its config takes from the data, and what it keeps of the policy that it starts from."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from nanochat.actions import Scale, span
+from nanochat.cameras import short_names
+from nanochat.data.demonstrations import Demonstrations
+from nanochat.errors import UserError
+from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
+
+
+def fields_of_data(data: Demonstrations) -> dict:
+    """The fields of a policy's config that follow from its data: cameras, ranges, names and rate."""
+    has_state = data.state.shape[1] > 0
+    return {
+        "cameras": short_names(data.cameras),
+        "state_scale": asdict(Scale.fit(data.state)) if has_state else {},
+        "state_range": span(data.state) if has_state else {},
+        "action_scale": asdict(Scale.fit(data.action)),
+        "state_names": data.names_of.get("observation.state", []),
+        "action_names": data.names_of.get("action", []),
+        "fps": data.fps,
+    }
+
+
+def adopted(model: RobotGPT, config: RobotGPTConfig) -> RobotGPT:
+    """A policy of `config` with the weights and the encoder of `model`. An action head of another kind is new. A camera has the
+    glances of the one with its name; a camera that the model does not know begins with those of the first."""
+    new = RobotGPT(config)
+    new.init_weights()
+    new.attach_encoder(model.vision_encoder)
+    kept = model.state_dict()
+    if config.action_head != model.config.action_head:
+        kept = {name: tensor for name, tensor in kept.items() if not name.startswith("action_head.")}
+    for name in [name for name in kept if name.startswith("glances.")]:
+        kept[name] = of_cameras(kept[name], model.config.cameras, config.cameras)
+    if config.committed != model.config.committed:  # other numbers: it learns them anew
+        kept.pop("committed_projector.weight", None)
+    new.load_state_dict(new.state_dict() | kept)
+    return new
+
+
+def of_cameras(rows: torch.Tensor, before: Sequence[str], now: Sequence[str]) -> torch.Tensor:
+    """The rows of the cameras `now`, of a tensor with as many rows for each camera of `before` (none: one without a name)."""
+    parts = dict(zip(before or [""], rows.chunk(max(1, len(before))), strict=True))
+    return torch.cat([parts.get(name, next(iter(parts.values()))) for name in now or [""]])
+
+
+def check_fits(model: RobotGPT, name: str, data: Demonstrations, folder: str, advice: str) -> None:
+    """Raises UserError if the data has states or actions of another size than the model. name, folder: of the model and of the
+    data, for the message."""
+    for kind, expected, found in (
+        ("state", model.config.state_dim, data.state.shape[1]),
+        ("action", model.config.action_dim, data.action.shape[1]),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{name} has a{'n' if kind == 'action' else ''} {kind} of {expected} numbers, but that of the data in "
+                f"{folder} has {found}: {advice}"
+            )
+
+
+def check_cameras(model: RobotGPT, name: str, data: Demonstrations) -> None:
+    """Raises UserError if a run would go on with other cameras, or with the same ones in another order."""
+    expected, found = model.config.cameras, short_names(data.cameras)
+    if found != expected and (expected or len(found) > 1):
+        raise UserError(
+            f"{name} was trained with {cameras_in_words(expected)}, but the data has {cameras_in_words(found)}: resume it with "
+            "its own data, or choose another --out"
+        )
+
+
+def cameras_in_words(names: Sequence[str]) -> str:
+    return f"the camera{'s' * (len(names) > 1)} {', '.join(names)}" if names else "one camera"
