@@ -331,9 +331,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def save_policy(path, data: str) -> str:
+def save_policy(path, data: str, **config) -> str:
     tokenizer = make_tokenizer(["lift", "put down"], 500)
-    save_checkpoint(path, make_policy(tokenizer, image_size=SIZE), tokenizer, {"recipe": {"data": data}})
+    model = make_policy(tokenizer, image_size=SIZE)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    save_checkpoint(path, model, tokenizer, {"recipe": {"data": data}})
     return str(path)
 
 
@@ -347,6 +350,16 @@ def test_eval_reports_and_draws_the_episodes_that_training_held_out(nanochat, fo
     assert list(result["rows"]) == rows and all(row in out for row in rows)
     assert result["rows"][HOLD]["of_hold"] == 1 and result["verdict"][0] in " ".join(out.split())
     assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_frames_are_read_at_the_rate_of_the_policy(nanochat, folder, tmp_path):
+    named = {"action_names": list("abcd"), "units": "rad"}
+    checkpoint = save_policy(tmp_path / "c", str(folder), fps=5.0, **named)
+    assert "base (rad)" in nanochat("eval", checkpoint, folder, "--json", tmp_path / "a.json").out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert (result["fps"], result["frames"]) == (5, 12)
+    checkpoint = save_policy(tmp_path / "fast", str(folder), fps=30.0)
+    assert "chooses 30 actions per second, but" in nanochat("eval", checkpoint, folder, code=2).err
 
 
 def test_without_the_training_data_two_rows_are_left_out_and_that_is_said(nanochat, folder, tmp_path):

@@ -6,15 +6,14 @@ mends a recording wants to know all of it. Numbers are read of all episodes, pic
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from nanochat.data.bridge import FPS, bridge_episodes, other_fields
+from nanochat.data.bridge import CAMERA, FPS, BridgeFrames
 from nanochat.data.columns import column_names, number_names, pq, read_parquet, to_numpy
 from nanochat.data.lerobot import Episode, RobotDataset
-from nanochat.data.video import video_frames
 from nanochat.errors import UserError
 from nanochat.files import DataError
 from nanochat.vision.images import open_image
@@ -192,11 +191,11 @@ class LeRobotParts:
         """(what is known of it, a line for each episode whose video is missing, unreadable or too short)."""
         if self.dataset.features[name]["dtype"] == "image":
             return image_camera(self, name)
-        found, problems = Camera(name, "video"), []
+        found, problems, headers = Camera(name, "video"), [], {}
         for number, episode in enumerate(self.dataset.episodes):
             try:
                 path, start = self.dataset.video(number, name)
-                header, seconds = video_header(path)
+                headers[path] = header, seconds = headers.get(path) or video_header(path)
             except ImportError as error:
                 return found, [str(error)]
             except (UserError, OSError) as error:
@@ -209,52 +208,48 @@ class LeRobotParts:
                 )
         return found, problems
 
-    def picture(self, number: int, frame: int, camera: str) -> bytes:
-        """The encoded picture of a frame. Raises UserError, OSError or ImportError if it cannot be read."""
-        if self.dataset.features[camera]["dtype"] == "image":
-            return self.dataset.episode(number, [camera], columns=[]).images[camera][frame]
-        path, start = self.dataset.video(number, camera)
-        times = self.times(number)
-        second = frame / self.fps if times is None else float(times[frame] - times[0])
-        (picture,) = video_frames(path, start + second, [0.0], self.fps, f"episode {number}, frame {frame}, {camera}")
-        return picture
+    def picture(self, number: int, frame: int, camera: str) -> Image.Image:
+        """Raises UserError, OSError or ImportError if it cannot be read."""
+        return open_image(next(self.dataset.pictures(number, camera, [frame])))
 
 
 class BridgeParts:
-    """The same of a folder of BridgeData frames, which is read at once."""
+    """The same of a folder of BridgeData frames."""
 
-    kind, robot, fps = "BridgeData V2 frames", "WidowX", FPS
+    kind, robot, fps, cameras = "BridgeData V2 frames", "WidowX", FPS, [CAMERA]
     names_of: dict[str, list[str]] = {}
 
     def __init__(self, folder: Path):
-        self.episodes = list(bridge_episodes(folder))
-        if not self.episodes:
+        self.data = BridgeFrames(folder)
+        if not self.data.episodes:
             raise DataError(f"{folder}/frames.jsonl has no rows: expected a row for each frame")
-        self.cameras, self.unreadable = list(self.episodes[0].images), other_fields(folder)
+        self.unreadable = self.data.unreadable
 
     def __len__(self) -> int:
-        return len(self.episodes)
+        return len(self.data)
 
     def length(self, number: int) -> int:
-        return len(self.episodes[number].columns["action"])
+        return len(self.data.paths[number])
 
     def numbers(self, number: int) -> Episode:
-        return self.episodes[number]
+        return self.data.episodes[number]
 
     def times(self, number: int) -> None:
         return None
 
     def camera(self, name: str) -> tuple[Camera, list[str]]:
-        return image_camera(self, name)
+        camera, problems = image_camera(self, name)
+        missing = [path for paths in self.data.paths for path in paths if not path.is_file()]
+        return camera, problems + [f"{path} is missing" for path in missing]
 
-    def picture(self, number: int, frame: int, camera: str) -> bytes:
-        return self.episodes[number].images[camera][frame]
+    def picture(self, number: int, frame: int, camera: str) -> Image.Image:
+        return open_image(next(self.data.pictures(number, camera, [frame])))
 
 
 def image_camera(parts: "LeRobotParts | BridgeParts", name: str) -> tuple[Camera, list[str]]:
     """What the first picture of a camera says; a line if it cannot be read."""
     try:
-        width, height = open_image(parts.picture(0, 0, name)).size
+        width, height = parts.picture(0, 0, name).size
     except (UserError, OSError) as error:
         return Camera(name, "image"), [f"episode 0, frame 0 of the camera {name}: {error}"]
     return Camera(name, "image", width, height), []
@@ -271,7 +266,6 @@ def stamps_by_episode(path: Path) -> dict[int, np.ndarray] | None:
     return {int(number): stamps[episode == number].astype(np.float64) for number in np.unique(episode)}
 
 
-@lru_cache(maxsize=64)
 def video_header(path: Path) -> tuple[Camera, float]:
     """(a camera without a name, how many seconds the video has, 0 if it does not say). Raises ImportError without PyAV, DataError
     for a file that is no video."""

@@ -1,6 +1,5 @@
 """What `nanochat inspect` shows of a folder of demonstrations: tables, and a contact sheet of its cameras."""
 
-import io
 import json
 from dataclasses import asdict
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from textwrap import fill
 
 import numpy as np
-from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -104,7 +102,7 @@ def number_table(numbers: Numbers) -> Table:
     names = numbers.names or [str(place) for place in range(1, width + 1)]
     if width > WIDEST:
         low, high, mean, std, bad = (np.array(values) for values in zip(*rows, strict=True))
-        rows, names = [(low.min(), high.max(), mean.mean(), std.mean(), bad.max())], ["all of them"]
+        rows, names = [(low.min(), high.max(), mean.mean(), std.mean(), int(bad.max()))], ["all of them"]
     for name, (low, high, mean, std, bad) in zip(names, rows, strict=True):
         notes = [f"NaN or infinity in {plural(bad, 'frame')}"] * (bad > 0) + ["constant"] * bool(low == high)
         table.add_row(escape(name), *(f"{value:.4g}" for value in (low, high, mean, std)), ", ".join(notes))
@@ -130,7 +128,7 @@ def draw_sheet(folder: Path, found: Contents, out: Path) -> list[str]:
             axis.set_yticks([])
             axis.set_title(f"episode {episode}, {frame / found.fps:.1f} s", fontsize=8)
             try:
-                axis.imshow(Image.open(io.BytesIO(parts.picture(episode, frame, camera.name))).convert("RGB"))
+                axis.imshow(parts.picture(episode, frame, camera.name))
             except (UserError, OSError, ImportError) as error:
                 axis.set_facecolor("lightgray")
                 problems.append(f"camera {camera.name}, episode {episode}, frame {frame}: {error}")

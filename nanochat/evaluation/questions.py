@@ -54,10 +54,8 @@ def evaluate_questions(
     if not agent.places_per_image:
         raise UserError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
     recipe = agent.training.get("recipe") or {}
-    source, split = open_source(folder, split, recipe)
-    data = source.read(
-        split, agent.model.config.vision_image_size, partial(track, description="reading episodes", console=console)
-    )
+    source, split = open_source(folder, split, recipe, getattr(agent.model.config, "cameras", [])[:1])
+    data = read_as_trained(source, split, agent.model.config.vision_image_size, recipe)
     if not has_scene(data):
         raise UserError(
             f"{folder} has no simulator state, which answers are computed from: record a dataset with nanochat record"
@@ -75,13 +73,12 @@ def evaluate_questions(
     return result
 
 
-def open_source(folder: str, split: str | None, recipe: dict) -> tuple[DemonstrationFolder, str]:
-    """(the dataset, with the camera that the model was trained with; the split to read). Says which episodes are read, and
-    whether the model was trained on them.
-
-    recipe: of the training run; may be empty. split: None for the default, see `evaluate_questions`.
-    """
-    source = open_demonstrations(folder, [recipe["camera"]] if recipe.get("camera") else (), task_name)
+def open_source(
+    folder: str, split: str | None, recipe: dict, cameras: Sequence[str] = ()
+) -> tuple[DemonstrationFolder, str]:
+    """(the dataset, as the model was trained with it; the split to read). Says which episodes are read, and whether the model was
+    trained on them. recipe, cameras: see `open_as_trained`. split: None for the default, see `evaluate_questions`."""
+    source = open_as_trained(folder, recipe, cameras)
     own = same_data(folder, recipe.get("data") or "")
     chosen = split or ("val" if own else "all")
     source.numbers(chosen)  # raises for a name that there is not
@@ -96,6 +93,22 @@ def open_source(folder: str, split: str | None, recipe: dict) -> tuple[Demonstra
             f"camera {', '.join(source.cameras)}; the data also has {', '.join(source.other_cameras)}", markup=False
         )
     return source, chosen
+
+
+def open_as_trained(folder: str, recipe: dict, cameras: Sequence[str] = ()) -> DemonstrationFolder:
+    """The dataset with the columns and the rate of a training run. recipe: of the run; may be empty. cameras: to read, by name;
+    () for that of the recipe, as in older ones, else the first of the data. Raises as `open_demonstrations`."""
+    if not cameras:
+        cameras = [recipe["camera"]] if recipe.get("camera") else open_demonstrations(folder).cameras[:1]
+    keys = {key: recipe.get(key) or "" for key in ("action_key", "state_key")}
+    return open_demonstrations(folder, cameras, task_name, fps=recipe.get("fps"), **keys)
+
+
+def read_as_trained(source: DemonstrationFolder, split: str, size: int, recipe: dict) -> Demonstrations:
+    """The episodes of a split, from the cache that the training run used, and with damaged ones left out if it did so."""
+    cache = Path(recipe["cache"]) if recipe.get("cache") else None
+    say = partial(console.print, markup=False)
+    return source.read(split, size, partial(track, console=console), cache, bool(recipe.get("skip_damaged")), say)
 
 
 def answer_questions(

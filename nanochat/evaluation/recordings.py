@@ -17,9 +17,9 @@ from nanochat.evaluation.held_out import same_data
 from nanochat.evaluation.open_loop import frames_to_ask, predict, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary
-from nanochat.evaluation.questions import evaluate_questions, open_source
+from nanochat.evaluation.questions import evaluate_questions, open_as_trained, open_source, read_as_trained
 from nanochat.files import atomic_path
-from nanochat.metaworld.questions import SCENE_COLUMNS, paraphrase, task_name
+from nanochat.metaworld.questions import SCENE_COLUMNS, paraphrase
 
 FRAMES = 1000  # that are asked about, without --limit
 console = Console()
@@ -40,17 +40,23 @@ def evaluate_recording(
     """
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    if all(column in open_demonstrations(folder).columns for column in SCENE_COLUMNS):
+    whole = open_demonstrations(folder)
+    if all(column in whole.columns for column in SCENE_COLUMNS):
         if plot is not None:
             raise UserError(
                 f"--plot draws the actions of a real robot; {folder} is of a simulator, where nanochat rollout says more"
             )
         return evaluate_questions(checkpoint, folder, split, limit or FRAMES, batch_size, json_out, device)
     agent = Agent.load(checkpoint, device)
-    agent.check_can_act()
-    source, split = open_source(folder, split, agent.training.get("recipe") or {})
-    reading = partial(track, description="reading episodes", console=console)
-    data, known = source.read(split, agent.metadata["image_size"], reading), learnt_from(agent, source)
+    recipe = agent.training.get("recipe") or {}
+    rate = agent.metadata["fps"]
+    if rate > whole.data_fps:
+        raise UserError(
+            f"{checkpoint} chooses {rate:g} actions per second, but {folder} has only {whole.data_fps:g} frames per second"
+        )
+    source, split = open_source(folder, split, recipe | ({"fps": rate} if rate else {}), agent.metadata["cameras"])
+    data = read_as_trained(source, split, agent.metadata["image_size"], recipe)
+    known = learnt_from(agent, source)
     result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
     result |= evaluate_open_loop(agent, data, known, limit or FRAMES, batch_size, plot)
     if json_out is not None:
@@ -79,11 +85,12 @@ def evaluate_open_loop(
 
 def learnt_from(agent: Agent, source: DemonstrationFolder) -> Demonstrations | None:
     """The episodes that the policy was trained on, without pictures; None if they are not there any more, which is said."""
-    name = (agent.training.get("recipe") or {}).get("data") or ""
+    recipe = agent.training.get("recipe") or {}
+    name = recipe.get("data") or ""
     if same_data(str(source.folder), name):
         return source.read_numbers("fit")
     try:
-        return open_demonstrations(name, task_name=task_name).read_numbers("fit")
+        return open_as_trained(name, recipe).read_numbers("fit")
     except (UserError, OSError):
         console.print(
             f"the training data {name or 'of this policy'} is not here: the rows mean action and nearest state are left out",
