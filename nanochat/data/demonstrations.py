@@ -47,7 +47,8 @@ class Demonstrations:
     action: (n, A) float32.
     columns: name -> (n, ...) array, for the columns that all episodes have.
     cameras: the names of the cameras, the same in all episodes.
-    fps: frames per second; 0 if unknown. names_of: column -> a name for each of its numbers, [] if the data names none.
+    fps: frames per second; 0 if unknown. data_fps: of the recording, some of whose frames may be left out.
+    names_of: column -> a name for each of its numbers, [] if the data names none.
     episode: (n,) int64, the episode of each frame. first, end: (n,) int64, the range of frames of that episode.
     names: for messages, where each episode comes from. tasks: the task of each episode; several are joined by " / ".
     segment_end: (n,) int64, where the frame's task ends: before the episode does if the episode has several.
@@ -66,11 +67,12 @@ class Demonstrations:
         fps: float = 0.0,
         names_of: dict[str, list[str]] | None = None,
         frames: Frames | None = None,
+        data_fps: float = 0.0,
     ):
         """frames: of a store; None for the pictures of the episodes."""
         parts: dict[str, list[np.ndarray]] = {}
         pictures: dict[str, list[np.ndarray]] = {}
-        self.fps, self.names_of = fps, names_of or {}
+        self.fps, self.data_fps, self.names_of = fps, data_fps or fps, names_of or {}
         self.names: list[str] = []
         self.tasks: list[str] = []
         frame_tasks: list[str] = []
@@ -330,7 +332,7 @@ class DemonstrationFolder:
         }
         episodes = (self._sampled(number, columns) for number in track(numbers, description="reading episodes"))
         try:
-            return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of, frames)
+            return Demonstrations(episodes, size, self.task_name, self.fps, self.names_of, frames, self.data_fps)
         except DataError:
             raise
         except UserError as error:  # its columns have LeRobot's names

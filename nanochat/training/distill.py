@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from nanochat.cache import cache_folder
 from nanochat.checkpoint import encoder_of
 from nanochat.data import image_key, load_dataset
 from nanochat.errors import UserError
@@ -82,7 +83,7 @@ class DistillTask(Task):
         memory = recipe.picture_memory * 1e9
         self.val_pictures = Squares(self.model.vision_encoder, self.val_images, memory)
         self.pictures = Squares(self.model.vision_encoder, self.images, memory - self.val_pictures.n_bytes)
-        folder = Path(recipe.cache or out.parent / "teacher").expanduser()
+        folder = cache_folder("teacher", recipe.cache)
         with Progress(console=console) as progress:
             bar = progress.add_task("running the teacher", total=None)
 

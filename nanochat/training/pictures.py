@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 
+from nanochat.cache import cache_folder
 from nanochat.data import CAPTION_PROMPT, Sample, load_dataset, one_per_reference
 from nanochat.data.image_files import check_decodable
 from nanochat.data.sample import limit
@@ -153,7 +154,7 @@ class PictureTask(Task):
                 "[yellow]The encoder has random weights and is not trained, so its vision vectors hold little information. "
                 "Use --train-encoder --batchnorm train, or --encoder with weights.[/yellow]"
             )
-        folder = Path(recipe.cache) if recipe.cache else out.parent / "features"
+        folder = cache_folder("features", recipe.cache)
         dtype = self.model.compute_dtype
         self.model.set_compute_dtype(torch.float32)  # the encoder runs once, so its vectors may cost a little more
         with first_goes_first():

@@ -154,7 +154,7 @@ class PictureRecipe(Recipe):
     strict: bool = False
     "Refuse data with missing pictures instead of skipping their rows."
     cache: str = ""
-    "Folder for the vision vectors of a frozen encoder, which are computed once; default OUT/../features."
+    "Shared cache folder, for the vision vectors of a frozen encoder; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     picture_memory: float = 2.0
     "Gigabytes for decoded training pictures of a trained encoder; those that do not fit are decoded again in every epoch."
     encoder_device: str | None = None

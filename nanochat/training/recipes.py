@@ -134,6 +134,16 @@ class Robot(Recipe):
     "Names of the cameras to read, such as front wrist, the one that questions are about first; default all of the data."
     camera_dropout: float = 0.0
     "Share of single cameras that are hidden at random, so that the policy can do without one (needs several cameras)."
+    action_key: str = ""
+    "Column of the actions; default action, or actions."
+    state_key: str = ""
+    "Column of the robot's state; default observation.state, or state."
+    fps: float | None = None
+    "Frames per second to read of a recording of absolute targets; default all. The nearest ones, where it does not divide."
+    skip_damaged: bool = False
+    "Leave out episodes whose pictures are damaged or missing, instead of refusing the data."
+    cache: str = ""
+    "Shared cache folder, where pictures are kept decoded; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
@@ -164,8 +174,10 @@ class Robot(Recipe):
     "Unit of the states and actions, such as degrees: the policy tells it to its clients, since the data does not say it."
     glance_dim: int = 64
     "Width of each vision token before it is projected."
-    chunk: int = 10
-    "Actions per prediction."
+    chunk: int | None = None
+    "Actions per prediction; default --chunk-seconds, 10 for data of a simulator."
+    chunk_seconds: float | None = None
+    "Length of a prediction in seconds of the data; default 1 for recordings."
     committed: int = 0
     "Learn to continue up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: not."
     questions_per_step: int = 16
@@ -201,7 +213,7 @@ class Distill(Recipe):
     components: int = 256
     "Principal components of the teacher's map that are learnt."
     cache: str = ""
-    "Folder for the teacher's maps; default OUT/../teacher."
+    "Shared cache folder, for the teacher's maps; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     picture_memory: float = 2.0
     "Gigabytes for decoded training pictures; those that do not fit are decoded again in every epoch."
 

@@ -11,27 +11,23 @@ model: a policy reads pictures, its own state, and text.
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from nanochat.action_heads import ActionBatch
 from nanochat.actions import ACT, BINS, STATE, TARGETS
-from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import conditions
 from nanochat.metaworld.questions import (
     ENVIRONMENT_STATE,
-    SCENE_COLUMNS,
     draw_asked,
     has_scene,
     object_positions,
     positions_from_hand,
-    task_name,
     tokenizer_texts,
 )
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
@@ -52,6 +48,7 @@ from nanochat.training.robot_batches import (
     question_batch,
     shift_pictures,
 )
+from nanochat.training.robot_data import check_rate, chunk_length, read_data
 from nanochat.training.robot_models import adopted, check_cameras, check_fits, fields_of_data
 from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import (
@@ -79,9 +76,11 @@ class RobotTask(Task):
         super().__init__(recipe)
         with first_goes_first():
             self.data, self.val = read_data(recipe)
+        self.recipe = recipe = replace(recipe, chunk=chunk_length(recipe, self.data), chunk_seconds=None)
         self.targets, reason = find_targets(self.data)
         if recipe.targets != "auto":
             self.targets, reason = recipe.targets, "--targets"
+        check_rate(self.data, self.targets)
         other = next(name for name in TARGETS if name != self.targets)
         console.print(f"actions are {self.targets} ({reason}); if that is wrong: --targets {other}", markup=False)
         if recipe.camera_dropout and len(self.data.cameras) < 2:
@@ -165,9 +164,9 @@ class RobotTask(Task):
             yield to_pixels(images, self.model.device, torch.float32).contiguous(memory_format=torch.channels_last)
 
     def next_commands(self, out: Path) -> list[str]:
-        commands = [["policy-server", str(out)]]
+        commands = [["eval", str(out), self.recipe.data], ["policy-server", str(out)]]
         if has_scene(self.val):
-            commands = [["eval", str(out), self.recipe.data], ["rollout", str(out)], *commands]
+            commands.insert(1, ["rollout", str(out)])
         return [shlex.join(["nanochat", *words]) for words in commands]
 
     # ---- steps
@@ -274,32 +273,6 @@ class RobotTask(Task):
         episodes = [int(self.val.episode[frame]) for frames in batches for frame in frames]
         sizes = [len(frames) for frames in batches]
         return {name: seen.split(sizes) for name, seen in conditions(vectors, episodes).items()}
-
-
-def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
-    """(training, validation) demonstrations of the recipe."""
-    folder = open_demonstrations(recipe.data, recipe.cameras, task_name)
-    for line in describe_columns(folder):
-        console.print(line, markup=False)
-    reading = partial(track, description="reading episodes", console=console)
-    return folder.read("fit", recipe.image_size, reading), folder.read("val", recipe.image_size, reading)
-
-
-def describe_columns(folder: DemonstrationFolder) -> list[str]:
-    """What is read of the data and what is left out, as lines for the screen."""
-    used = ["observation.state", "action"]
-    if all(column in folder.columns for column in SCENE_COLUMNS):
-        used += SCENE_COLUMNS
-    numbers = {name: f"{name} ({width} number{'s' * (width != 1)})" for name, width in folder.columns.items()}
-    read = [f"camera {name}" for name in folder.cameras] + [numbers[name] for name in used if name in numbers]
-    left = [f"camera {name}" for name in folder.other_cameras]
-    left += [text for name, text in numbers.items() if name not in used] + folder.unreadable
-    lines = [f"reads {', '.join(read) or 'nothing'}; leaves out {', '.join(left) or 'nothing'}"]
-    if "observation.state" not in numbers:
-        lines.append(
-            "the data has no column observation.state: the policy reads no state, only pictures and instructions"
-        )
-    return lines
 
 
 def make_tokenizer(recipe: Robot, data: Demonstrations) -> Tokenizer:
