@@ -1,6 +1,8 @@
 """Open-loop errors against plain loops, baselines against brute force, and the report from a checkpoint on."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.cli import is_recording
-from nanochat.data.demonstrations import Demonstrations
+from nanochat.data.demonstrations import Demonstrations, open_demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
@@ -18,6 +20,8 @@ from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST, baselines, 
 from nanochat.evaluation.open_loop import OpenLoop, conditions, frames_to_ask, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, liveliest, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary, verdict
+from nanochat.training.recipes import Robot
+from nanochat.training.robots import RobotTask
 from tests.data_files import encode, write_lines
 from tests.tiny_policy import make_policy, make_tokenizer
 
@@ -195,6 +199,12 @@ def test_an_interval_that_reaches_one_is_not_sure():
     assert verdict(found)[0].startswith("Not surely better than hold: 0.92")
 
 
+def test_a_recorded_robot_that_stands_still():
+    found = report_of(policy=0.1, hold=0.0)
+    assert verdict(found)[0].startswith("DOES NOT BEAT HOLD: > 100 of the error")
+    assert [list(column.cells) for column in row_table(found, 0.0).columns][2] == ["> 100", "0.00"]
+
+
 def test_one_episode_has_no_interval():
     found = report_of(policy=0.1, hold=0.2)
     found.episode[:] = 4
@@ -281,6 +291,13 @@ def test_a_policy_of_another_robot_is_refused_and_one_without_a_state_is_not():
         run_open_loop(GreyAgent(state_dim=6), arm_data(0), np.array([1]), 4, None, run)
     found = run_open_loop(GreyAgent(state_dim=0), arm_data(0), np.array([1]), 4, None, run)
     assert found.chunks["policy"][0, 0, 1] == 0
+
+
+def test_actions_that_are_not_finite_are_an_error():
+    agent = GreyAgent()
+    agent.act = lambda images, states, texts: np.full((len(images), 2, 4), np.nan)
+    with pytest.raises(UserError, match="not finite: its weights are damaged"):
+        run_open_loop(agent, arm_data(0), np.array([1]), 4, None, lambda starts, description: starts)
 
 
 def test_frames_are_evenly_spaced_and_none_comes_twice():
@@ -370,6 +387,12 @@ def test_without_the_training_data_two_rows_are_left_out_and_that_is_said(nanoch
     assert "the training data somewhere/else is not here: the rows mean action and nearest state are left out" in out
 
 
+def test_a_run_on_a_recording_leads_to_the_report():
+    task = SimpleNamespace(val=arm_data(0), recipe=Robot(data="my arm"))
+    commands = RobotTask.next_commands(task, Path("runs/a"))
+    assert commands == ["nanochat eval runs/a 'my arm'", "nanochat policy-server runs/a"]
+
+
 def test_a_model_that_cannot_act_and_a_plot_of_pictures_are_refused(nanochat, folder, tmp_path):
     assert "without an action head" in nanochat("eval", "shapes", folder, code=2).err
     assert (
@@ -391,8 +414,6 @@ def test_frames_of_bridge_data_are_told_from_other_rows(tmp_path):
     assert found == ["bridge"]
 
 
-def test_a_picture_of_numbers_alone_is_not_read(folder):
-    from nanochat.data.demonstrations import open_demonstrations
-
+def test_numbers_are_read_without_pictures(folder):
     data = open_demonstrations(folder).read_numbers("val")
     assert len(data) == 24 and data.cameras == () and data.names_of["action"] == ["base", "elbow", "wrist", "jaw"]

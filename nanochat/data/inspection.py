@@ -248,6 +248,8 @@ class BridgeParts:
 
 def image_camera(parts: "LeRobotParts | BridgeParts", name: str) -> tuple[Camera, list[str]]:
     """What the first picture of a camera says; a line if it cannot be read."""
+    if not len(parts):
+        return Camera(name, "image"), []
     try:
         width, height = parts.picture(0, 0, name).size
     except (UserError, OSError) as error:
@@ -261,7 +263,7 @@ def stamps_by_episode(path: Path) -> dict[int, np.ndarray] | None:
         return None
     table = read_parquet(pq.read_table, path, columns=["timestamp", "episode_index"], partitioning=None)
     stamps, episode = (
-        to_numpy(table[key], f"{path}: {key!r}").reshape(len(table), -1)[:, 0] for key in table.column_names
+        to_numpy(table[key], f"{path}: {key!r}").ravel()[: len(table)] for key in ("timestamp", "episode_index")
     )
     return {int(number): stamps[episode == number].astype(np.float64) for number in np.unique(episode)}
 

@@ -148,7 +148,10 @@ def predict(
         pictures = [None] * len(frames[rows]) if shown is None else pictures_of(data, shown[rows], n_cameras)
         states = data.state[frames[rows]] if agent.metadata["state_dim"] else None
         chunks.append(agent.act(pictures, states, texts[rows]))
-    return np.concatenate(chunks)
+    found = np.concatenate(chunks)
+    if not np.isfinite(found).all():
+        raise UserError("the policy's actions are not finite: its weights are damaged, or its training diverged")
+    return found
 
 
 def pictures_of(data: Demonstrations, frames: np.ndarray, n_cameras: int) -> list:

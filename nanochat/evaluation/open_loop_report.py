@@ -65,11 +65,11 @@ def verdict(found: OpenLoop) -> list[str]:
 
 def against_hold(ratio: Estimate, episodes: int) -> str:
     sure = (
-        f"95 %: {ratio.low:.2f} .. {ratio.high:.2f}, {episodes} episodes"
+        f"95 %: {factor(ratio.low)} .. {factor(ratio.high)}, {episodes} episodes"
         if episodes > 1
         else "one episode, no interval"
     )
-    found = f"{ratio.value:.2f} of the error of a robot that holds still ({sure})"
+    found = f"{factor(ratio.value)} of the error of a robot that holds still ({sure})"
     if ratio.value >= 1:
         return f"DOES NOT BEAT HOLD: {found}. Do not run this policy on a robot: train longer, or on more episodes."
     if ratio.high >= 1:
@@ -93,8 +93,12 @@ def row_table(found: OpenLoop, fps: float) -> Table:
         elif row in found.chunks:
             errors = found.by_step(row)
             cells = ["" if np.isnan(errors[step]) else f"{errors[step]:.1%}" for step in steps]
-            table.add_row(row, f"{found.share(row):.1%}", f"{found.share(row) / found.share(HOLD):.2f}", *cells)
+            table.add_row(row, f"{found.share(row):.1%}", factor(found.compared(row, HOLD).value), *cells)
     return table
+
+
+def factor(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else "> 100"  # also where a recorded robot stands still, and hold has no error
 
 
 def moment(step: int, fps: float) -> str:
