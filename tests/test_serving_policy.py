@@ -44,6 +44,74 @@ def test_lerobot_names_and_lists_of_numbers_work_too():
     np.testing.assert_allclose(agent.calls[0][1], [[0.1, 0.2]])
 
 
+# ---- several cameras
+
+
+class Cameras(Scripted):
+    metadata = Scripted.metadata | {"cameras": ["front", "wrist"]}
+
+
+class Forgiving(Cameras):
+    metadata = Cameras.metadata | {"camera_dropout": 0.1}
+
+
+FRONT, WRIST = np.full((4, 6, 3), 1, np.uint8), np.full((8, 8, 3), 2, np.uint8)
+OTHERS = {"observation/state": GOOD["observation/state"], "prompt": "open the door"}
+
+
+@pytest.mark.parametrize(
+    "front, wrist",
+    [
+        ("observation/image", "observation/wrist"),
+        ("observation/front", "observation/image/wrist"),
+        ("observation.images.front", "observation.images.wrist"),
+        ("observation.image", "observation/wrist"),
+    ],
+)
+def test_each_camera_is_found_by_its_name(front, wrist):
+    agent = Cameras(0.5)
+    act_on(agent, OTHERS | {wrist: WRIST, front: FRONT})
+    (((shown,), _, _),) = agent.calls
+    assert list(shown) == ["front", "wrist"] and shown["front"] is FRONT and shown["wrist"] is WRIST
+
+
+@pytest.mark.parametrize(
+    "seen, message",
+    [
+        ({"observation/image": FRONT}, '"observation/wrist" must be .* got nothing .this policy needs .* front, wrist'),
+        ({"observation/wrist": WRIST}, '"observation/front" must be .* got nothing'),
+        ({"observation/image": FRONT, "observation/wrist": WRIST[..., :1]}, '"observation/wrist" must be .* got shape'),
+        ({"observation/image": FRONT, "observation/wirst": WRIST}, '"observation/wrist" must be .* got nothing'),
+    ],
+)
+def test_a_camera_that_is_missing_or_wrong_is_named(seen, message):
+    with pytest.raises(ValueError, match=message):
+        act_on(Cameras(0.5), OTHERS | seen)
+
+
+def test_a_camera_may_be_missing_if_the_policy_has_learnt_that(caplog):
+    agent = Forgiving(0.5, 0.5, 0.5)
+    act, seen = SafePolicy(agent).session(), OTHERS | {"observation/image": FRONT, "observation/wirst": WRIST}
+    with caplog.at_level(logging.INFO):
+        act(seen), act(seen)
+    assert [images[0]["wrist"] for images, _, _ in agent.calls] == [None, None]
+    assert [record.message for record in caplog.records] == [
+        "not read of the observation: 'observation/wirst'",
+        "there is no picture of the camera wrist: the policy does without",
+    ]
+    with pytest.raises(ValueError, match="no picture of any camera; this policy has the cameras front, wrist"):
+        act(OTHERS)
+
+
+def test_a_camera_with_the_name_of_another_key_has_its_longer_keys():
+    agent = Scripted(0.5)
+    agent.metadata = Scripted.metadata | {"cameras": ["image", "state"]}
+    act_on(agent, OTHERS | {"observation/image": FRONT, "observation.images.state": WRIST})
+    ((shown,), states, _) = agent.calls[0]
+    assert shown["image"] is FRONT and shown["state"] is WRIST
+    np.testing.assert_array_equal(states, [GOOD["observation/state"]])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -8,11 +8,13 @@ import numpy as np
 
 from nanochat.actions import Scale, check_states, described, number_array
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.safety import SafeActions, hold_last, hold_still
 
 logger = logging.getLogger(__name__)
 HOLDS = ("auto", "still", "last")
 MAX_PROMPT = 500  # characters of an instruction
+STATE_KEYS, COMMITTED_KEY = ("observation/state", "observation.state"), "observation/committed"
 
 
 class ActingAgent(Protocol):
@@ -20,10 +22,12 @@ class ActingAgent(Protocol):
 
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
         (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, "state_range",
-        (low, high) of the training data's states, and "committed", how many actions of a chunk may be given (0).
+        (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "cameras", their
+        names (none for one camera without a name), and "camera_dropout", above 0 if single cameras may be missing.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
-    act: B images, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d,
-        action_dim), with which the chunks begin; passed where the robot sent some.
+    act: B pictures, or B dicts camera -> picture (None: masked) where the cameras have names, (B, state_dim) states, B
+        instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d, action_dim), with which the chunks
+        begin; passed where the robot sent some.
     """
 
     metadata: dict
@@ -34,23 +38,51 @@ class ActingAgent(Protocol):
     ) -> np.ndarray: ...
 
 
-def read_observation(observation: dict, state_dim: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+def read_observation(
+    observation: dict, state_dim: int, cameras: Sequence[str] = (), may_be_missing: bool = False
+) -> tuple[np.ndarray | dict[str, np.ndarray | None], np.ndarray | None, str]:
     """(image (H, W, 3) uint8, state (state_dim,) float32, instruction) of an observation with openpi's keys "observation/image",
     "observation/state" and "prompt". LeRobot's "observation.image" and "observation.state" work too. With state_dim 0 the state
     is None, and one that was sent is not read.
 
+    cameras: where they have names, there is a dict camera -> image. The camera wrist is "observation/wrist",
+    "observation/image/wrist" or "observation.images.wrist"; the first camera may also be "observation/image".
+    may_be_missing: single cameras, not all of them; they are None in the dict.
+
     Raises ValueError that names the missing or wrong key.
     """
-    image, state = (
-        observation.get(f"observation/{key}", observation.get(f"observation.{key}")) for key in ("image", "state")
+    state, prompt = (
+        observation.get("observation/state", observation.get("observation.state")),
+        observation.get("prompt"),
     )
-    prompt = observation.get("prompt")
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f'"observation/image" must be a (H, W, 3) uint8 array, got {described(image)}')
+    images = read_images(observation, cameras, may_be_missing)
     state_array = read_state(state, state_dim) if state_dim else None
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
         raise UserError(f'"prompt" must be an instruction of 1 to {MAX_PROMPT} characters')
-    return image, state_array, prompt
+    return images, state_array, prompt
+
+
+def read_images(observation: dict, cameras: Sequence[str], may_be_missing: bool):
+    """The image of a camera without a name, or a dict of all cameras. See `read_observation`."""
+    found = {}
+    for number, name in enumerate(cameras or [""]):
+        keys = camera_keys(name, number == 0)
+        image = next((observation[key] for key in keys if observation.get(key) is not None), None)
+        is_picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
+        if not (is_picture and image.shape[2] == 3) and not (image is None and may_be_missing):
+            those = f" (this policy needs the cameras {', '.join(cameras)})" if len(cameras) > 1 else ""
+            raise UserError(f'"{keys[0]}" must be a (H, W, 3) uint8 array, got {described(image)}{those}')
+        found[name] = image
+    if all(image is None for image in found.values()):
+        raise UserError(f"there is no picture of any camera; this policy has the cameras {', '.join(cameras)}")
+    return found if cameras else found[""]
+
+
+def camera_keys(name: str, is_first: bool) -> list[str]:
+    """The keys under which an observation may have the picture of a camera, name "" if it has none; the usual one first."""
+    keys = [f"observation/{name}", f"observation/image/{name}", f"observation.images.{name}", name] if name else []
+    keys += ["observation/image", "observation.image"] if is_first else []
+    return [key for key in keys if key not in (*STATE_KEYS, COMMITTED_KEY)]
 
 
 def read_state(state: object, state_dim: int) -> np.ndarray:
@@ -67,7 +99,7 @@ def read_state(state: object, state_dim: int) -> np.ndarray:
 def read_committed(observation: dict, action_dim: int, most: int) -> np.ndarray | None:
     """(d, action_dim) float32, the actions that the robot carries out while this chunk is made, of "observation/committed"; None
     where there are none. Raises ValueError for more than `most`, and for anything but finite numbers."""
-    found = observation.get("observation/committed")
+    found = observation.get(COMMITTED_KEY)
     if found is None or (isinstance(found, (list, np.ndarray)) and not len(found)):
         return None
     expected = f'"observation/committed" must be up to {most} actions of {action_dim} finite numbers'
@@ -81,11 +113,27 @@ def read_committed(observation: dict, action_dim: int, most: int) -> np.ndarray 
 def act_on(agent: ActingAgent, observation: dict, committed: np.ndarray | None = None) -> np.ndarray:
     """One observation (see `read_observation`) -> (chunk, action_dim) float32, not limited yet. Raises ValueError for a wrong
     observation, also for a state far outside of the training data's range."""
-    image, state, prompt = read_observation(observation, agent.metadata["state_dim"])
+    cameras, may_be_missing = agent.metadata.get("cameras", ()), agent.metadata.get("camera_dropout", 0) > 0
+    image, state, prompt = read_observation(observation, agent.metadata["state_dim"], cameras, may_be_missing)
     if state is not None and "state_range" in agent.metadata:
         check_states(state[None], Scale(*agent.metadata["state_range"]), '"observation/state"')
     asked = [image], None if state is None else state[None], [prompt]
     return (agent.act(*asked) if committed is None else agent.act(*asked, committed[None]))[0]
+
+
+def unread(observation: dict, metadata: dict) -> list[str]:
+    """What the policy does not read of an observation, and which cameras it has to do without, as lines for the log."""
+    lines, cameras = [], metadata.get("cameras") or [""]
+    known = [camera_keys(name, number == 0) for number, name in enumerate(cameras)]
+    if metadata["state_dim"] == 0 and any(key in observation for key in STATE_KEYS):
+        lines.append("this policy reads no state: the one that was sent is not read")
+    read = {"prompt", COMMITTED_KEY, *STATE_KEYS}.union(*known)
+    if others := [key for key in observation if key not in read]:
+        lines.append(f"not read of the observation: {', '.join(map(short_repr, others[:10]))}")
+    for name, keys in zip(cameras, known, strict=True):
+        if name and metadata.get("camera_dropout", 0) > 0 and all(observation.get(key) is None for key in keys):
+            lines.append(f"there is no picture of the camera {name}: the policy does without")
+    return lines
 
 
 class SafePolicy:
@@ -131,13 +179,13 @@ class SafePolicy:
     def session(self) -> Callable[[dict], dict]:
         """A function for one robot: observation -> {"actions": (execute, action_dim) float32}. It raises ValueError for a wrong
         observation, and where there is no usable action and no previous one to repeat."""
-        limits, noted = self.limits(), self.agent.metadata["state_dim"] > 0
+        limits, told = self.limits(), set()
 
         def act(observation: dict) -> dict:
-            nonlocal noted
-            if not noted and {"observation/state", "observation.state"} & observation.keys():
-                logger.info("this policy reads no state: the one that was sent is not read")
-                noted = True
+            for line in unread(observation, self.agent.metadata):
+                if line not in told:
+                    logger.info(line)
+                    told.add(line)
             known = read_committed(observation, self.metadata["action_dim"], self.metadata["committed"])
             chunk = act_on(self.agent, observation, known)[: self.execute]
             if known is not None:  # they precede the first new action
