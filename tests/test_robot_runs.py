@@ -48,10 +48,9 @@ def test_a_run_says_what_it_reads_and_leaves_out(tmp_path, capsys):
     out = train_robot(Robot(data=str(data), out=str(tmp_path / "run"), steps=1, **TINY))
     said = screen(capsys)
     assert (
-        "reads camera observation.images.front, observation.state (4 numbers), action (4 numbers); leaves out camera "
-        in said
+        "reads camera observation.images.front, camera observation.images.wrist, observation.state (4 numbers), action "
+        "(4 numbers); leaves out torque (2 numbers)" in said
     )
-    assert "leaves out camera observation.images.wrist, torque (2 numbers)" in said
     assert (
         "actions are absolute (4 of 4 numbers follow observation.state); if that is wrong: --targets relative" in said
     )
@@ -60,7 +59,7 @@ def test_a_run_says_what_it_reads_and_leaves_out(tmp_path, capsys):
     policy = SafePolicy(agent)
     assert policy.hold == "last"
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
-    observation = {"observation/image": image, "prompt": "lift"}
+    observation = {"observation/image": image, "observation/wrist": image, "prompt": "lift"}
     assert policy.session()(observation | {"observation/state": [2.0] * 4})["actions"].shape == (3, 4)
     with pytest.raises(
         UserError, match=r'"observation/state": number 1 of 4 is 114.592, but lay between .* in the training data'
@@ -83,13 +82,14 @@ def test_data_without_a_state_makes_a_policy_that_asks_for_none(tmp_path, capsys
     recipe = Robot(data=str(data), out=str(tmp_path / "run"), steps=1, action_head=head, **TINY)
     out = train_robot(recipe)
     said = screen(capsys)
-    assert "has no column observation.state: the policy reads no state" in said
+    assert "has no column observation.state or state: the policy reads no state" in said
     assert "torque (2 numbers), observation.joint_positions (4 numbers)" in said
     agent = Agent.load(str(out))
     assert agent.metadata["state_dim"] == 0 and agent.metadata["targets"] == "absolute"
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
-    assert agent.act([image], None, ["lift"]).shape == (1, 3, 4)
-    sent = SafePolicy(agent).session()({"observation/image": image, "prompt": "lift"})
+    assert agent.act([{"front": image, "wrist": image}], None, ["lift"]).shape == (1, 3, 4)
+    seen = {"observation.images.front": image, "observation.images.wrist": image}
+    sent = SafePolicy(agent).session()(seen | {"prompt": "lift"})
     assert np.isfinite(sent["actions"]).all()
     Run(replace(recipe, resume=True))
 

@@ -313,7 +313,7 @@ def test_data_without_a_simulators_state_trains_actions_alone(tmp_path):
     assert learnt == {"questions": False, "captions": False, "actions": True}
 
 
-def test_one_of_several_cameras_is_chosen(tmp_path):
+def test_cameras_are_chosen_by_name(tmp_path):
     folder, episodes = tmp_path / "two", [toy_episode(n) for n in range(3)]
     cameras = {"observation.images.left": (200, 0, 0), "observation.images.right": (0, 200, 0)}
     for episode in episodes:
@@ -321,13 +321,17 @@ def test_one_of_several_cameras_is_chosen(tmp_path):
             name: [encode_png(np.full((SIZE, 2 * SIZE, 3), colour, np.uint8))] * 12 for name, colour in cameras.items()
         }
     write_dataset(folder, episodes, 10, "toy", (SIZE, 2 * SIZE, 3))
-    for asked, name in (("", "observation.images.left"), ("observation.images.right",) * 2):
-        data, _ = read_data(Robot(data=str(folder), camera=asked, **TINY))
-        (picture,) = data.images([0])
-        assert picture.shape == (SIZE, SIZE, 3) and tuple(picture[SIZE // 2, SIZE // 2]) == cameras[name]
+    left, right = cameras
+    for asked, names in (((), [left, right]), (("right",), [right]), ((right, "left"), [right, left])):
+        data, _ = read_data(Robot(data=str(folder), cameras=asked, **TINY))
+        assert list(data.cameras) == names
+        for number, name in enumerate(names):
+            (picture,) = data.images([0], number)
+            assert tuple(picture[SIZE // 2, SIZE // 2]) == cameras[name]
+        assert picture.shape == (SIZE, SIZE, 3)
         assert tuple(picture[0, 0]) == (114, 114, 114)  # letterboxed
-    with pytest.raises(ValueError, match="has no camera front: its cameras are observation.images.left, observation"):
-        read_data(Robot(data=str(folder), camera="front", **TINY))
+    with pytest.raises(ValueError, match="has no camera front: its cameras are left, right"):
+        read_data(Robot(data=str(folder), cameras=("front",), **TINY))
 
 
 def test_data_without_actions_is_refused(tmp_path):
