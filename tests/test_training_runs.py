@@ -217,7 +217,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_encoded(pi
         pictures, tmp_path, steps=1, train_encoder=False, batchnorm="frozen", cache=str(tmp_path / "cache")
     )
     Run(recipe).train()
-    (place,) = (tmp_path / "cache").iterdir()
+    (place,) = (tmp_path / "cache" / "features").iterdir()
     for path in place.iterdir():
         path.unlink()
     place.chmod(0o555)

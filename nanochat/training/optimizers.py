@@ -41,7 +41,8 @@ def make_optimizers(
         )
     if auxiliary is not None:
         adamw_groups.append({"params": list(auxiliary.parameters()), "lr": recipe.encoder_lr, "weight_decay": 0.0})
-    adamw = torch.optim.AdamW([group for group in adamw_groups if group["params"]], betas=BETAS)
+    # foreach: the same numbers in a third of the time on a CPU, where it is not the default
+    adamw = torch.optim.AdamW([group for group in adamw_groups if group["params"]], betas=BETAS, foreach=True)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
