@@ -1,0 +1,78 @@
+"""What a delay costs in Meta-World, and what it is worth that a policy continues the actions that go on meanwhile.
+
+    python benchmarks/delay.py CHECKPOINT [--tasks mt10] [--episodes 10] [--delays 0 2 4] [--out out/delay.json]
+
+The policy must be trained with --committed, for instance
+
+    nanochat record --tasks mt10 --out demos/mt10
+    nanochat train robot --data demos/mt10 --start-from robot --committed 4 --out runs/committed
+
+Rows, all with the same weights and layouts: each delay with the actions until then committed and without, and temporal ensembling
+with a request in every step (without a delay). Jerk: mean length of the third differences of the hand's path. Re-run the command
+to resume: rows that are done are not repeated.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.evaluation.rollout import run_rollouts
+from nanochat.files import atomic_path
+from nanochat.metaworld.instructions import task_list
+
+
+@dataclass
+class Args:
+    checkpoint: tyro.conf.Positional[str]
+    tasks: tuple[str, ...] = ("mt10",)
+    episodes: int = 10
+    "Per task."
+    seed: int = 0
+    execute: int = 5
+    "Steps from one observation to the next."
+    delays: tuple[int, ...] = (0, 2, 4)
+    processes: int = 2
+    out: Path = Path("out/delay.json")
+
+
+def rows(args: Args) -> dict[str, dict]:
+    """Name -> arguments of `run_rollouts`."""
+    found = {}
+    for delay in args.delays:
+        for committed in (True, False) if delay else (False,):
+            name = f"delay {delay}{', committed' if committed else ''}"
+            found[name] = {"delay": delay, "committed": committed, "execute": args.execute}
+    return found | {"ensembling": {"ensemble": 0.01, "committed": False, "execute": 1}}
+
+
+def main(args: Args) -> None:
+    done = json.loads(args.out.read_text()) if args.out.exists() else {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = [args.checkpoint, list(args.tasks), args.episodes, args.seed]
+    for name, wanted in rows(args).items():
+        key = json.dumps([*settings, wanted])
+        if key not in done:
+            found = run_rollouts(
+                args.checkpoint, task_list(args.tasks), args.episodes, args.seed, ["policy"], wanted.pop("execute"), None,
+                args.processes, None, None, "cpu", **wanted,
+            )  # fmt: skip
+            done[key] = found["drivers"]["policy"] | {"name": name}
+            with atomic_path(args.out) as new:
+                new.write_text(json.dumps(done, indent=1))
+    report([row for key, row in done.items() if json.loads(key)[:-1] == settings])
+
+
+def report(found: list[dict]) -> None:
+    table = Table("row", "success", "95 %", "jerk, mm/step³", title="delays in Meta-World")
+    for row in found:
+        low, high = row["pooled_ci95"]
+        table.add_row(row["name"], f"{row['pooled']:.1%}", f"{low:.1%} .. {high:.1%}", f"{row['jerk']:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
