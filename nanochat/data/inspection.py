@@ -278,6 +278,8 @@ def video_header(path: Path) -> tuple[Camera, float]:
     try:
         with av.open(str(path.absolute())) as container:  # a relative "concat:a.mp4" would be a protocol of FFmpeg
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("its codec is unknown")
             codec, rate = stream.codec_context.codec.canonical_name, float(stream.average_rate or 0)
             seconds = float((stream.duration or 0) * stream.time_base)
             return Camera("", "video", stream.width, stream.height, codec, rate), seconds
