@@ -1,7 +1,7 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
 Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_ask.py, cli_pictures.py,
-cli_chat.py and cli_robot.py.
+cli_cache.py, cli_chat.py and cli_robot.py.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from tyro.conf import HelptextFromCommentsOff, Positional, arg
 
 from nanochat import __version__
 from nanochat.cli_ask import ask, caption
+from nanochat.cli_cache import cache
 from nanochat.cli_chat import chat
 from nanochat.cli_pictures import detect, embed, written_rows
 from nanochat.cli_robot import demo, inspect_data, policy_server, record, rollout
@@ -263,6 +264,7 @@ COMMANDS = {
     "models": models,
     "pack": pack,
     "push": push,
+    "cache": cache,
     "inspect": inspect_data,
     "record": record,
     "rollout": rollout,

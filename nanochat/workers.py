@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 
 def in_processes(
@@ -19,7 +21,9 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, start_worker, (initializer, initargs))
     try:
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
+        with without_main():
+            futures = [pool.submit(work, job) for job in jobs]  # starts the processes
+        for future in as_completed(futures):
             yield future.result()
         pool.shutdown()  # waits, so that getrusage includes the memory of the processes
     except BrokenProcessPool as error:
@@ -30,6 +34,20 @@ def in_processes(
         for process in multiprocessing.active_children():  # after Ctrl-C, their current jobs are not needed
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that are started now do not run the user's script again, which they need for nothing: it may have no
+    `if __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def default_processes() -> int:

@@ -53,7 +53,7 @@ def test_the_store_has_the_pixels_of_every_frame(robot, cache):
     np.testing.assert_array_equal(data.images(range(12)), [square(picture, SIZE)[0] for picture in pictures])
     np.testing.assert_array_equal(data.images([7, 0, 7]), data.images(range(12))[[7, 0, 7]])
     assert isinstance(data.frames.cameras[CAMERA], np.memmap) and type(data.images([0])) is np.ndarray
-    assert len(stored(cache)) == 2 and "decoding 12 frames of 1 camera at 32 pixels: 0.0 GB in" in said[0]
+    assert len(stored(cache)) == 2 and "decoding 12 frames of 1 camera at 32 pixels: 0.00 GB in" in said[0]
 
 
 def test_a_second_start_decodes_nothing(robot, cache, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_damaged_store_is_named(robot, cache, damage):
 def test_a_full_disk_is_said_before_anything_is_decoded(robot, cache, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(OSError, match="has 0.0 GB free, and decoded pictures need 0.0 GB: choose another --cache"):
+    with pytest.raises(OSError, match="has 0.00 GB free, and decoded pictures need 0.00 GB: choose another --cache"):
         read(robot, cache)
     assert stored(cache) == []
 

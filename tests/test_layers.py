@@ -37,7 +37,7 @@ LAYERS = (
     ("flags", "inputs", "heatmaps"),
     ("demo_photos",),
     ("demo", "cli_chat"),
-    ("cli_pictures", "cli_robot"),
+    ("cli_pictures", "cli_cache", "cli_robot"),
     ("cli_ask",),
     ("cli",),
     ("__main__",),

@@ -184,12 +184,12 @@ class FrameStore:
         needed, free = n_cameras * n * size * size * 3 / 1e9, shutil.disk_usage(self.folder).free / 1e9
         cameras = f"{n_cameras} cameras" if n_cameras > 1 else "1 camera"
         self.say(
-            f"decoding {n:,} frames of {cameras} at {size} pixels: {needed:.1f} GB in {self.folder}, which further runs use "
+            f"decoding {n:,} frames of {cameras} at {size} pixels: {needed:,.2f} GB in {self.folder}, which further runs use "
             "(nanochat cache lists and clears it)"
         )
         if needed > free:
             raise OSError(
-                f"{self.folder} has {free:.1f} GB free, and decoded pictures need {needed:.1f} GB: choose another --cache, a "
+                f"{self.folder} has {free:,.2f} GB free, and decoded pictures need {needed:,.2f} GB: choose another --cache, a "
                 "smaller --image-size, fewer --cameras or a lower --fps, or clear old ones with nanochat cache --clear"
             )
 
