@@ -31,19 +31,21 @@ def by_camera(shown: object, cameras: Sequence[str], may_be_missing: bool) -> li
     """What a policy is shown at one moment -> a picture of each of its cameras, in their order, None where it is masked.
 
     shown: {camera: picture} under the cameras' short names or LeRobot's; a picture alone is that of the first camera; None masks
-        all of them. cameras: of the policy, none for the one camera of an older policy, which has no name.
+        all of them. cameras: of the policy; none for the one camera of an older policy, which may have any name.
     may_be_missing: whether single cameras may be left out (or None), as they were in training.
 
     Raises UserError that names the camera that is missing, or that the policy does not have.
     """
     if shown is None:
         return [None] * max(1, len(cameras))
+    known = list(cameras) or ["camera"]
     if not isinstance(shown, dict):
-        shown = {name: shown for name in cameras[:1]} if cameras else {"": shown}
-    known = list(cameras) or [""]
+        shown = {known[0]: shown}
+    if not cameras and len(shown) == 1:
+        shown = dict(zip(known, shown.values(), strict=True))
     found = {name if name in known else short_names([str(name)])[0]: picture for name, picture in shown.items()}
     if unknown := [name for name in found if name not in known]:
-        has = f"has {', '.join(cameras)}" if cameras else "has one camera without a name: give the picture alone"
+        has = f"has {', '.join(cameras)}" if cameras else "reads one camera: give its picture alone"
         raise UserError(f"this policy has no camera {' and '.join(map(short_repr, unknown))}; it {has}")
     missing = [name for name in known if found.get(name) is None]
     if missing and not may_be_missing:

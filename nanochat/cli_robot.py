@@ -83,6 +83,7 @@ def record(
     seed: int = 1_000_000,
     noise: float = 0.25,
     image_size: int = 128,
+    cameras: tuple[str, ...] = ("corner2",),
     processes: int | None = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted experts as a LeRobot v3.0 dataset. Re-run the command to resume.
@@ -93,13 +94,15 @@ def record(
         seed: Seed of the first episode; evaluation uses small seeds, so that its layouts are not in the training data.
         noise: Standard deviation of the noise that is added to the executed actions (in -1..1); the expert corrects it.
         image_size: Side of the recorded images in pixels, a multiple of 32.
+        cameras: Meta-World's cameras: corner2 looks at the whole scene, gripperPOV past the fingers at what they hold; also
+            topview, corner, corner3, corner4, behindGripper.
         processes: Parallel processes; default one per CPU core.
     """
     from nanochat.metaworld.instructions import task_list
     from nanochat.metaworld.record import record_demonstrations
 
     n_processes = checked_processes(processes)
-    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes)
+    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes, cameras)
     next_step(f"nanochat train robot --data {shlex.quote(str(out))}")
 
 

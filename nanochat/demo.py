@@ -27,7 +27,7 @@ from nanochat.demo_photos import (
 )
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
-from nanochat.metaworld.simulator import MAX_STEPS, Arm, SimulatorError, arm_limits
+from nanochat.metaworld.simulator import CAMERA, MAX_STEPS, Arm, SimulatorError, arm_limits
 from nanochat.vision.images import open_image
 
 ASSETS = Path(__file__).parent / "assets" / "demo"  # a picture with questions, and a recorded episode
@@ -62,7 +62,7 @@ def run_demo(out: Path, task: str, seed: int, device="cpu", photographs: Sequenc
     image, answers = answer_questions(agent)
     instruction = INSTRUCTIONS[task][0]
     try:
-        arm = Arm(task, agent.metadata["image_size"])
+        arm = Arm(task, agent.metadata["image_size"], agent.metadata["cameras"] or (CAMERA,))
         arm.reset(seed)
         arm.image()
     except SimulatorError as error:
@@ -96,11 +96,12 @@ def drive_arm(agent: Agent, arm: Arm, instruction: str) -> list[Frame]:
     frames, network_s = [], 0.0
     with console.status("running") as status:
         while True:
-            frames.append(ask_if_done(agent, arm.image(), arm.steps, instruction, scene.success))
+            images = arm.images()
+            frames.append(ask_if_done(agent, images[arm.cameras[0]], arm.steps, instruction, scene.success))
             if scene.success or arm.steps >= MAX_STEPS:
                 break
             since = time.perf_counter()
-            (chunk,) = agent.act([frames[-1].image], scene.state[None], [instruction])
+            (chunk,) = agent.act([images], scene.state[None], [instruction])
             network_s += time.perf_counter() - since
             status.update(f"step {arm.steps} of at most {MAX_STEPS}")
             for action in chunk[:EXECUTE]:

@@ -80,8 +80,9 @@ def test_a_missing_camera_is_named_or_masked_if_training_hid_some(shown):
 def test_an_unknown_camera_is_named(may_be_missing):
     with pytest.raises(UserError, match="no camera 'wirst'; it has front, wrist"):
         by_camera({"front": 1, "wirst": 2}, CAMERAS, may_be_missing)
-    with pytest.raises(UserError, match="no camera 'front'; it has one camera without a name: give the picture alone"):
-        by_camera({"front": 1}, [], may_be_missing)
+    with pytest.raises(UserError, match="no camera 'front' and 'wrist'; it reads one camera: give its picture alone"):
+        by_camera({"front": 1, "wrist": 2}, [], may_be_missing)
+    assert by_camera({"front": 1}, [], may_be_missing) == [1]
 
 
 @pytest.mark.parametrize("cameras", ["front", ["front", "front"], [""], [3], ["x" * 300], [str(n) for n in range(17)]])

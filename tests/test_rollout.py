@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
 from nanochat.evaluation.rollout import (
     PROTOCOLS,
@@ -26,6 +28,7 @@ from nanochat.evaluation.rollout import (
     summary,
 )
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
+from nanochat.robot_gpt import RobotGPT
 from nanochat.workers import in_processes
 from tests.test_simulator import needs_simulator
 from tests.tiny_policy import make_policy, make_tokenizer
@@ -154,8 +157,31 @@ def test_pictures_and_instructions_of_each_driver():
     (shown, right), (shown_too, wrong), (hidden, right_too) = seen
     assert hidden == [None, None] and right == right_too == [INSTRUCTIONS["reach"][0]] * 2
     assert wrong == [INSTRUCTIONS["push"][0]] * 2
-    np.testing.assert_array_equal(shown, shown_too)
-    assert np.std(shown[0]) > 0 and (shown[0] != shown[1]).any()
+    (one, other), (again, _) = ([row["corner2"] for row in rows] for rows in (shown, shown_too))
+    np.testing.assert_array_equal(one, again)
+    assert np.std(one) > 0 and (one != other).any()
+
+
+@needs_simulator
+def test_a_policy_with_two_cameras_acts_on_both(tmp_path):
+    tokenizer = make_tokenizer(["reach"])
+    one = make_policy(tokenizer, image_size=32)
+    model = RobotGPT(replace(one.config, cameras=["gripperPOV", "corner2"]))
+    model.init_weights()
+    model.attach_encoder(one.vision_encoder)
+    seen, agent = [], Agent(model, tokenizer)
+
+    def watched(images, states, instructions):
+        seen.extend(images)
+        return agent.act(images, states, instructions)
+
+    job = Job("reach", "reach", "policy", (0,), 3, 32, 3, str(tmp_path), cameras=("gripperPOV", "corner2"))
+    run_job(job, watched)
+    assert list(seen[0]) == ["gripperPOV", "corner2"]
+    (gif,) = tmp_path.glob("*.gif")
+    assert Image.open(gif).size == (512, 256)  # both, side by side
+    with pytest.raises(ValueError, match="Meta-World has no camera front: its cameras are topview, .*gripperPOV"):
+        run_job(replace(job, cameras=("front",)), watched)
 
 
 @needs_simulator

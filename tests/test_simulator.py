@@ -1,11 +1,13 @@
 """The simulated arm, and recording demonstrations with it. Skipped where Meta-World or OpenGL is missing."""
 
+import io
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nanochat.data.lerobot import RobotDataset
 from nanochat.metaworld import simulator
@@ -175,7 +177,7 @@ def test_noise_moves_the_arm_but_not_the_recorded_actions():
 def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
     out, work = tmp_path / "demos", tmp_path / ".demos.blocks"
     block = Block("reach", 0, 2, 1_000_000, 0.0, 32)
-    settings = {"seed": 1_000_000, "noise": 0.0, "image_size": 32, "episodes": 2}
+    settings = {"seed": 1_000_000, "noise": 0.0, "image_size": 32, "episodes": 2, "cameras": ["corner2"]}
     open_work(work, settings)
     record_block((work, block))
     stamp = (work / block.name).stat().st_mtime_ns
@@ -191,7 +193,40 @@ def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
     dataset = RobotDataset(out)
     assert [info.extra["seed"] for info in dataset.episodes] == [1_000_000, 1_000_001]
     episode = dataset.episode(1)
-    assert len(episode.images[CAMERA_KEY]) == len(episode.columns["action"])
+    assert len(episode.images[CAMERA_KEY.format("corner2")]) == len(episode.columns["action"])
     assert json.loads((out / "meta" / "info.json").read_text())["fps"] == 80
     with pytest.raises(FileExistsError, match="choose another"):
         record_demonstrations(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
+
+
+@needs_simulator
+def test_the_gripper_sees_what_it_holds():
+    """The red puck of pick-place: from the gripper it grows until it fills the middle of the picture; the other camera sees
+    another picture, which does not depend on how many cameras there are."""
+    arm, alone = Arm("pick-place", 64, ("corner2", "gripperPOV")), Arm("pick-place", 64)
+    arm.reset(0), alone.reset(0)
+    np.testing.assert_array_equal(arm.images()["corner2"], alone.image())
+    shares = []
+    for _ in range(45):
+        picture = arm.image("gripperPOV").astype(int)
+        red = (picture[..., 0] > 60) & (picture[..., 1:].max(-1) < 25)
+        shares.append(red.mean())
+        scene = arm.step(arm.expert_action())
+    assert scene.held and shares[0] < 0.03 < shares[-1]
+    with pytest.raises(ValueError, match="Meta-World has no camera wrist: its cameras are topview, .*gripperPOV"):
+        Arm("reach", 32, ("wrist",))
+
+
+@needs_simulator
+def test_two_cameras_are_recorded(tmp_path):
+    cameras = ("corner2", "gripperPOV")
+    record_demonstrations(["reach"], 2, tmp_path / "demos", 1_000_000, 0.0, 32, 1, cameras)
+    dataset = RobotDataset(tmp_path / "demos")
+    assert dataset.cameras == [CAMERA_KEY.format(camera) for camera in cameras]
+    arm = Arm("reach", 32, cameras)
+    arm.reset(1_000_001)
+    for picture, image in zip(dataset.episode(1).images.values(), arm.images().values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(picture[0]))), image)
+    with pytest.raises(ValueError, match="no camera front"):
+        record_demonstrations(["reach"], 2, tmp_path / "other", 1_000_000, 0.0, 32, 1, ("front",))
+    assert not list(tmp_path.glob("*other*"))

@@ -25,7 +25,7 @@ from nanochat.errors import UserError
 from nanochat.evaluation.rollout_figures import Outcome, console, jerk, peak_memory_mb, report, summary
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import INSTRUCTIONS
-from nanochat.metaworld.simulator import ACTION_DIM, MAX_STEPS, Arm, arm_limits
+from nanochat.metaworld.simulator import ACTION_DIM, CAMERA, MAX_STEPS, Arm, arm_limits
 from nanochat.workers import in_processes
 
 EPISODES_PER_JOB = 10  # each has a simulator and a renderer, 100 to 200 MB
@@ -60,6 +60,7 @@ class Job:
     seeds: numbers of the episodes. execute: actions that are executed from one observation to the next. gifs: folder for a GIF
     of each episode. delay: how many of them are executed before the chunk of the observation is there; those of the chunk
     before go on meanwhile, and up to `committed` of them are shown to the policy. ensemble: see `chunk_player.ChunkPlayer`.
+    cameras: of the simulator, those that the policy reads.
     """
 
     task: str
@@ -74,6 +75,7 @@ class Job:
     delay: int = 0
     ensemble: float | None = None
     committed: int = 0
+    cameras: tuple[str, ...] = (CAMERA,)
 
 
 # ---- running ----
@@ -105,10 +107,11 @@ def run_rollouts(
     if gifs is not None:
         gifs.mkdir(parents=True, exist_ok=True)
     size = config.vision_image_size
-    Arm(tasks[0], size).image()  # if rendering fails, it fails once here and not in every process
+    cameras = tuple(config.cameras) or (CAMERA,)
+    Arm(tasks[0], size, cameras).image()  # if rendering fails, it fails once here and not in every process
     drivers = list(dict.fromkeys(drivers))
     jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs, protocol)
-    jobs = [replace(job, delay=delay, ensemble=ensemble, committed=shown) for job in jobs]
+    jobs = [replace(job, delay=delay, ensemble=ensemble, committed=shown, cameras=cameras) for job in jobs]
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
         bar = progress.add_task("running episodes", total=len(drivers) * len(tasks) * episodes)
@@ -193,7 +196,7 @@ class Episode:
 
     def __init__(self, job: Job, seed: int):
         self.job, self.seed = job, seed
-        self.arm, self.limits = Arm(job.task, job.image_size), arm_limits()
+        self.arm, self.limits = Arm(job.task, job.image_size, job.cameras), arm_limits()
         rules = PROTOCOLS[job.protocol]
         self.scene = self.arm.reset(layout_seed(job.task, seed) if rules.own_layouts else seed)
         self.last_step = job.max_steps
@@ -208,14 +211,14 @@ class Episode:
     def running(self) -> bool:
         return not self.scene.success and self.arm.steps < self.last_step
 
-    def picture(self) -> np.ndarray | None:
-        """(S, S, 3) uint8; None if neither the driver nor a GIF needs it, because rendering is slow."""
+    def pictures(self) -> dict[str, np.ndarray] | None:
+        """camera -> (S, S, 3) uint8; None if neither the driver nor a GIF needs them, because rendering is slow."""
         if not self.job.gifs and self.job.driver not in ("policy", "shuffled"):
             return None
-        image = self.arm.image()
+        images = self.arm.images()
         if self.job.gifs:
-            self.film.append(image)
-        return image
+            self.film.append(np.hstack(list(images.values())))
+        return images
 
     def execute(self, chunk: np.ndarray | None) -> None:
         """Execute actions until the next look. chunk: (chunk, 4), which is there after the delay; until the first one is, the
@@ -235,7 +238,7 @@ class Episode:
         job, success = self.job, self.scene.success
         if job.gifs:
             name = f"{job.driver}-{job.task}-{self.seed}-{'success' if success else 'failure'}.gif"
-            write_gif(Path(job.gifs) / name, [*self.film, self.arm.image()])
+            write_gif(Path(job.gifs) / name, [*self.film, np.hstack(list(self.arm.images().values()))])
         steps = self.arm.steps - (self.last_step - job.max_steps)
         self.arm.close()
         return Outcome(
@@ -256,7 +259,7 @@ def run_job(job: Job, act: Act | None = None) -> list[Outcome]:
     episodes = [Episode(job, seed) for seed in job.seeds]
     rng = np.random.default_rng(job.seeds[0])
     while running := [episode for episode in episodes if episode.running]:
-        images = [episode.picture() for episode in running]
+        images = [episode.pictures() for episode in running]
         states = np.stack([episode.scene.state for episode in running])
         since = time.perf_counter()
         known = [episode.player.ask() for episode in running]  # alike in all: they are at the same step
@@ -282,6 +285,9 @@ def choose(
 
 
 def write_gif(path: Path, film: list[np.ndarray]) -> None:
-    frames = [Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC) for image in film]
+    """film: (S, K * S, 3) uint8 each, K pictures side by side."""
+    height, width = film[0].shape[:2]
+    size = (256 * width // height, 256)
+    frames = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in film]
     with atomic_path(path) as new:
         frames[0].save(new, format="GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)

@@ -10,7 +10,7 @@ Noise is added to the executed action, constant for a few steps, and the expert'
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_object
 from nanochat.metaworld.instructions import INSTRUCTIONS
-from nanochat.metaworld.simulator import ACTION_DIM, FPS, MAX_STEPS, Arm
+from nanochat.metaworld.simulator import ACTION_DIM, CAMERA, FPS, MAX_STEPS, Arm
 from nanochat.workers import in_processes
 
-CAMERA_KEY = "observation.images.corner2"
+CAMERA_KEY = "observation.images.{}"  # of a camera's name
 EPISODES_PER_BLOCK = 10
 FRAMES_AFTER_SUCCESS = 10  # so that the data shows what a solved task looks like
 NOISE_STEPS = 10  # steps for which the noise is constant
@@ -47,6 +47,7 @@ class Block:
     seed: int
     noise: float
     image_size: int
+    cameras: tuple[str, ...] = (CAMERA,)
 
     @property
     def name(self) -> str:
@@ -54,18 +55,25 @@ class Block:
 
 
 def record_demonstrations(
-    tasks: list[str], episodes: int, out: Path, seed: int, noise: float, image_size: int, processes: int
+    tasks: list[str],
+    episodes: int,
+    out: Path,
+    seed: int,
+    noise: float,
+    image_size: int,
+    processes: int,
+    cameras: Sequence[str] = (CAMERA,),
 ) -> None:
     """Write `episodes` successful episodes of each task to the folder `out`, as a LeRobot v3.0 dataset.
 
     Resumes an earlier call with the same settings that was stopped.
 
     tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1.
-    image_size: side of the square images in pixels.
+    image_size: side of the square images in pixels. cameras: names of Meta-World's, see `simulator.Arm`.
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: a setting is out of range, or differs from that of the stopped call; an expert keeps failing.
+        ValueError: a setting is out of range, or differs from that of the stopped call; an expert keeps failing; no such camera.
         SimulatorError: the simulator cannot run on this machine.
     """
     out = out.expanduser()
@@ -78,13 +86,16 @@ def record_demonstrations(
         )
     if image_size < 32 or image_size % 32:
         raise UserError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
+    cameras = tuple(dict.fromkeys(cameras)) or (CAMERA,)
+    Arm(tasks[0], image_size, cameras)  # raises for a camera that there is not, before anything is written
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
-        Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size)
+        Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size, cameras)
         for task in tasks
         for first in range(0, episodes, EPISODES_PER_BLOCK)
     ]
-    open_work(work, {"seed": seed, "noise": noise, "image_size": image_size, "episodes": episodes})
+    settings = {"seed": seed, "noise": noise, "image_size": image_size, "episodes": episodes, "cameras": list(cameras)}
+    open_work(work, settings)
     with Progress(console=console) as progress:
         record_blocks(work, blocks, processes, progress)
         bar = progress.add_task("writing the dataset", total=episodes * len(tasks))
@@ -114,10 +125,9 @@ def record_blocks(work: Path, blocks: list[Block], processes: int, progress: Pro
     done = total - sum(block.episodes for block in missing)
     bar = progress.add_task("recording episodes", total=total, completed=done)
     if missing:
-        arm = Arm(
-            missing[0].task, missing[0].image_size
-        )  # a machine that cannot render fails here, not in every process
-        arm.image()
+        first = missing[0]
+        arm = Arm(first.task, first.image_size, first.cameras)  # a machine that cannot render fails here, once
+        arm.images()
         arm.close()
         for count in in_processes(record_block, [(work, block) for block in missing], processes):
             progress.advance(bar, count)
@@ -126,14 +136,16 @@ def record_blocks(work: Path, blocks: list[Block], processes: int, progress: Pro
 def record_block(job: tuple[Path, Block]) -> int:
     """Record one block to its file. Returns the number of episodes. job: (folder of blocks, block)."""
     work, block = job
-    arm = Arm(block.task, block.image_size)
+    arm = Arm(block.task, block.image_size, block.cameras)
     episodes = [record_episode(arm, block, number) for number in range(block.first, block.first + block.episodes)]
-    images = [picture for episode in episodes for picture in episode.pop("images")]
+    images = [episode.pop("images") for episode in episodes]
     arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0] if key != "seed"}
     arrays["seeds"] = np.array([episode["seed"] for episode in episodes])
     arrays["lengths"] = np.array([len(episode["action"]) for episode in episodes])
-    arrays["image_ends"] = np.cumsum([len(picture) for picture in images])
-    arrays["images"] = np.frombuffer(b"".join(images), np.uint8)
+    for camera in block.cameras:
+        pictures = [frame[camera] for frames in images for frame in frames]
+        arrays[f"{camera} ends"] = np.cumsum([len(picture) for picture in pictures])
+        arrays[f"{camera} pictures"] = np.frombuffer(b"".join(pictures), np.uint8)
     with atomic_path(work / block.name) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
     arm.close()
@@ -154,7 +166,7 @@ def record_episode(arm: Arm, block: Block, number: int) -> dict:
 
 def run_expert(arm: Arm, seed: int, noise: float) -> dict | None:
     """One episode of the expert, or None if it fails. Row t has what is observed at step t and the expert's action there:
-    images (T encoded PNG), state (T, 4), environment_state (T, 39), action (T, 4), success (T,) and held (T,)."""
+    images (T dicts camera -> encoded PNG), state (T, 4), environment_state (T, 39), action (T, 4), success (T,) and held (T,)."""
     rng = np.random.default_rng(seed)
     scene, disturbance, frames_left = arm.reset(seed), np.zeros(ACTION_DIM), FRAMES_AFTER_SUCCESS
     frames: dict[str, list] = {key: [] for key in ("images", "state", "environment_state", "action", "success", "held")}
@@ -163,7 +175,7 @@ def run_expert(arm: Arm, seed: int, noise: float) -> dict | None:
         if step % NOISE_STEPS == 0:  # no noise in half of the intervals, and never on the fingers
             disturbance[:3] = rng.normal(0, noise, 3) * rng.integers(0, 2)
         action = arm.expert_action()
-        frames["images"].append(encode_png(arm.image()))
+        frames["images"].append({camera: encode_png(image) for camera, image in arm.images().items()})
         frames["action"].append(action)
         for key in ("state", "environment_state", "success", "held"):
             frames[key].append(getattr(scene, key))
@@ -182,10 +194,7 @@ def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
     for block in blocks:
         with np.load(work / block.name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        ends, data = arrays["image_ends"], arrays["images"].tobytes()
-        starts = np.concatenate([[0], ends[:-1]])
-        pictures = [data[a:b] for a, b in zip(starts, ends, strict=True)]
-        end = 0
+        pictures, end = {camera: pictures_of(arrays, camera) for camera in block.cameras}, 0
         for seed, length in zip(arrays["seeds"], arrays["lengths"], strict=True):
             rows = slice(end, end := end + int(length))
             columns = {
@@ -196,4 +205,11 @@ def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
                 "action": arrays["action"][rows],
             }
             extra = {"name": block.task, "seed": int(seed)}
-            yield Episode(INSTRUCTIONS[block.task][0], columns, {CAMERA_KEY: pictures[rows]}, extra)
+            images = {CAMERA_KEY.format(camera): own[rows] for camera, own in pictures.items()}
+            yield Episode(INSTRUCTIONS[block.task][0], columns, images, extra)
+
+
+def pictures_of(arrays: dict[str, np.ndarray], camera: str) -> list[bytes]:
+    """The encoded pictures of a camera in the file of a block."""
+    ends, data = arrays[f"{camera} ends"], arrays[f"{camera} pictures"].tobytes()
+    return [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from nanochat.metaworld.scene import CAMERA_POSITION
 from nanochat.safety import SafeActions, hold_still
 
 CAMERA = "corner2"
+UPSIDE_DOWN = (CAMERA,)  # mounted so: its pictures are rotated by 180 degrees
 FPS = 80  # control steps per second of simulated time
 MAX_STEPS = 500
 ACTION_DIM = 4  # motion of the hand along x, y, z and of the fingers, each in -1..1
@@ -48,23 +50,26 @@ class Scene:
 class Arm:
     """A simulated Sawyer arm with one task, such as "door-open" (Meta-World's name without its version).
 
-    image_size: side of the square camera image in pixels.
+    image_size: side of the square camera images in pixels. cameras: their names; gripperPOV looks past the fingers.
 
     Raises:
         SimulatorError: the simulator cannot run on this machine.
-        ValueError: Meta-World has no such task.
+        ValueError: Meta-World has no such task or camera.
     """
 
-    def __init__(self, task: str, image_size: int = 128):
+    def __init__(self, task: str, image_size: int = 128, cameras: Sequence[str] = (CAMERA,)):
         environments, policies, self.mujoco = import_metaworld()
         if f"{task}-v3" not in policies:
             raise UserError(f"Meta-World has no task {task!r}: nanochat record --help lists the names")
-        self.task, self.image_size = task, image_size
+        self.task, self.image_size, self.cameras = task, image_size, tuple(cameras)
         self.make_policy = policies[f"{task}-v3"]
         self.env = environments[f"{task}-v3-goal-observable"]()
         # Meta-World ignores reset(seed=...): the layout comes from the environment's own generator
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
         model = self.env.model
+        names = [model.cam(number).name for number in range(model.ncam)]
+        if unknown := [name for name in self.cameras if name not in names]:
+            raise UserError(f"Meta-World has no camera {', '.join(unknown)}: its cameras are {', '.join(names)}")
         model.cam(CAMERA).pos[:] = CAMERA_POSITION
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = OVERSAMPLING * image_size
@@ -115,15 +120,21 @@ class Arm:
             action = self.expert.get_action(self.observation)
         return np.clip(action, -1, 1).astype(np.float32)
 
-    def image(self) -> np.ndarray:
-        """The current camera image, (S, S, 3) uint8 RGB, rotated by 180 degrees because the camera is mounted upside down.
-        Raises SimulatorError if nothing can be rendered on this machine."""
+    def images(self) -> dict[str, np.ndarray]:
+        """What each camera sees now, see `image`."""
+        return {camera: self.image(camera) for camera in self.cameras}
+
+    def image(self, camera: str | None = None) -> np.ndarray:
+        """The current image of a camera, by default the first: (S, S, 3) uint8 RGB, upright. Raises SimulatorError if nothing can
+        be rendered on this machine."""
+        camera = camera or self.cameras[0]
         size, n = self.image_size, OVERSAMPLING
         if self.renderer is None:
             self.renderer = self.open_renderer()
-        self.renderer.update_scene(self.env.data, camera=CAMERA)
-        large = self.renderer.render()[::-1, ::-1].reshape(size, n, size, n, 3)
-        return large.mean((1, 3)).round().astype(np.uint8)
+        self.renderer.update_scene(self.env.data, camera=camera)
+        large = self.renderer.render()
+        large = large[::-1, ::-1] if camera in UPSIDE_DOWN else large
+        return large.reshape(size, n, size, n, 3).mean((1, 3)).round().astype(np.uint8)
 
     def open_renderer(self):
         side = OVERSAMPLING * self.image_size
