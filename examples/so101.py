@@ -73,14 +73,18 @@ class Wiring:
                 "if the data's actions are positions, as those of lerobot-record are"
             )
         wanted = metadata.get("cameras") or []
-        if missing := [name for name in wanted if name not in cameras]:
+        missing = [name for name in wanted if name not in cameras]
+        if missing and not (metadata.get("camera_dropout") and len(missing) < len(wanted)):
             raise UserError(
                 f"the policy needs the camera {', '.join(missing)} (all of them: {', '.join(wanted)}), the arm has "
                 f"{', '.join(cameras) or 'none'}: name it with --camera {missing[0]}=0"
             )
         if not wanted and len(cameras) != 1:
             raise UserError(f"the policy has one camera without a name: give one --camera, got {len(cameras)}")
-        self.pictures = {name: f"observation.images.{name}" for name in wanted} or {cameras[0]: "observation/image"}
+        shown = [
+            name for name in wanted if name not in missing
+        ]  # the policy learnt to do without some (--camera-dropout)
+        self.pictures = {name: f"observation.images.{name}" for name in shown} or {cameras[0]: "observation/image"}
 
     def names(self, metadata: dict, kind: str, joints: list[str]) -> list[str]:
         """The arm's joints in the policy's order; the arm's own order if its data gave them no names."""

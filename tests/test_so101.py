@@ -195,6 +195,16 @@ def test_a_policy_that_does_not_fit_the_arm_is_refused(changes, message):
         so101.Wiring(Arm(), ["front", "wrist"], METADATA | changes)
 
 
+def test_a_policy_that_learnt_to_do_without_a_camera_does_so():
+    for metadata in (
+        METADATA | {"camera_dropout": 0.1},
+        METADATA | {"camera_dropout": 0.1, "cameras": ["front", "top"]},
+    ):
+        assert so101.Wiring(Arm(), ["front"], metadata).pictures == {"front": "observation.images.front"}
+    with pytest.raises(UserError, match="needs the camera front, wrist"):
+        so101.Wiring(Arm(), [], METADATA | {"camera_dropout": 0.1})
+
+
 def test_signals_only_count():
     with so101.StopKeys().listening() as stop:
         assert stop() == 0
@@ -310,3 +320,36 @@ def test_cameras_are_numbers_or_paths():
     assert so101.read_args(WORDS).camera == [("front", 0), ("wrist", Path("/dev/video2"))]
     with pytest.raises(argparse.ArgumentTypeError, match="NAME=NUMBER"):
         so101.camera("=0")
+
+
+def test_from_a_recording_to_a_moving_arm(tmp_path, serving):  # noqa: F811
+    """A recording as lerobot-record writes it, a policy trained on it with --committed, the server, and the arm."""
+    from nanochat.agent import Agent
+    from nanochat.data.lerobot import Episode
+    from nanochat.data.lerobot_writer import write_dataset
+    from nanochat.data.pictures import encode_png
+    from nanochat.training.recipes import Robot
+    from nanochat.training.run import Run
+    from tests.test_robot_train import SIZE, TINY
+
+    def episode(number):
+        path = 40 * np.sin(number + 0.1 * np.arange(31)[:, None] + np.arange(6)).astype(np.float32)
+        pictures = {f"observation.images.{name}": [encode_png(np.full((SIZE, SIZE, 3), shade, np.uint8))] * 30
+                    for name, shade in (("front", 0), ("wrist", 255))}  # fmt: skip
+        return Episode("lift", {"observation.state": path[:-1], "action": path[1:]}, pictures)
+
+    names = {"observation.state": JOINTS, "action": JOINTS}
+    write_dataset(tmp_path / "cube", map(episode, range(4)), 30, "so101_follower", (SIZE, SIZE, 3), names)
+    settings = TINY | dict(chunk=6, committed=2, steps=2, units="degrees")
+    run = Run(Robot(data=str(tmp_path / "cube"), out=str(tmp_path / "run"), **settings)).train()
+    agent, arm = Agent.load(str(run)), Arm()
+    known, act = [], agent.act
+    agent.act = lambda *asked: (known.extend(asked[3:]), act(*asked))[1]
+    words = [word for word in WORDS if word not in ("--fps", "200")]  # the policy knows the rate of its data
+    words += ["--server", f"127.0.0.1:{serving(SafePolicy(agent))}", "--execute", "3"]
+    assert so101.main(words, lambda args: arm, Stop(lambda: len(arm.sent) > 20 and len(known) > 0)) == 0
+    low, high = agent.action_range
+    for name, least, most in zip(JOINTS, low, high, strict=True):
+        sent = [action[name] for action in arm.sent]
+        assert min(least, 0) - 1e-3 <= min(sent) and max(sent) <= max(most, 0) + 1e-3
+    assert known[0].shape[0] == 1 and 1 <= known[0].shape[1] <= 2 and known[0].shape[2] == 6
