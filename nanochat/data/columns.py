@@ -10,6 +10,8 @@ import numpy as np
 
 from nanochat.files import DataError, existing_file, short_repr
 
+LFS_POINTER = b"version https://git-lfs"
+
 try:  # other modules take these from here, so that the message stands in one place
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -18,8 +20,8 @@ except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
 __all__ = [
-    "column_names", "episode_spans", "fill_template", "is_feature", "leaf_names", "natural_number", "number_names", "pa",
-    "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
+    "check_fetched", "column_names", "episode_spans", "fill_template", "is_feature", "leaf_names", "natural_number",
+    "number_names", "pa", "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
 ]  # fmt: skip
 
 
@@ -41,10 +43,18 @@ def read_parquet(read, path: Path, **options):
     """
     existing_file(path)
     with parquet_errors(path):
+        check_fetched(path)
         try:
             return read(path, **options)
         except OSError as error:
             raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
+
+
+def check_fetched(path: Path) -> None:
+    """Raises DataError for what git leaves in the place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f"{path} is a pointer of git-lfs, not the file: fetch it with git lfs pull")
 
 
 def column_names(path: Path) -> list[str]:

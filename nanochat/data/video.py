@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.data.columns import check_fetched
 from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 
 TOLERANCE = 0.75  # of the time between two frames: how far from its time stamp a picture may be
 DRIFT = 0.002  # seconds per second: a video of 29.97 frames per second that is described as 30 differs by half of this
-LFS_POINTER = b"version https://git-lfs"  # what git leaves in the place of a large file that was not fetched
 
 
 def video_frames(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> list[bytes]:
@@ -81,9 +81,9 @@ def decoded(path: Path, start: float, where: str) -> Iterator[tuple[float, objec
                 second = frame.time - start
                 yield second, frame
     except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
+        if path.is_file():
+            check_fetched(path)
         reason = " ".join(str(error).split())
-        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
-            reason = "it is a pointer of git-lfs, not the video: fetch it with git lfs pull"
         raise DataError(
             f"{path} cannot be read as a video: {where}, after {max(0.0, second):.2f} s: {reason}"
         ) from error
