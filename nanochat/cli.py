@@ -222,6 +222,7 @@ def train(words: list[str]) -> None:
 
 
 def train_alone(words: list[str]) -> None:
+    words = with_new_flags(words)
     defaults = {name: kind() for name, kind in RECIPES.items()}
     recipe = parse_recipe(words, defaults | {"folder": folder_from_photos()})
     if isinstance(recipe, Folder) and not recipe.resume:
@@ -280,6 +281,7 @@ DESCRIPTION = (
 )
 WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
 OLD_NAMES = {"demos": "record", "export": "pack"}  # work for one more release
+OLD_FLAGS = {"--camera": "--cameras"}  # of train, likewise
 
 
 def main() -> None:
@@ -313,6 +315,17 @@ def main() -> None:
             f"bug in nanochat: {type(error).__name__}: {reason(error)}; NANOCHAT_DEBUG=1 shows where, please report it",
             1,
         )
+
+
+def with_new_flags(words: list[str]) -> list[str]:
+    """The arguments of train with the current names of flags. Prints a note for an old one."""
+    new = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in OLD_FLAGS:
+            print(f"note: `{flag}` is deprecated, use `{OLD_FLAGS[flag]}`", file=sys.stderr)
+        new.append(OLD_FLAGS.get(flag, flag) + equals + value)
+    return new
 
 
 def with_new_name(words: list[str]) -> list[str]:
