@@ -17,7 +17,8 @@ from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
 from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST, baselines, follows_state
-from nanochat.evaluation.open_loop import OpenLoop, conditions, frames_to_ask, run_open_loop
+from nanochat.evaluation.controls import CONDITIONS as CONTROLS
+from nanochat.evaluation.open_loop import OpenLoop, frames_to_ask, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, liveliest, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary, verdict
 from nanochat.training.recipes import Robot
@@ -26,6 +27,7 @@ from tests.data_files import encode, write_lines
 from tests.tiny_policy import make_policy, make_tokenizer
 
 SIZE = 32
+CONDITIONS = ("policy", *CONTROLS)
 
 
 def arm_episode(seed: int, length: int = 12, task: str = "lift", **changes) -> Episode:
@@ -35,7 +37,7 @@ def arm_episode(seed: int, length: int = 12, task: str = "lift", **changes) -> E
     path = np.cumsum(rng.normal(0.1, 0.05, (length + 2, 4)), axis=0) + rng.uniform(0, 1, 4)
     columns = {"observation.state": path[:-2].astype(np.float32), "action": path[2:].astype(np.float32)}
     pictures = [encode(np.full((SIZE, SIZE, 3), 20 * seed + t, np.uint8)) for t in range(length)]
-    return Episode(task, columns | changes, {"observation.images.front": pictures})
+    return Episode(task, columns | changes, {"observation.images.front": pictures}, name=f"{task} {seed}")
 
 
 def arm_data(*seeds: int, **changes) -> Demonstrations:
@@ -99,6 +101,14 @@ def test_the_nearest_state_is_of_the_same_task_where_training_has_it():
     found = baselines(near, np.array([4, 16]), 1, "absolute", known)[NEAREST][:, 0]
     assert (found[0] == known.action[12:]).all(1).any()  # the state of "lift" is the same, but the task is "push"
     np.testing.assert_array_equal(found[1], known.action[4])
+
+
+def test_a_frame_is_not_its_own_neighbour():
+    data = arm_data(0, 1)
+    found = baselines(data, np.arange(24), 1, "absolute", data)[NEAREST][:, 0]
+    assert all((found[frame] == data.action[12 - 12 * (frame // 12) :][:12]).all(1).any() for frame in range(24))
+    alone = baselines(arm_data(0), np.array([5]), 1, "absolute", arm_data(0))[NEAREST]
+    assert alone.shape == (1, 1, 4)  # there is no other
 
 
 def test_what_cannot_be_told_is_left_out():
@@ -228,7 +238,7 @@ def test_the_table_of_numbers_marks_those_that_hold_is_better_at():
     table = number_table(found, ["still [x]", "a", "b", "c"], ["", "rad", "", ""])
     cells = {column.header: list(column.cells) for column in table.columns}
     assert cells["number"] == [r"still \[x]", "a (rad)", "b", "c"] and cells["range"] == ["still", "1", "2", "3"]
-    assert [cell.endswith(" *") for cell in cells["policy"]] == [True, True, False, True]
+    assert [cell.endswith("*") for cell in cells["policy"]] == [True, True, False, True]
 
 
 # ---- predictions
@@ -269,9 +279,14 @@ def test_conditions_change_only_what_they_say(batch_size):
     np.testing.assert_array_equal(found.truth, data.chunks(frames, 2)[0])
 
 
-def test_one_episode_of_one_task_has_two_conditions():
+def test_one_episode_is_shuffled_with_a_training_episode():
     data = arm_data(0)
-    assert [row for row, *_ in conditions(data, np.arange(12))] == ["policy", "blind"]
+    for known in (None, arm_data(1, 2)):
+        found = run_open_loop(GreyAgent(), data, np.arange(12), 5, known, lambda starts, description: starts)
+        assert [row for row in found.chunks if row in CONDITIONS] == (
+            ["policy", "blind"] if known is None else ["policy", "shuffled", "blind"]
+        )
+    assert found.chunks["shuffled"][:, 0, 0].tolist() == list(range(20, 32))  # of the training episodes
 
 
 def test_several_cameras_are_shown_by_name():

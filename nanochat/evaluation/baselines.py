@@ -72,14 +72,23 @@ def nearest_frames(data: Demonstrations, frames: np.ndarray, known: Demonstratio
     """(n,) int64, the frame of `known` with the nearest state, all numbers scaled by their range in `known`."""
     scale = Scale.fit(known.state)
     wanted, there = scale.normalize(data.state[frames]), scale.normalize(known.state)
-    tasks = [data.task(frame) for frame in frames]
+    places = [(data.task(frame), data.names[data.episode[frame]]) for frame in frames]
     found = np.zeros(len(frames), np.int64)
-    for task in dict.fromkeys(tasks):
-        ranges = known.by_task.get(task, [(0, len(known))])
-        among = np.concatenate([np.arange(first, end) for first, end in ranges])
-        own = np.flatnonzero([name == task for name in tasks])
+    for task, episode in dict.fromkeys(places):
+        among = candidates(known, task, episode)
+        own = np.flatnonzero([place == (task, episode) for place in places])
         for rows in (own[start : start + BLOCK] for start in range(0, len(own), BLOCK)):
             # the square of the wanted state is the same for all: it decides nothing
             distance = (there[among] ** 2).sum(1) - 2 * wanted[rows] @ there[among].T
             found[rows] = among[distance.argmin(1)]
     return found
+
+
+def candidates(known: Demonstrations, task: str, episode: str) -> np.ndarray:
+    """Frames of the task, or of any task if there are none, in other episodes than the named one: a frame is not its own
+    neighbour where the policy is asked about episodes that it learnt from."""
+    others = np.array([name != episode for name in known.names])[known.episode]
+    of_task = np.zeros(len(known), bool)
+    for first, end in known.by_task.get(task, []):
+        of_task[first:end] = True
+    return np.flatnonzero(others & of_task if (others & of_task).any() else others if others.any() else ~others)

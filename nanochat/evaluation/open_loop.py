@@ -22,6 +22,7 @@ from nanochat.evaluation.metrics import Estimate, bootstrap
 from nanochat.metaworld.questions import paraphrase
 
 POLICY, SHUFFLED, BLIND, OTHER_TASK = "policy", "shuffled", "blind", "other task"  # the rows of the network
+Shown = tuple[Demonstrations, np.ndarray]  # (n,) frames of these demonstrations
 Progress = Callable[..., Iterable[int]]  # wraps the starts of batches
 
 
@@ -106,7 +107,7 @@ def run_open_loop(
     length, targets = agent.metadata["chunk"], agent.metadata["targets"]
     truth, inside = data.chunks(frames, length)
     chunks = {}
-    for row, shown, texts in conditions(data, frames):
+    for row, shown, texts in conditions(data, frames, known):
         starts = progress(range(0, len(frames), batch_size), description=f"predicting: {row}")
         chunks[row] = predict(agent, data, frames, shown, texts, batch_size, starts)
     chunks |= baselines(data, frames, length, targets, known)
@@ -114,29 +115,34 @@ def run_open_loop(
     return OpenLoop(frames, data.episode[frames], truth, inside, chunks, low, high)
 
 
-def conditions(data: Demonstrations, frames: np.ndarray) -> Iterator[tuple[str, np.ndarray | None, list[str]]]:
-    """(row, the frame whose pictures are shown instead of each frame's, or None for none, the instruction for each frame).
+def conditions(
+    data: Demonstrations, frames: np.ndarray, known: Demonstrations | None
+) -> Iterator[tuple[str, Shown | None, list[str]]]:
+    """(row, the frames whose pictures are shown, or None for none, the instruction for each frame).
 
-    shuffled: pictures of another episode, if there are several; the state and the instruction are right. blind: no picture. other
-    task: the next task's instruction, if there are several.
+    shuffled: pictures of another episode, or of `known` if there is no other and it has pictures; the state and the instruction
+    are right. blind: no picture. other task: the next task's instruction, if there are several.
     """
     texts = [paraphrase(data.task(frame), None) for frame in frames]
-    yield POLICY, frames, texts
+    yield POLICY, (data, frames), texts
     partner = another_group(data.episode[frames].tolist())
     if partner is not None:
-        yield SHUFFLED, frames[partner], texts
+        yield SHUFFLED, (data, frames[partner]), texts
+    elif known is not None and known.cameras:
+        first, end = known.first[0], known.end[0]
+        yield SHUFFLED, (known, first + (frames - data.first[frames]) % (end - first)), texts
     yield BLIND, None, texts
     tasks = list(data.by_task)
     if len(tasks) > 1:
         following = dict(zip(tasks, [*tasks[1:], tasks[0]], strict=True))
-        yield OTHER_TASK, frames, [paraphrase(following[data.task(frame)], None) for frame in frames]
+        yield OTHER_TASK, (data, frames), [paraphrase(following[data.task(frame)], None) for frame in frames]
 
 
 def predict(
     agent: Agent,
     data: Demonstrations,
     frames: np.ndarray,
-    shown: np.ndarray | None,
+    shown: Shown | None,
     texts: Sequence[str],
     batch_size: int,
     starts: Iterable[int],
@@ -145,7 +151,7 @@ def predict(
     chunks, n_cameras = [], len(agent.metadata["cameras"])
     for start in starts:
         rows = slice(start, start + batch_size)
-        pictures = [None] * len(frames[rows]) if shown is None else pictures_of(data, shown[rows], n_cameras)
+        pictures = [None] * len(frames[rows]) if shown is None else pictures_of(shown[0], shown[1][rows], n_cameras)
         states = data.state[frames[rows]] if agent.metadata["state_dim"] else None
         chunks.append(agent.act(pictures, states, texts[rows]))
     found = np.concatenate(chunks)

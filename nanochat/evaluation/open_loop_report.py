@@ -117,7 +117,7 @@ def number_table(found: OpenLoop, names: list[str], units: list[str]) -> Table:
     for i, (name, unit) in enumerate(zip(names, units, strict=True)):
         label = escape(f"{name} ({unit})" if unit else name)
         width = f"{found.high[i] - found.low[i]:.3g}" if found.moves[i] else "still"
-        policy = f"{errors[POLICY][i]:.3g}" + " *" * bool(errors[POLICY][i] >= errors[HOLD][i])
+        policy = f"{errors[POLICY][i]:.3g}" + "*" * bool(errors[POLICY][i] >= errors[HOLD][i])
         table.add_row(label, width, policy, *(f"{errors[row][i]:.3g}" for row in rows[1:]))
     table.caption = "* no better than hold; still: hardly moves in the training data, left out of the means above"
     return table

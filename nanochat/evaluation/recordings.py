@@ -56,7 +56,7 @@ def evaluate_recording(
         )
     source, split = open_source(folder, split, recipe | ({"fps": rate} if rate else {}), agent.metadata["cameras"])
     data = read_as_trained(source, split, agent.metadata["image_size"], recipe)
-    known = learnt_from(agent, source)
+    known = learnt_from(agent, source, with_pictures=data.episode[-1] == 0)  # of another episode than the only one
     result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
     result |= evaluate_open_loop(agent, data, known, limit or FRAMES, batch_size, plot)
     if json_out is not None:
@@ -83,12 +83,14 @@ def evaluate_open_loop(
     return result
 
 
-def learnt_from(agent: Agent, source: DemonstrationFolder) -> Demonstrations | None:
-    """The episodes that the policy was trained on, without pictures; None if they are not there any more, which is said."""
+def learnt_from(agent: Agent, source: DemonstrationFolder, with_pictures: bool) -> Demonstrations | None:
+    """The episodes that the policy was trained on; None if they are not there any more, which is said. with_pictures: if they are
+    of `source`, whose training has decoded them."""
     recipe = agent.training.get("recipe") or {}
     name = recipe.get("data") or ""
     if same_data(str(source.folder), name):
-        return source.read_numbers("fit")
+        size = agent.metadata["image_size"]
+        return read_as_trained(source, "fit", size, recipe) if with_pictures else source.read_numbers("fit")
     try:
         return open_as_trained(name, recipe).read_numbers("fit")
     except (UserError, OSError):
@@ -112,5 +114,5 @@ def play(agent: Agent, data: Demonstrations, episode: int, batch_size: int) -> P
     starts = np.arange(first, data.end[first], agent.metadata["chunk"])
     texts = [paraphrase(data.task(frame), None) for frame in starts]
     batches = range(0, len(starts), batch_size)
-    chunks = predict(agent, data, starts, starts, texts, batch_size, batches)
+    chunks = predict(agent, data, starts, (data, starts), texts, batch_size, batches)
     return Played(data.names[episode].rpartition(": ")[2], data.action[first : data.end[first]], starts - first, chunks)
