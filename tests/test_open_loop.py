@@ -225,9 +225,10 @@ def test_the_verdict_names_baselines_and_conditions_that_are_as_good():
     lines = verdict(report_of(policy=0.1, shuffled=0.1, blind=0.101, hold=0.2, last_action=0.05, mean_action=0.3))
     assert lines[1:] == [
         "No better than last action: without any training.",
-        "The picture adds nothing: the error is the same with another picture and without one.",
+        "The picture adds nothing: the error is the same with pictures of another episode.",
     ]
-    assert len(verdict(report_of(policy=0.1, shuffled=0.1, blind=0.2, hold=0.2))) == 1
+    assert len(verdict(report_of(policy=0.1, shuffled=0.2, blind=0.1, hold=0.2))) == 1
+    assert verdict(report_of(policy=0.1, blind=0.1, hold=0.2))[1].endswith("the same without a picture.")
     assert verdict(report_of(policy=0.1, other_task=0.1, hold=0.2))[1].startswith("The words add nothing")
 
 

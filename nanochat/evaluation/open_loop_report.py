@@ -10,7 +10,7 @@ from nanochat.evaluation.metrics import Estimate
 from nanochat.evaluation.open_loop import BLIND, OTHER_TASK, POLICY, SHUFFLED, OpenLoop
 
 BASELINES = (HOLD, LAST, MEAN, NEAREST)
-CONTROLS = (SHUFFLED, BLIND)
+CONTROLS = (SHUFFLED, BLIND)  # the first that there is decides: another picture says more than none
 COLUMNS = 5  # steps of the chunk that the table shows
 COMPACT = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}  # the names of joints are long
 ADDS = 0.02  # an error that changes by less than this share without the picture does not depend on it
@@ -55,9 +55,10 @@ def verdict(found: OpenLoop) -> list[str]:
     lines = [against_hold(found.compared(POLICY, HOLD), len(set(found.episode.tolist())))]
     if better := [row for row in rows if row != HOLD and found.share(row) <= policy]:
         lines.append(f"No better than {' and '.join(better)}: without any training.")
-    controls = [found.share(row) for row in CONTROLS if row in found.chunks]
-    if controls and max(controls) < policy * (1 + ADDS):
-        lines.append("The picture adds nothing: the error is the same with another picture and without one.")
+    control = next((row for row in CONTROLS if row in found.chunks), None)
+    if control and found.share(control) < policy * (1 + ADDS):
+        instead = {SHUFFLED: "with pictures of another episode", BLIND: "without a picture"}[control]
+        lines.append(f"The picture adds nothing: the error is the same {instead}.")
     if OTHER_TASK in found.chunks and found.share(OTHER_TASK) < policy * (1 + ADDS):
         lines.append("The words add nothing: the error is the same with another task's instruction.")
     return lines
