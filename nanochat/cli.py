@@ -241,7 +241,11 @@ def folder_recipe(words: list[str], recipe: Folder) -> Folder:
         return recipe
     if others:
         named = ", ".join("--" + name.replace("_", "-") for name in others)
-        print(f"note: the model starts from random weights, since photos has no other {named}", file=sys.stderr)
+        print(
+            f"note: the model starts from random weights, not from photos, whose encoder and shape are fixed: {named} would "
+            "change them",
+            file=sys.stderr,
+        )
     return replace(parse_recipe(words, {"folder": Folder()}), start_from="")
 
 

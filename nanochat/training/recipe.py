@@ -108,6 +108,8 @@ class Recipe:
     "Checkpoint folder; default runs/RECIPE."
     resume: bool = False
     "Resume the run in --out. Flags you omit keep their saved values."
+    cache: str = ""
+    "Shared cache folder, for what is computed of pictures once; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     seed: int = 0
     "Seed of the weights, the order of the data and the augmentation."
     device: str = "auto"
@@ -138,13 +140,13 @@ class Recipe:
 
 
 @dataclass
-class PictureRecipe(Recipe):
-    """Questions about pictures, and captions."""
+class PictureData(Recipe):
+    """Fields of recipes that learn from a dataset of pictures."""
 
     data: str = ""
     "Dataset name or path: easy_vqa, captions.csv or its folder, .jsonl, LLaVA .json, .parquet, or hf:owner/name."
     also: tuple[str, ...] = ()
-    "Further datasets to train on in the same run, named like --data. One named twice is seen twice in an epoch."
+    "Further datasets to train on in the same run, named like --data."
     train_split: str = "fit"
     "Split to train on."
     val_split: str = "val"
@@ -153,10 +155,14 @@ class PictureRecipe(Recipe):
     "Validation pictures, at most."
     strict: bool = False
     "Refuse data with missing pictures instead of skipping their rows."
-    cache: str = ""
-    "Shared cache folder, for the vision vectors of a frozen encoder; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     picture_memory: float = 2.0
     "Gigabytes for decoded training pictures of a trained encoder; those that do not fit are decoded again in every epoch."
+
+
+@dataclass
+class PictureRecipe(PictureData):
+    """Questions about pictures, and captions."""
+
     encoder_device: str | None = None
     "Device of the encoder if it is not --device, to leave memory to the decoder."
 

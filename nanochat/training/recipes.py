@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.training.recipe import BatchNorm, DType, Flip, Fusion, PictureRecipe, Recipe
+from nanochat.training.recipe import BatchNorm, DType, Flip, Fusion, PictureData, PictureRecipe, Recipe
 
 ActionHead = Literal["continuous", "bins"]
 Targets = Literal["auto", "relative", "absolute"]
@@ -142,8 +142,6 @@ class Robot(Recipe):
     "Frames per second to read of a recording of absolute targets; default all. The nearest ones, where it does not divide."
     skip_damaged: bool = False
     "Leave out episodes whose pictures are damaged or missing, instead of refusing the data."
-    cache: str = ""
-    "Shared cache folder, where pictures are kept decoded; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
     encoder: str = "yolov9t.yaml"
     layer: str = "4"
     image_size: int = 128
@@ -191,31 +189,16 @@ class Robot(Recipe):
 
 
 @dataclass
-class Distill(Recipe):
+class Distill(PictureData):
     """An encoder that learns to see as another one does, from pictures alone: --data DIR. Other recipes take it by --encoder.
 
-    The teacher's maps are computed once and kept on disk, 100 kB a picture."""
+    Of the data only the pictures count, and only --data is validated on. The teacher's maps are computed once and kept on disk,
+    100 kB a picture."""
 
-    data: str = ""
-    "Dataset name or path, see docs/DATA.md; only its pictures count."
-    also: tuple[str, ...] = ()
-    "Further data to train on."
-    train_split: str = "fit"
-    "Split to train on."
-    val_split: str = "val"
-    "Split of --data to validate on."
-    val_images: int = 400
-    "Validation pictures, at most."
-    strict: bool = False
-    "Refuse data with missing pictures instead of skipping their rows."
     teacher: str = "efficientnet_lite2"
     "The encoder to learn from, named as in --encoder."
     components: int = 256
     "Principal components of the teacher's map that are learnt."
-    cache: str = ""
-    "Shared cache folder, for the teacher's maps; default $NANOCHAT_CACHE, then ~/.cache/nanochat."
-    picture_memory: float = 2.0
-    "Gigabytes for decoded training pictures; those that do not fit are decoded again in every epoch."
 
     layer: str = "p5+p4+p3+8"
     vision_tokens: int = 49

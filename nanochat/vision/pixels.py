@@ -24,6 +24,18 @@ def checked_size(size: int) -> int:
     return size
 
 
+class SquareInput:
+    """What an encoder's `image_size` is: the side of its square input in pixels, checked when it is set."""
+
+    @property
+    def image_size(self) -> int:
+        return self._image_size
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        self._image_size = checked_size(size)
+
+
 def check_pixels(pixels: torch.Tensor) -> None:
     """Raises ValueError unless these are pixels that an encoder takes: (B, 3, H, W), sides multiples of STRIDE."""
     if pixels.dim() != 4 or pixels.size(1) != 3 or any(side % STRIDE for side in pixels.shape[2:]):

@@ -20,7 +20,7 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.files import short_repr
 from nanochat.meta import on_meta
-from nanochat.vision.pixels import check_pixels, checked_size
+from nanochat.vision.pixels import SquareInput, check_pixels
 from nanochat.vision.weights import WeightsError, one_line
 
 PREFIX = "timm:"
@@ -58,7 +58,7 @@ WHEELS = {
 }
 
 
-class TimmEncoder(nn.Module):
+class TimmEncoder(SquareInput, nn.Module):
     """A network of timm as an `Encoder`. Its pixels are normalised with `mean` and `std` inside `maps`.
 
     `layer`: "p2", "p3", "p4" or "p5" is the last map at stride 4, 8, 16 or 32, before any final convolution; "features" is the
@@ -89,14 +89,6 @@ class TimmEncoder(nn.Module):
         if layer is not None:
             self.truncate(layer)
         self.eval()
-
-    @property
-    def image_size(self) -> int:
-        return self._image_size
-
-    @image_size.setter
-    def image_size(self, size: int) -> None:
-        self._image_size = checked_size(size)
 
     @property
     def architecture(self) -> dict:

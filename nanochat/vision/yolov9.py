@@ -17,7 +17,7 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
-from nanochat.vision.pixels import STRIDE, check_pixels, checked_size, embeddings, evaluating, read_pixels
+from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, embeddings, evaluating, read_pixels
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -33,7 +33,7 @@ class Encoded:
     detections: list[list[Detection]] | None
 
 
-class YOLOv9Plus(nn.Module):
+class YOLOv9Plus(SquareInput, nn.Module):
     """YOLOv9 as an `Encoder`: gives the output of any layer as a feature map, and detections.
 
     weights: an official name (yolov9t.pt ... yolov9e.pt; downloaded by ultralytics on first use), a path to a .pt
@@ -105,14 +105,6 @@ class YOLOv9Plus(nn.Module):
         self.names = names or dict(self.net.names)
         self.levels = dict(zip(LEVELS, head_inputs(description), strict=True))  # kept when the head is cut off
         self.eval()
-
-    @property
-    def image_size(self) -> int:
-        return self._image_size
-
-    @image_size.setter
-    def image_size(self, size: int) -> None:
-        self._image_size = checked_size(size)
 
     @property
     def architecture(self) -> dict:
