@@ -131,7 +131,7 @@ def work(kind_class, name: str, seed: int, limit_s: float, folder: str, connecti
     quiet = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):  # libraries print, and Rust's panics do
         os.dup2(quiet, output)
-    os.environ["YOLO_CONFIG_DIR"] = folder
+    os.environ |= {"YOLO_CONFIG_DIR": folder, "NANOCHAT_CACHE": folder}
     try:
         kind = kind_class(Path(folder))
         reserve_memory()

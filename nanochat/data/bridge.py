@@ -1,6 +1,7 @@
 """A folder of BridgeData V2 frames (Walke et al. 2023, CC BY 4.0): a WidowX arm at 5 frames per second, 7-D actions."""
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from nanochat.data.lerobot import Episode, only_if_mixed
 from nanochat.data.sample import check_text
-from nanochat.files import DataError, existing_file, json_lines, path_inside, short_repr
+from nanochat.files import DataError, json_lines, path_inside, short_repr
 
 FIELDS = ("image", "episode", "step", "instruction", "rephrasings", "action")
 CAMERA = "observation.images.image_0"
@@ -44,12 +45,17 @@ class BridgeFrames:
 
     def pictures(self, number: int, camera: str, frames: Sequence[int]) -> Iterator[bytes]:
         """The encoded pictures of frames of an episode. Raises FileNotFoundError for a missing one."""
-        for frame in frames:
-            yield existing_file(self.paths[number][frame]).read_bytes()
+        for path in self.picture_source(number, camera, frames)[0]:
+            yield path.read_bytes()
 
     def picture_source(self, number: int, camera: str, frames: Sequence[int]) -> tuple[list[Path], str]:
         """(the files that these pictures depend on, where the pictures are in them). Raises as `pictures`."""
-        return [existing_file(self.paths[number][frame]) for frame in frames], ""
+        paths = [self.paths[number][frame] for frame in frames]
+        for frame, path in zip(frames, paths, strict=True):
+            if not os.path.isfile(path):  # Path.is_file raises for names that are too long
+                name = short_repr(str(path.relative_to(self.folder)))
+                raise FileNotFoundError(f"{self.episodes[number].name}: frame {frame}: the picture {name} is missing")
+        return paths, ""
 
 
 def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
@@ -80,9 +86,3 @@ def numbers(action: list) -> list:
     if not isinstance(action, list) or not all(type(value) in (int, float) for value in action):
         raise TypeError(f"found {short_repr(action)}")
     return action
-
-
-def other_fields(folder: Path) -> list[str]:
-    """The fields of the rows that are not read."""
-    found = dict.fromkeys(key for _, row in json_lines(folder / "frames.jsonl") for key in row)
-    return [key for key in found if key not in FIELDS]

@@ -76,7 +76,7 @@ def episode_spans(path: Path) -> list[tuple[float, float]]:
     for group in range(metadata.num_row_groups):
         column = metadata.row_group(group).column(names.index("episode_index")) if "episode_index" in names else None
         found = column and column.statistics
-        known = found is not None and found.has_min_max
+        known = found is not None and found.has_min_max and type(found.min) is type(found.max) is int
         spans.append((found.min, found.max) if known else (-math.inf, math.inf))
     return spans
 
