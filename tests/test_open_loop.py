@@ -409,6 +409,13 @@ def test_a_run_on_a_recording_leads_to_the_report():
     assert commands == ["nanochat eval runs/a 'my arm'", "nanochat policy-server runs/a"]
 
 
+def test_data_of_another_robot_is_refused_before_it_is_decoded(nanochat, folder, tmp_path):
+    tokenizer = make_tokenizer(["lift"], 500)
+    save_checkpoint(tmp_path / "c", make_policy(tokenizer, 6, SIZE), tokenizer, {})
+    out, err = nanochat("eval", tmp_path / "c", folder, code=2)
+    assert "states of 6 numbers, but this data has 4" in err and "reading" not in out + err
+
+
 def test_a_model_that_cannot_act_and_a_plot_of_pictures_are_refused(nanochat, folder, tmp_path):
     assert "without an action head" in nanochat("eval", "shapes", folder, code=2).err
     assert (

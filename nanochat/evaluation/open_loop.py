@@ -103,7 +103,7 @@ def run_open_loop(
 ) -> OpenLoop:
     """Predict a chunk at each of the frames, with the right picture and under the conditions of `conditions`, and compute
     `baselines`. known: as there. Raises UserError for states or actions of another size than the policy's."""
-    check_sizes(agent, data)
+    check_sizes(agent, data.state.shape[1], data.action.shape[1])
     length, targets = agent.metadata["chunk"], agent.metadata["targets"]
     truth, inside = data.chunks(frames, length)
     chunks = {}
@@ -168,14 +168,13 @@ def pictures_of(data: Demonstrations, frames: np.ndarray, n_cameras: int) -> lis
     return [dict(zip(data.cameras, pictures, strict=True)) for pictures in zip(*by_camera, strict=True)]
 
 
-def check_sizes(agent: Agent, data: Demonstrations) -> None:
-    """Raises UserError if a policy and data do not have states and actions of the same size."""
+def check_sizes(agent: Agent, state: int, action: int) -> None:
+    """Raises UserError for data whose states or actions have other numbers than the policy's."""
     about = agent.metadata
-    sizes = (("state", about["state_dim"], data.state.shape[1]), ("action", about["action_dim"], data.action.shape[1]))
-    for kind, expected, found in sizes:
-        if found != expected and expected:  # a policy without a state reads no state, whatever the data has
+    for kind, expected, found in (("state", about["state_dim"], state), ("action", about["action_dim"], action)):
+        if found != expected and expected:  # a policy without a state reads none, whatever the data has
             raise UserError(
-                f"the policy has {kind}s of {expected} numbers, but this data has {found}: choose the data of the same robot, or "
+                f"the policy has {kind}s of {expected} numbers, but this data has {found}: choose data of the same robot, or "
                 "train a policy on it"
             )
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import track
 
 from nanochat.agent import Agent
-from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.demonstrations import ACTION, STATE, DemonstrationFolder, Demonstrations, open_demonstrations
 from nanochat.errors import UserError
 from nanochat.evaluation.held_out import same_data
-from nanochat.evaluation.open_loop import frames_to_ask, predict, run_open_loop
+from nanochat.evaluation.open_loop import check_sizes, frames_to_ask, predict, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary
 from nanochat.evaluation.questions import evaluate_questions, open_as_trained, open_source, read_as_trained
@@ -55,6 +55,7 @@ def evaluate_recording(
             f"{checkpoint} chooses {rate:g} actions per second, but {folder} has only {whole.data_fps:g} frames per second"
         )
     source, split = open_source(folder, split, recipe | ({"fps": rate} if rate else {}), agent.metadata["cameras"])
+    check_sizes(agent, source.columns.get(STATE, 0), source.columns.get(ACTION, 0))  # before pictures are decoded
     data = read_as_trained(source, split, agent.metadata["image_size"], recipe)
     known = learnt_from(agent, source, with_pictures=data.episode[-1] == 0)  # of another episode than the only one
     result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
