@@ -73,7 +73,7 @@ class ContinuousHead(Linear):
         super().__init__(config.n_embd, config.chunk * config.action_dim)
         self.shape, self.act_token_id = (config.chunk, config.action_dim), config.act_token_id
         self.most_committed = config.committed
-        self.scale = Scale(**config.action_scale)
+        self.scale = Scale(**config.predicted_scale)
 
     def rows(self, prompts, actions, inside):
         return [([*prompt, self.act_token_id], [0] * (len(prompt) + 1)) for prompt in prompts]
@@ -112,7 +112,7 @@ class BinsHead(nn.Module):
         super().__init__()
         self.shape, self.first_id = (config.chunk, config.action_dim), config.bin_token_id
         self.most_committed = config.chunk - 1
-        self.scale = Scale(**config.action_scale)
+        self.scale = Scale(**config.predicted_scale)
 
     def rows(self, prompts, actions, inside):
         tokens = (self.scale.to_bins(actions) + self.first_id).reshape(len(prompts), -1).tolist()

@@ -210,6 +210,7 @@ class Agent:
             "state_range": self.state_range,  # low and high of each number in the training data
             "action_range": self.action_range,  # low and high of each number that the server sends
             "targets": config.targets,  # relative or absolute
+            "predict": "delta" if config.deltas else "absolute",  # of the network; what it answers is as `targets` says
             "committed": self.model.action_head.most_committed,  # so many actions of a chunk may be given
             "image_size": config.vision_image_size,
             "cameras": config.cameras,  # in order; empty for one camera without a name

@@ -38,6 +38,10 @@ class RobotGPTConfig(MultimodalGPTConfig):
     action_scale: dict = field(default_factory=dict)
     targets: str = "relative"  # of the actions: relative or absolute
     committed: int = 0  # the continuous head continues up to so many actions that a robot carries out anyway
+    # numbers of an action that the network predicts as differences from the state's number of the same place, and the
+    # percentiles of what it predicts; empty where it predicts the actions as they are
+    deltas: list[int] = field(default_factory=list)
+    delta_scale: dict = field(default_factory=dict)
     cameras: list[str] = field(default_factory=list)  # short names; empty in older ones: one camera without a name
     camera_dropout: float = 0.0  # share of single cameras that training hid; above 0, a policy can do without one
     state_names: list[str] = field(default_factory=list)  # of the numbers of a state; empty if the data names none
@@ -66,7 +70,7 @@ class RobotGPTConfig(MultimodalGPTConfig):
             raise UserError(f"camera_dropout must be a share, at least 0 and below 1, got {self.camera_dropout!r:.80}")
         if self.targets not in TARGETS:
             raise UserError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
-        for scale in (self.state_scale, self.state_range, self.action_scale):
+        for scale in (self.state_scale, self.state_range, self.action_scale, self.delta_scale):
             if not isinstance(scale, dict):
                 raise UserError(f"a scale must be an object with low and high, got {scale!r:.80}")
             if (scale or scale is self.action_scale) and len(Scale(**scale).low) > MAX_DIMENSIONS:
@@ -75,6 +79,7 @@ class RobotGPTConfig(MultimodalGPTConfig):
             raise UserError(f"state_range must have {self.state_dim} numbers, got {len(self.state_range['low'])}")
         for name, width in (("state_names", self.state_dim), ("action_names", self.action_dim)):
             check_labels(name, getattr(self, name), width)
+        self.check_deltas()
         last = {"state_token_id": self.state_token_id, "act_token_id": self.act_token_id,
                 "bin_token_id": self.bin_token_id + N_BINS - 1}  # fmt: skip
         for name, token in last.items():
@@ -82,6 +87,22 @@ class RobotGPTConfig(MultimodalGPTConfig):
 
     def check_vision_tokens(self) -> None:
         """Glances are no grid: any number will do."""
+
+    def check_deltas(self) -> None:
+        both = min(self.state_dim, self.action_dim)
+        good = isinstance(self.deltas, list) and all(type(n) is int and 0 <= n < both for n in self.deltas)
+        if not good or len(set(self.deltas)) < len(self.deltas) or bool(self.deltas) != bool(self.delta_scale):
+            raise UserError(
+                f"deltas must be different numbers in 0..{both - 1} that have a state, with a delta_scale, got "
+                f"{self.deltas!r:.80} and a delta_scale of {len(self.delta_scale.get('low', ()))} numbers"
+            )
+        if self.deltas and (self.targets != "absolute" or len(self.delta_scale["low"]) != self.action_dim):
+            raise UserError(f"deltas are of absolute targets, and delta_scale needs {self.action_dim} numbers")
+
+    @property
+    def predicted_scale(self) -> dict:
+        """The percentiles of what the action head predicts."""
+        return self.delta_scale or self.action_scale
 
     @property
     def n_cameras(self) -> int:
@@ -122,7 +143,7 @@ class RobotGPT(MultimodalGPT):
         super().__init__(config)
         self.state_scale = Scale(**config.state_scale) if config.state_dim else None
         self.trained_states = Scale(**(config.state_range or config.state_scale)) if config.state_dim else None
-        self.action_scale = Scale(**config.action_scale)
+        self.action_scale, self.predicted_scale = Scale(**config.action_scale), Scale(**config.predicted_scale)
         shape = config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim
         self.glances = Glances(*shape, config.n_cameras)
         self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd) if config.state_dim else None
@@ -201,11 +222,19 @@ class RobotGPT(MultimodalGPT):
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts and {len(images)} pictures: expected as many of each")
         normalised = self.normalised_states(states, len(prompts))
-        known = self.checked_committed(committed, len(prompts))
+        known, offsets = self.checked_committed(committed, len(prompts)), self.offsets(states, len(prompts))
         prompts = [list(prompt) for prompt in prompts]
-        chunks = self.action_head.act(self, prompts, images.to(self.device), normalised, known)
+        chunks = self.action_head.act(self, prompts, images.to(self.device), normalised, known - offsets) + offsets
         chunks[:, : known.shape[1]] = known
         return chunks
+
+    def offsets(self, states: np.ndarray | None, n: int) -> np.ndarray:
+        """(n, 1, action_dim) float32: what is added to the numbers that are predicted, those of the state for `config.deltas` and
+        zero for the others. states: (n, state_dim) in physical units."""
+        found, deltas = np.zeros((n, 1, self.config.action_dim), np.float32), self.config.deltas
+        if deltas:
+            found[:, 0, deltas] = np.asarray(states, np.float32)[:, deltas]
+        return found
 
     def checked_committed(self, committed: np.ndarray | None, n: int) -> np.ndarray:
         """(n, d, action_dim) float32, d = 0 for None."""

@@ -7,6 +7,7 @@ from nanochat.training.recipe import BatchNorm, DType, Flip, Fusion, PictureData
 
 ActionHead = Literal["continuous", "bins"]
 Targets = Literal["auto", "relative", "absolute"]
+Predict = Literal["auto", "absolute", "delta"]
 
 
 @dataclass
@@ -168,6 +169,9 @@ class Robot(Recipe):
     "How actions are written: continuous gives a whole chunk at once, bins one token per number."
     targets: Targets = "auto"
     "What the data's actions are: relative (motions) or absolute (joint angles, poses); auto finds it from the data."
+    predict: Predict = "auto"
+    """What the network predicts of absolute targets: absolute, the targets, or delta, how far they are from the present state,
+    for the numbers that follow it. auto tries both on held-out episodes. Robots get targets either way."""
     units: str = ""
     "Unit of the states and actions, such as degrees: the policy tells it to its clients, since the data does not say it."
     glance_dim: int = 64

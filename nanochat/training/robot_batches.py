@@ -35,6 +35,7 @@ def action_batch(
     """One row per frame, on the model's device, without images (see `batches.with_images`). rng chooses paraphrases of the
     instructions; without it, each is the first paraphrase. Raises UserError for a row that does not fit the context."""
     actions, inside = data.chunks(frames, model.config.chunk)
+    actions = actions - model.offsets(data.state[frames], len(frames))  # as they are predicted
     texts = [paraphrase(data.task(frame), rng) for frame in frames]
     prompts = [action_prompt(tokenizer, text, model) for text in texts]
     rows = [Row(*row) for row in model.action_head.rows(prompts, actions, inside)]
@@ -42,7 +43,7 @@ def action_batch(
         check_action_row(text, len(prompt), len(row.ids), model)
     idx, targets = padded(rows)
     states = None if model.state_scale is None else torch.from_numpy(model.state_scale.normalize(data.state[frames]))
-    chunks = torch.from_numpy(model.action_scale.normalize(actions))
+    chunks = torch.from_numpy(model.predicted_scale.normalize(actions))
     inputs, device = row_inputs(model, idx, states=states), model.device
     batch = ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
     return commit_some(batch, model.config.committed, rng) if model.config.committed and rng is not None else batch

@@ -7,9 +7,11 @@ import torch
 
 from nanochat.actions import Scale, span
 from nanochat.cameras import short_names
+from nanochat.data.deltas import difference_scale, find_deltas
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
+from nanochat.training.recipes import Robot
 
 
 def fields_of_data(data: Demonstrations) -> dict:
@@ -24,6 +26,35 @@ def fields_of_data(data: Demonstrations) -> dict:
         "action_names": data.names_of.get("action", []),
         "fps": data.fps,
     }
+
+
+def fields_of_deltas(
+    recipe: Robot, chunk: int, targets: str, data: Demonstrations, val: Demonstrations
+) -> tuple[dict, str]:
+    """The fields of a policy's config that say what its network predicts, by --predict, and the same as a line for the screen.
+    Raises UserError for delta where no number can be a difference."""
+    none, asked = {"deltas": [], "delta_scale": {}}, recipe.predict
+    if targets == "relative":
+        if asked == "delta":
+            raise UserError(
+                "--predict delta is for absolute targets, but these actions are relative, so they are differences already: "
+                "leave it out (or say --targets absolute if they are targets)"
+            )
+        return none, "the network predicts the actions as they are: they are relative"
+    if asked == "absolute":
+        return none, "the network predicts the targets as they are (--predict absolute)"
+    deltas, target, difference = find_deltas(data, val, chunk)
+    found = (
+        f"in held-out episodes a constant difference from the state is {difference:.3f} half ranges off, a constant target "
+        f"{target:.3f}"
+    )
+    if deltas:
+        n = f"{len(deltas)} of {data.action.shape[1]} numbers as differences from the state"
+        line = f"the network predicts {n} ({found}); to predict the targets as they are: --predict absolute"
+        return {"deltas": deltas, "delta_scale": asdict(difference_scale(data, deltas, chunk))}, line
+    if asked == "delta":
+        raise UserError(f"--predict delta: no number of the actions follows the state ({found}): leave it out")
+    return none, f"the network predicts the targets as they are ({found})"
 
 
 def adopted(model: RobotGPT, config: RobotGPTConfig) -> RobotGPT:

@@ -4,6 +4,7 @@ from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_data import check_rate, chunk_length, describe_columns, open_recipe_data
+from nanochat.training.robot_models import fields_of_deltas
 
 
 def training_plan(recipe: Robot) -> list[str]:
@@ -14,11 +15,12 @@ def training_plan(recipe: Robot) -> list[str]:
         lines += describe_columns(folder)
         fit, val = folder.numbers("fit"), folder.numbers("val")
         lines.append(f"{len(fit):,} episodes to learn from, {len(val):,} held out to validate with")
-        data, _ = folder.read_numbers("fit"), folder.read_numbers("val")  # what a run refuses raises here
+        data, held_out = folder.read_numbers("fit"), folder.read_numbers("val")  # what a run refuses raises here
         targets, reason = find_targets(data)
         lines.append(f"actions are {targets} ({reason})")
         check_rate(data, targets)
         chunk = chunk_length(recipe, data)
+        lines.append(fields_of_deltas(recipe, chunk, targets, data, held_out)[1])
         lines.append(f"chunks of {chunk} actions, {chunk / folder.fps:.2g} s; pictures of {recipe.image_size} pixels")
     except (UserError, OSError) as error:
         lines.append(f"it would be refused: {error}")

@@ -49,7 +49,7 @@ from nanochat.training.robot_batches import (
     shift_pictures,
 )
 from nanochat.training.robot_data import check_rate, chunk_length, read_data
-from nanochat.training.robot_models import adopted, check_cameras, check_fits, fields_of_data
+from nanochat.training.robot_models import adopted, check_cameras, check_fits, fields_of_data, fields_of_deltas
 from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import (
     StepResult,
@@ -58,6 +58,7 @@ from nanochat.training.task import (
     console,
     model_shape,
     open_recipe_encoder,
+    say,
     shaped_like,
 )
 from nanochat.vision.pixels import to_pixels
@@ -126,7 +127,9 @@ class RobotTask(Task):
         recipe, found = self.recipe, fields_of_data(self.data)
         committed = recipe.committed if recipe.action_head == "continuous" else 0
         found |= {"targets": self.targets, "committed": committed}
-        return found | {"camera_dropout": recipe.camera_dropout, "units": recipe.units}
+        deltas, line = fields_of_deltas(recipe, recipe.chunk, self.targets, self.data, self.val)
+        say(line)
+        return found | deltas | {"camera_dropout": recipe.camera_dropout, "units": recipe.units}
 
     def prepare(self, model: RobotGPT, tokenizer: Tokenizer) -> None:
         name, advice = self.recipe.out or "the run", "resume it with its own data, or choose another --out"

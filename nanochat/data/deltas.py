@@ -1,0 +1,53 @@
+"""Which numbers of an action a network should predict as differences from the robot's present state.
+
+An absolute target of a joint lies near the joint's angle. As a difference it needs a fraction of the range, and the network need
+not read the angle off the state and write it down again. That holds for a number whose targets follow the state's number of the
+same place, in the same unit. The rule asks what costs nothing to try: which constant is nearer to the targets of held-out
+episodes, over a whole chunk, a constant target or a constant difference, both medians of the training episodes?
+"""
+
+import numpy as np
+
+from nanochat.actions import Scale
+from nanochat.data.demonstrations import Demonstrations
+
+SAMPLED = 4000  # frames of each split
+NEARER = 0.5  # a number is predicted as a difference if that constant is off by less than this share of the other
+
+
+def find_deltas(fit: Demonstrations, val: Demonstrations, length: int) -> tuple[list[int], float, float]:
+    """(the numbers of the action, from 0, whose differences from the state are to be predicted; how far a constant target is off
+    in held-out episodes; how far a constant difference is). The errors are means over these numbers (over all that have a state,
+    if there are none), in half ranges of the actions. length: of a chunk."""
+    width = min(fit.action.shape[1], fit.state.shape[1])
+    if width == 0:
+        return [], 0.0, 0.0
+    half = Scale.fit(fit.action).half[:width]
+    errors = []
+    for known, unknown in zip(sampled_chunks(fit, length), sampled_chunks(val, length), strict=True):
+        constant = np.median(known[:, :width], axis=0)
+        errors.append(np.abs(unknown[:, :width] - constant).mean(0) / half)
+    target, difference = errors
+    found = np.flatnonzero(difference < NEARER * target)
+    shown = found if len(found) else np.arange(width)
+    return found.tolist(), float(target[shown].mean()), float(difference[shown].mean())
+
+
+def difference_scale(data: Demonstrations, deltas: list[int], length: int) -> Scale:
+    """The percentiles of what is predicted: of differences for the numbers `deltas`, of the actions for the others."""
+    action, differences = Scale.fit(data.action), Scale.fit(sampled_chunks(data, length)[1])
+    low, high = list(action.low), list(action.high)
+    for number in deltas:
+        low[number], high[number] = differences.low[number], differences.high[number]
+    return Scale(low, high)
+
+
+def sampled_chunks(data: Demonstrations, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(m, A) actions of the chunks of some frames, and (m, A) their differences from the state of the chunk's frame; numbers
+    without a state stay as they are."""
+    frames = np.unique(np.linspace(0, len(data) - 1, SAMPLED).astype(int))
+    actions, inside = data.chunks(frames, length)
+    width = min(actions.shape[2], data.state.shape[1])
+    differences = actions.copy()
+    differences[..., :width] -= data.state[frames, None, :width]
+    return actions[inside], differences[inside]
