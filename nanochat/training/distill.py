@@ -76,7 +76,7 @@ class DistillTask(Task):
             )
         self.auxiliary = CellsHead(model.config.vision_embedding_dim, recipe.components).to(model.device)
 
-    def load_images(self, out: Path) -> None:
+    def load_images(self) -> None:
         """The teacher's maps, from the cache or by running it, which takes as long as some epochs of training."""
         recipe, teacher = self.recipe, self.teacher
         self.model.vision_encoder.to(memory_format=torch.channels_last)

@@ -129,16 +129,16 @@ class PictureTask(Task):
             head = AnswerTokensHead(config.vision_embedding_dim, config.vocab_size, tokens)
             self.auxiliary = head.to(model.device)
 
-    def load_images(self, out: Path) -> None:
+    def load_images(self) -> None:
         """Decode all pictures now, so that a damaged one is found before the first step; or the features of a frozen encoder."""
         try:
-            self.make_vectors(out)
+            self.make_vectors()
         except ImageError:
             for rows in (self.rows, self.val_rows):  # names the row
                 check_decodable(zip(rows.images, rows.image_rows, strict=True))
             raise
 
-    def make_vectors(self, out: Path) -> None:
+    def make_vectors(self) -> None:
         recipe, encoder = self.recipe, self.model.vision_encoder
         if recipe.train_encoder:
             encoder.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, twice as fast in bfloat16

@@ -109,7 +109,7 @@ class Run:
             if started is not None:
                 check_same_data(recipe, state.get("fingerprint"), self.fingerprint)
                 check_length(task, started, state)
-            task.load_images(self.out)
+            task.load_images()
             self.optimizers = make_optimizers(self.model, self.recipe, task.auxiliary)
         self.set_state(state)
         if recipe.resume:

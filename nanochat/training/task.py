@@ -87,8 +87,8 @@ class Task:
         a recipe that does not fit the data."""
         self.model, self.tokenizer = model, tokenizer
 
-    def load_images(self, out: Path) -> None:
-        """What takes time before the first step. out: the checkpoint folder."""
+    def load_images(self) -> None:
+        """What takes time before the first step."""
 
     def describe_data(self) -> str:
         """What is trained on, for the screen."""
