@@ -41,13 +41,18 @@ class Args:
 
 
 def write_data(folder: Path) -> None:
-    """Episodes of a robot with six joints."""
+    """Episodes of a robot with six joints and two cameras."""
     rng, episodes = np.random.default_rng(0), []
     for _ in range(EPISODES):
         path = np.cumsum(rng.normal(0, 0.05, (LENGTH + 1, 6)), axis=0).astype(np.float32)
-        pictures = [encode_png(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(LENGTH)]
         columns = {"observation.state": path[:-1], "action": path[1:]}
-        episodes.append(Episode("pick up the cube", columns, {"observation.images.front": pictures}))
+        pictures = {
+            f"observation.images.{camera}": [
+                encode_png(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(LENGTH)
+            ]
+            for camera in ("front", "wrist")
+        }
+        episodes.append(Episode("pick up the cube", columns, pictures))
     write_dataset(folder, episodes, 30, "toy", (SIZE, SIZE, 3))
 
 

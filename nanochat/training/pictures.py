@@ -50,7 +50,7 @@ from nanochat.training.features import cached_features
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipe import PictureRecipe
-from nanochat.training.rewards import sample_captions
+from nanochat.training.rewards import check_context, sample_captions
 from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, check_decoder, console, model_shape, open_recipe_encoder, say
 from nanochat.vision.images import ImageError
@@ -117,6 +117,8 @@ class PictureTask(Task):
         recipe = self.recipe
         self.rows = Rows(self.samples, tokenizer, model.config, self.sources)
         self.val_rows = Rows(self.limited, tokenizer, model.config)
+        if self.reward_steps:
+            check_context([rows for rows in self.rows.groups if rows[0].caption], model.config.sequence_len)
         self.multi_turn = self.rows.multi_turn
         of_epochs = math.ceil(recipe.epochs * len(self.rows.groups) / recipe.images_per_step)
         self.imitation_steps = recipe.steps or max(of_epochs, recipe.min_steps)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.engine import Engine
+from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 from nanochat.training.batches import Row
 
@@ -22,6 +23,16 @@ def split_row(row: Row) -> tuple[list[int], list[int]]:
     """(prompt, answer with its end token) of a row with one answer."""
     start = row.mask.index(1)
     return row.ids[:start], row.ids[start:]
+
+
+def check_context(groups: Sequence[Sequence[Row]], sequence_len: int) -> None:
+    """Raises UserError where the context is too short for a caption of NEW_TOKENS. groups: as for `sample_captions`."""
+    needed = NEW_TOKENS + max(len(split_row(rows[0])[0]) for rows in groups)
+    if needed > sequence_len:
+        raise UserError(
+            f"reward_steps sample captions of up to {NEW_TOKENS} tokens, which take {needed} with their prompt, but the context "
+            f"has {sequence_len}: use --sequence-len {needed}, fewer --vision-tokens, or reward_steps=0"
+        )
 
 
 def sample_captions(
