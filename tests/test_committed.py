@@ -11,7 +11,7 @@ from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError
 from nanochat.robot_gpt import RobotGPT
-from nanochat.training.robot_batches import commit_some
+from nanochat.training.robot_batches import OFFSET, STILL_LEFT, commit_some
 from nanochat.training.robot_models import adopted
 from tests.test_robot_gpt import inputs, inputs_of, make_model, prompt_of
 from tests.tiny_policy import make_tokenizer
@@ -156,21 +156,23 @@ def batch_of(model, chunks):
     return ActionBatch(row_inputs, torch.full_like(row_inputs.idx, -1), chunks, inside)
 
 
-def test_training_gives_up_to_so_many_actions_and_does_not_learn_them():
-    model, chunks = with_committed(make_model(TOKENIZER, "continuous")), torch.randn(200, 3, 4)
-    batch = commit_some(batch_of(model, chunks), 2, np.random.default_rng(0))
-    given = batch.inputs.committed[..., -1]  # (200, 2)
-    counts = given.sum(1).int()
+def test_training_gives_up_to_so_many_actions_and_learns_to_return_from_them():
+    model, demonstrated = with_committed(make_model(TOKENIZER, "continuous")), torch.randn(200, 3, 4)
+    batch = commit_some(batch_of(model, demonstrated), 2, np.random.default_rng(0))
+    moved = batch.chunks - demonstrated
+    counts = batch.inputs.committed[..., -1].sum(1).int()
     assert set(counts.tolist()) == {0, 1, 2}
     for row, count in enumerate(counts.tolist()):
         assert batch.inside[row].tolist() == [False] * count + [True] * (3 - count)
-        assert torch.equal(batch.inputs.committed[row, :count, :-1], chunks[row, :count])
-        assert not batch.inputs.committed[row, count:].any()
-    assert torch.equal(known_actions(chunks, counts, 2), batch.inputs.committed)
+        offset = moved[row, 0] if count else torch.zeros(4)
+        for step in range(3):
+            torch.testing.assert_close(moved[row, step], offset * STILL_LEFT ** max(0, step + 1 - count))
+    assert 0.1 * OFFSET < moved[:, 0].std() < OFFSET and torch.unique(moved[:, 0], dim=0).shape[0] > 100
+    assert torch.equal(known_actions(batch.chunks, counts, 2), batch.inputs.committed)
 
 
-def test_a_policy_learns_to_go_on_as_it_began():
-    """Chunks at rest, at places that only the committed actions tell."""
+def test_a_policy_learns_to_go_on_from_where_the_robot_is():
+    """All demonstrations are at rest at zero: from elsewhere, the chunk returns there step by step."""
     torch.manual_seed(0)
     model, rng = with_committed(make_model(TOKENIZER, "continuous"), scale=0.0), np.random.default_rng(0)
     with torch.no_grad():
@@ -180,18 +182,13 @@ def test_a_policy_learns_to_go_on_as_it_began():
         module.requires_grad_(True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-3)
     base = batch_of(model, torch.zeros(32, 3, 4))
-
-    def loss(most):
-        chunks = (torch.rand(32, 1, 4) * 2 - 1).expand(-1, 3, -1)
-        batch = replace(base, chunks=chunks)
-        batch = commit_some(batch, most, rng) if most else batch
-        return model.action_head.loss(model, model.hidden(batch.inputs), batch)
-
     for _ in range(150):
         optimizer.zero_grad()
-        loss(2).backward()
+        batch = commit_some(base, 2, rng)
+        model.action_head.loss(model, model.hidden(batch.inputs), batch).backward()
         optimizer.step()
-    place = np.array([[[0.6, -0.4, 0.1, -0.8]] * 2], np.float32)
-    rest = Agent(model, TOKENIZER).act(*inputs(1), place)[0, 2]
-    assert np.abs(rest - place[0, 0]).mean() < 0.2  # and 0.475 for the best guess without them, zeros
-    assert loss(0).item() > 0.4
+    agent, elsewhere = Agent(model, TOKENIZER), np.array([[[0.4, -0.3, 0.2, -0.5]]], np.float32)
+    rest = agent.act(*inputs(1), elsewhere)[0, 1:]
+    for step, action in enumerate(rest):
+        np.testing.assert_allclose(action, elsewhere[0, 0] * STILL_LEFT ** (step + 1), atol=0.1)
+    np.testing.assert_allclose(agent.act(*inputs(1))[0], 0, atol=0.1)
