@@ -72,7 +72,7 @@ class Args:
     out: Path = Path("runs/ablations")
     "Folder of the checkpoints and of one .json for each row that is done."
     cache: str = ""
-    "Folder of the vision vectors of frozen encoders; default OUT/features."
+    "Cache folder, for the vision vectors of frozen encoders; default OUT."
     docs: Path = Path("docs")
     "Where ABLATIONS.md and ablations.png are written."
 
@@ -93,7 +93,7 @@ def small_recipe(args: Args) -> Photos:
     enough to need them, and they double the time of a frozen encoder."""
     return replace(
         Photos(), data=args.data, epochs=args.epochs, min_steps=1, reward_steps=0, flip="none", threads=args.threads,
-        val_images=20, eval_every=10**6, save_every=50, cache=args.cache or str(args.out / "features"),
+        val_images=20, eval_every=10**6, save_every=50, cache=args.cache or str(args.out),
         tokenizer=str(args.out / "tokenizer.json"), device="cpu",
     )  # fmt: skip
 
@@ -294,7 +294,7 @@ def try_row(study: Study, row: Row, recipe: Photos, folder: Path) -> Cost:
         recipe,
         data=str(folder),
         out=str(out),
-        cache=str(out / "features"),
+        cache=str(out),
         steps=2,
         reward_steps=2 * bool(recipe.reward_steps),
     )

@@ -28,7 +28,7 @@ from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 
 EPISODE = 400  # frames
-SHAPE = (96, 128, 3)
+SHAPE = (128, 128, 3)
 PICTURES = 100  # different ones
 TRAIN = """
 import json, sys, time
@@ -61,7 +61,7 @@ def episodes(args: Args):
     pictures = []
     for _ in range(PICTURES):
         buffer = io.BytesIO()
-        noise = rng.integers(0, 256, (12, 16, 3), np.uint8)
+        noise = rng.integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(noise).resize(SHAPE[1::-1], Image.Resampling.BICUBIC).save(buffer, "JPEG")
         pictures.append(buffer.getvalue())
     for number in range(-(-args.frames // EPISODE)):

@@ -74,7 +74,7 @@ def trained(pictures, teacher_file, tmp_path_factory):
 
 @pytest.fixture
 def recipe(pictures, teacher_file, tmp_path):
-    return Distill(**SMALL, data=str(pictures), teacher=teacher_file, out=str(tmp_path / "run"))
+    return Distill(**SMALL, data=str(pictures), teacher=teacher_file, out=str(tmp_path / "run"), cache=str(tmp_path))
 
 
 # ---- views and targets
