@@ -81,6 +81,15 @@ def video_dataset(folder, times=None):
     return folder / "videos/front/chunk-000/file-000.mp4"
 
 
+@pytest.mark.parametrize("key, about", [("info", {"video.is_depth_map": True}), ("video_info", {"is_depth_map": True})])
+def test_depth_maps_are_no_cameras(tmp_path, key, about):
+    video_dataset(tmp_path / "robot")
+    features = json.loads((tmp_path / "robot/meta/info.json").read_text())["features"]
+    edit_info(tmp_path / "robot", features=features | {"back": features["back"] | {key: about}})
+    found = open_demonstrations(tmp_path / "robot")
+    assert (found.cameras, found.other_cameras, found.unreadable) == (("front",), [], ["back"])
+
+
 def test_time_stamps_of_the_data_are_used(tmp_path):
     path = video_dataset(tmp_path / "robot", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0, 0.1, 0.3, 0.5])
     write_video(path, 12, "10")
@@ -94,9 +103,7 @@ def test_time_stamps_of_the_data_are_used(tmp_path):
 
 def test_only_the_video_that_is_read_must_be_there(tmp_path):
     path = video_dataset(tmp_path / "robot")
-    with pytest.raises(
-        DataError, match="episode 0: the video of front is not at .*file-000.mp4, where video_path in"
-    ):
+    with pytest.raises(DataError, match="episode 0: the video of front is not at .*file-000.mp4, where video_path in"):
         open_demonstrations(tmp_path / "robot", ["front"]).read("all", SIZE)
     write_video(path, 10, "10")
     assert open_demonstrations(tmp_path / "robot", ["front"]).read("all", SIZE).images([9]).shape == (1, SIZE, SIZE, 3)

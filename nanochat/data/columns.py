@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
 __all__ = [
-    "check_fetched", "column_names", "episode_spans", "fill_template", "is_feature", "leaf_names", "natural_number",
+    "check_fetched", "column_names", "episode_spans", "fill_template", "is_camera", "is_feature", "leaf_names", "natural_number",
     "number_names", "pa", "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
 ]  # fmt: skip
 
@@ -116,6 +116,15 @@ def number_names(feature: dict, width: int) -> list[str]:
         names = [name for group in names for name in group]
     is_complete = isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)
     return names if is_complete else []
+
+
+def is_camera(feature: dict) -> bool:
+    """Whether the column has colour pictures. Depth maps are stored as videos too, and are none."""
+    about = [feature.get(key) for key in ("info", "video_info")]
+    flags = [
+        found.get(key) for found in about if isinstance(found, dict) for key in ("video.is_depth_map", "is_depth_map")
+    ]
+    return feature["dtype"] in ("image", "video") and not any(flags)
 
 
 def natural_number(row: dict, key: str, where: str) -> int:

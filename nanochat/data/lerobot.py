@@ -16,6 +16,7 @@ from nanochat.data.columns import (
     column_names,
     episode_spans,
     fill_template,
+    is_camera,
     is_feature,
     leaf_names,
     natural_number,
@@ -80,7 +81,7 @@ class RobotDataset:
 
     fps: frames per second.
     features: column -> {"dtype", "shape", ...}, as in meta/info.json.
-    cameras: the columns that are images or videos.
+    cameras: the columns that are images or videos, without depth maps.
     columns: name -> how many numbers a frame has, for the columns that `episode` reads.
     episodes: an EpisodeInfo for each episode. One without an instruction has NO_TASK.
     tasks: task_index -> instruction; empty if the dataset has no table of them.
@@ -108,7 +109,7 @@ class RobotDataset:
             raise DataError(f"{where}: fps must be a number above 0, found {short_repr(self.fps)}")
         if not isinstance(self.features, dict) or not all(map(is_feature, self.features.values())):
             raise DataError(f"{where}: features must be an object of columns, each with a dtype and a shape")
-        self.cameras = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
+        self.cameras = [key for key, feature in self.features.items() if is_camera(feature)]
         readable = {key: f for key, f in self.features.items() if f["dtype"] in READABLE and key not in BOOKKEEPING}
         self.columns = {key: math.prod(n for n in f["shape"] if type(n) is int) for key, f in readable.items()}
         stats = self.folder / "meta/stats.json"
