@@ -195,10 +195,11 @@ def test_the_command(nanochat, tmp_path):
 
 def test_what_training_would_use(tmp_path):
     write_robot(tmp_path / "robot", 4, 5, 6)
-    reads, split, targets, chunk = training_plan(Robot(data=str(tmp_path / "robot"), chunk=20))
+    reads, split, targets, predicts, chunk, pictures = training_plan(Robot(data=str(tmp_path / "robot"), chunk=20))
     assert reads.startswith(f"reads camera {CAMERA}, observation.state (4 numbers), action (3 numbers); leaves out")
     assert split == "2 episodes to learn from, 1 held out to validate with"
     assert targets == "actions are relative (they do not follow observation.state)"
-    assert chunk == "chunks of 20 actions, 2 s; pictures of 128 pixels"
+    assert predicts == "the network predicts the actions as they are: they are relative"
+    assert (chunk, pictures) == ("chunks of 20 actions, 2 s", "15 pictures of 128 pixels, 0.00074 GB in the cache")
     (refused,) = training_plan(Robot(data=str(tmp_path / "none")))
     assert refused.startswith("it would be refused: ") and "no such folder" in refused

@@ -21,7 +21,9 @@ def training_plan(recipe: Robot) -> list[str]:
         check_rate(data, targets)
         chunk = chunk_length(recipe, data)
         lines.append(fields_of_deltas(recipe, chunk, targets, data, held_out)[1])
-        lines.append(f"chunks of {chunk} actions, {chunk / folder.fps:.2g} s; pictures of {recipe.image_size} pixels")
+        lines.append(f"chunks of {chunk} actions, {chunk / folder.fps:.2g} s")
+        size, n_pictures = recipe.image_size, (len(data) + len(held_out)) * len(folder.cameras)
+        lines.append(f"{n_pictures:,} pictures of {size} pixels, {n_pictures * size**2 * 3 / 1e9:.2g} GB in the cache")
     except (UserError, OSError) as error:
         lines.append(f"it would be refused: {error}")
     return lines
