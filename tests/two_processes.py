@@ -60,6 +60,7 @@ def gradients(recipe) -> dict[str, torch.Tensor]:
 
 
 def all_gradients(folder: Path) -> None:
+    distributed.LARGE = 1000  # some gradients are messages of their own, others share one
     for kind in ("questions", UNEVEN, "reward", "robot", "distill"):
         found = gradients(recipe_of(kind, folder))
         save_file(

@@ -26,6 +26,7 @@ from nanochat.errors import UserError
 PATIENCE = timedelta(
     days=1
 )  # with the first process: it validates, saves and fills caches. A dead one is noticed at once
+LARGE = 2**18  # numbers from which on a gradient is a message of its own, which saves a copy of it
 _store: dist.Store | None = None  # of the processes' words to each other, None in a run of one
 
 
@@ -140,13 +141,18 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in learnt:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for kind in dict.fromkeys((parameter.device, parameter.dtype) for parameter in learnt):
-        gradients = [parameter.grad for parameter in learnt if (parameter.device, parameter.dtype) == kind]
-        sums = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of one for each
-        with peers():
+    small: dict[tuple, list[torch.Tensor]] = {}  # those of a device and dtype go in one message
+    with peers():
+        for gradient in (parameter.grad for parameter in learnt):
+            if gradient.numel() < LARGE or not gradient.is_contiguous():
+                small.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+            else:
+                dist.all_reduce(gradient)
+        for gradients in small.values():
+            sums = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(sums)
-        for gradient, part in zip(gradients, sums.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view(gradient.shape))
+            for gradient, part in zip(gradients, sums.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(part.view(gradient.shape))
 
 
 def meet() -> None:
