@@ -8,7 +8,7 @@ The policy must be trained with --committed, for instance
     nanochat train robot --data demos/mt10 --start-from robot --committed 4 --out runs/committed
 
 Rows, all with the same weights and layouts: each delay with the actions until then committed and without, and temporal ensembling
-with a request in every step (without a delay). Jerk: mean length of the third differences of the hand's path. Re-run the command
+with a request in every step (without a delay). Jerk: of the motions that are sent, see `rollout_figures.jerk`. Re-run the command
 to resume: rows that are done are not repeated.
 """
 

@@ -5,8 +5,8 @@
     act(model, prompts, images, states, committed)     chunks of actions in physical units
 
 A chunk can continue actions that the robot carries out anyway while it is made: the committed ones, its first (see
-`chunk_player`). The continuous head learns that in training (Black et al. 2025, arXiv 2512.05964); for bins they are just the
-tokens before.
+`chunk_player`). For bins they are the tokens before. The continuous head lets its difference from the last of them die away, and
+can learn to take them into account (Black et al. 2025, arXiv 2512.05964).
 
 To add one: write the class, list it in HEADS, and name it in `training.recipes.Robot.action_head`.
 """
@@ -26,6 +26,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import Inputs, Linear
 from nanochat.sampling import Sampling
 
+STILL_LEFT = 0.6  # of what a chunk differs by from the committed actions, a step later
 TokenRow = tuple[list[int], list[int]]  # ids, and a mask that is 1 where the token is learnt
 
 
@@ -51,6 +52,17 @@ def known_actions(chunks: torch.Tensor, counts: torch.Tensor, most: int) -> torc
     return torch.cat([chunks[:, :most] * given, given], -1)
 
 
+def joined(chunks: np.ndarray, committed: np.ndarray) -> np.ndarray:
+    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what the last of them differs by from
+    the chunk's own action is added to the next ones, less in each step."""
+    d = committed.shape[1]
+    if d == 0:
+        return chunks
+    left = STILL_LEFT ** np.arange(1, chunks.shape[1] - d + 1, dtype=np.float32)[:, None]  # (n - d, 1)
+    rest = chunks[:, d:] + left * (committed[:, -1:] - chunks[:, d - 1 : d])
+    return np.concatenate([committed, rest], 1)
+
+
 class ActionHead(Protocol):
     unit: str  # of the loss
     most_committed: int  # so many actions of a chunk may be given at most
@@ -72,7 +84,7 @@ class ContinuousHead(Linear):
     def __init__(self, config):
         super().__init__(config.n_embd, config.chunk * config.action_dim)
         self.shape, self.act_token_id = (config.chunk, config.action_dim), config.act_token_id
-        self.most_committed = config.committed
+        self.most_committed, self.learnt_committed = config.chunk - 1, config.committed
         self.scale = Scale(**config.predicted_scale)
 
     def rows(self, prompts, actions, inside):
@@ -95,12 +107,14 @@ class ContinuousHead(Linear):
         # a row is padded with its own start, which is no placeholder
         idx = pad_rows([[*prompt, self.act_token_id] for prompt in prompts], prompts[0][0]).to(model.device)
         inputs = Inputs(idx, idx == model.config.vision_token_id, images.flatten(0, 1), states)
-        if self.most_committed:
-            chunks = torch.from_numpy(self.scale.normalize(committed)).to(model.device)  # (B, d, D)
+        if self.learnt_committed:
+            chunks = torch.from_numpy(self.scale.normalize(committed[:, : self.learnt_committed])).to(
+                model.device
+            )  # (B, d, D)
             counts = torch.full((len(chunks),), chunks.shape[1], device=model.device)
-            chunks = F.pad(chunks, (0, 0, 0, self.most_committed - chunks.shape[1]))
-            inputs.committed = known_actions(chunks, counts, self.most_committed)
-        return self.scale.restore(self.chunks(model.hidden(inputs), idx).cpu().numpy())
+            chunks = F.pad(chunks, (0, 0, 0, self.learnt_committed - chunks.shape[1]))
+            inputs.committed = known_actions(chunks, counts, self.learnt_committed)
+        return joined(self.scale.restore(self.chunks(model.hidden(inputs), idx).cpu().numpy()), committed)
 
 
 class BinsHead(nn.Module):

@@ -37,7 +37,7 @@ class RobotGPTConfig(MultimodalGPTConfig):
     state_range: dict = field(default_factory=dict)  # least and greatest in the data; empty in older checkpoints
     action_scale: dict = field(default_factory=dict)
     targets: str = "relative"  # of the actions: relative or absolute
-    committed: int = 0  # the continuous head continues up to so many actions that a robot carries out anyway
+    committed: int = 0  # the continuous head was shown up to so many actions that a robot carries out anyway
     # numbers of an action that the network predicts as differences from the state's number of the same place, and the
     # percentiles of what it predicts; empty where it predicts the actions as they are
     deltas: list[int] = field(default_factory=list)
@@ -244,8 +244,7 @@ class RobotGPT(MultimodalGPT):
             return np.zeros((n, 0, dim), np.float32)
         values = number_array(committed, expected)
         if values.ndim != 3 or len(values) != n or values.shape[1] > most or values.shape[2] != dim:
-            why = " (this policy was trained without --committed)" if most == 0 else ""
-            raise UserError(f"{expected}{why}, got {described(committed)}")
+            raise UserError(f"{expected}, got {described(committed)}")
         return values.astype(np.float32)
 
     def normalised_states(self, states: np.ndarray | None, n: int) -> torch.Tensor | None:

@@ -20,13 +20,13 @@ from nanochat.evaluation.rollout import (
     Job,
     Outcome,
     instruction_for,
-    jerk,
     layout_seed,
     make_jobs,
     run_job,
     run_rollouts,
     summary,
 )
+from nanochat.evaluation.rollout_figures import MOTION_MM, jerk
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
 from nanochat.robot_gpt import RobotGPT
 from nanochat.workers import in_processes
@@ -336,11 +336,20 @@ def test_a_rollout_from_a_checkpoint(checkpoint, tmp_path):
 # ---- delays
 
 
-def test_jerk_is_the_third_difference_of_the_path():
+def test_jerk_is_the_third_difference_of_the_path_that_is_sent():
     t = np.arange(10.0)
-    path = np.stack([t**3, -2 * t**3, t**2], 1) / 1e3  # third differences: 6, -12 and 0 mm
-    assert jerk(path) == pytest.approx((6**2 + 12**2) ** 0.5)
-    assert jerk(np.stack([t, t, t], 1)) == pytest.approx(0) and jerk(path[:3]) == 0
+    path = np.stack([t**3, -2 * t**3, t**2], 1)  # in mm; third differences: 6, -12 and 0
+    assert jerk(np.diff(path, axis=0) / MOTION_MM) == pytest.approx((6**2 + 12**2) ** 0.5)
+    assert jerk(np.ones((5, 3))) == 0 and jerk(np.ones((2, 3))) == 0
+
+
+@needs_simulator
+def test_an_action_of_one_is_a_motion_of_ten_millimetres():
+    from nanochat.metaworld.simulator import Arm
+
+    arm = Arm("reach", 32)
+    arm.reset(0)
+    assert 1e3 * arm.env.action_scale == MOTION_MM
 
 
 def counting(known):
@@ -375,7 +384,7 @@ def test_what_goes_on_meanwhile_is_shown_to_a_policy_that_can_use_it():
     assert known[0] is None
     for look in (1, 2):
         np.testing.assert_array_equal(known[look], np.full((2, 2, 4), np.float32(look / 100)))
-    assert all(0 < outcome.jerk < 10 for outcome in found)
+    assert all(0 < outcome.jerk < 1 for outcome in found)
 
 
 @needs_simulator
@@ -403,9 +412,9 @@ def test_a_rollout_with_delay_says_so(checkpoint, nanochat, tmp_path):
         "rollout", checkpoint, "--tasks", "reach", "--episodes", "1", "--execute", "2", "--delay", "1", "--ensemble", "0.01",
         "--max-steps", "6", "--processes", "1", "--json", out, "--device", "cpu",
     )  # fmt: skip
-    assert "jerk of the hand" in printed
+    assert "jerk, mm/step" in printed
     figures = json.loads(out.read_text())
-    assert (figures["delay"], figures["ensemble"], figures["committed"]) == (1, 0.01, 0)
+    assert (figures["delay"], figures["ensemble"], figures["committed"]) == (1, 0.01, 1)
     assert (
         figures["drivers"]["policy"]["jerk"] == pytest.approx(figures["outcomes"][0]["jerk"])
         and figures["outcomes"][0]["jerk"] > 0

@@ -284,5 +284,5 @@ def test_what_is_no_committed_action_is_named(wrong):
     with pytest.raises(ValueError, match='"observation/committed" must be up to 2 actions of 4 finite numbers, got'):
         SafePolicy(agent).session()(GOOD | {"observation/committed": wrong})
     assert not agent.calls
-    with pytest.raises(ValueError, match="leave it out: this policy was trained without --committed"):
+    with pytest.raises(ValueError, match="leave it out: this policy takes none"):
         SafePolicy(Scripted(0.5)).session()(GOOD | {"observation/committed": np.zeros((1, 4))})

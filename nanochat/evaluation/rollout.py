@@ -203,7 +203,7 @@ class Episode:
         if rules.zero_first:
             self.scene = self.arm.step(np.zeros(ACTION_DIM))
             self.last_step += 1
-        self.looks, self.film, self.path = 0, [], [self.scene.state[:3]]
+        self.looks, self.film, self.motions = 0, [], []
         self.player = ChunkPlayer(job.execute, job.ensemble, job.committed)
         self.player.delays.append(job.delay)  # known from the start, so that all episodes of a job commit alike
 
@@ -228,8 +228,9 @@ class Episode:
             if chunk is not None and step == self.job.delay:
                 self.player.receive(chunk)
             action = self.arm.expert_action() if chunk is None else self.player.play()
-            self.scene = self.arm.step(self.limits(np.zeros(ACTION_DIM) if action is None else action))
-            self.path.append(self.scene.state[:3])
+            sent = self.limits(np.zeros(ACTION_DIM) if action is None else action)
+            self.motions.append(sent[:3])
+            self.scene = self.arm.step(sent)
             if not self.running:
                 break
 
@@ -243,7 +244,7 @@ class Episode:
         self.arm.close()
         return Outcome(
             job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts),
-            jerk(np.stack(self.path)),
+            jerk(np.stack(self.motions)),
         )  # fmt: skip
 
 

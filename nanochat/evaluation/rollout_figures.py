@@ -12,6 +12,7 @@ from nanochat.evaluation import metrics
 from nanochat.metaworld.instructions import INSTRUCTIONS, TIERS
 
 NETWORK_DRIVERS = ("policy", "shuffled", "blind")
+MOTION_MM = 10  # of an action 1, a step: Meta-World's scale
 console = Console()
 
 
@@ -19,7 +20,7 @@ console = Console()
 class Outcome:
     """The result of one episode. looks: chunks that the driver chose, each after a new observation. network_s: the episode's
     share of the time in the network. seconds: the time of the whole job, which its episodes share. warnings: counts of
-    corrected actions, see `safety.SafeActions`. jerk: of the hand's path, see `jerk`."""
+    corrected actions, see `safety.SafeActions`. jerk: of the motions that were sent, see `jerk`."""
 
     task: str
     driver: str
@@ -33,10 +34,13 @@ class Outcome:
     jerk: float = 0.0
 
 
-def jerk(path: np.ndarray) -> float:
-    """The mean length of the third differences of a path (T, 3) in metres, one place a step: mm per step^3. 0 below 4 places."""
-    thirds = np.diff(path, n=3, axis=0)
-    return 1e3 * float(np.linalg.norm(thirds, axis=1).mean()) if len(thirds) else 0.0
+def jerk(motions: np.ndarray) -> float:
+    """How much an arm that did exactly as told would shake: the mean length of the second differences of motions (T, 3), the
+    third differences of its path. In mm per step^3, for motions in units of MOTION_MM; 0 below 3 of them.
+
+    The simulated hand itself is soft, and shaken more by what it touches than by what it is told."""
+    seconds = np.diff(motions, n=2, axis=0)
+    return MOTION_MM * float(np.linalg.norm(seconds, axis=1).mean()) if len(seconds) else 0.0
 
 
 def summary(outcomes: list[Outcome], tasks: list[str], own_layouts: bool = True) -> dict:
@@ -115,7 +119,7 @@ def report(result: dict, tasks: list[str], drivers: list[str]) -> None:
             table.add_row(
                 label, *(f"{row[name]:.1%}\n{low_high}" for row, low_high in zip(rows, intervals, strict=True))
             )
-    table.add_row("jerk of the hand, mm/step³", *(f"{row['jerk']:.2f}" for row in rows))
+    table.add_row("jerk, mm/step³", *(f"{row['jerk']:.2f}" for row in rows))
     console.print(table)
     with_network = [driver for driver in drivers if driver in NETWORK_DRIVERS]
     network = ""

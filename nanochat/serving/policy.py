@@ -105,7 +105,7 @@ def read_committed(observation: dict, action_dim: int, most: int) -> np.ndarray 
     expected = f'"observation/committed" must be up to {most} actions of {action_dim} finite numbers'
     actions = number_array(found, expected)
     if actions.ndim != 2 or actions.shape[1] != action_dim or len(actions) > most:
-        why = "" if most else " (leave it out: this policy was trained without --committed)"
+        why = "" if most else " (leave it out: this policy takes none)"
         raise UserError(f"{expected}{why}, got {described(found)}")
     return actions.astype(np.float32)
 

@@ -181,7 +181,7 @@ class Robot(Recipe):
     chunk_seconds: float | None = None
     "Length of a prediction in seconds of the data; default 1 for recordings."
     committed: int = 0
-    "Learn to continue up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: not."
+    "Show up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: none."
     questions_per_step: int = 16
     "Questions per optimiser step, in addition to the frames (only for data of a simulator)."
     question_loss: float = 0.3

@@ -18,9 +18,6 @@ from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, mask_images, padded, row_inputs
 
-OFFSET = 0.4  # standard deviation of what given actions lie beside the demonstrated ones, at most, in half ranges
-STILL_LEFT = 0.6  # of it, a step later
-
 
 @dataclass
 class QuestionBatch:
@@ -53,21 +50,11 @@ def action_batch(
 
 
 def commit_some(batch: ActionBatch, most: int, rng: np.random.Generator) -> ActionBatch:
-    """The same batch in which the first 0 to `most` actions of each chunk are given, and not learnt.
-
-    The given ones lie beside those of the demonstration, by an offset that is drawn for each chunk and number; what is learnt
-    returns from there to the demonstration. Without offsets, a policy that knows its demonstrations learns to ignore what is
-    given, because it would have chosen the same.
-    """
-    n, length, dim = batch.chunks.shape
-    counts = rng.integers(0, most + 1, (n, 1))
-    after = np.arange(1, length + 1) - counts  # (n, chunk): 1 for the first action that is learnt
-    left = np.where(after < 1, 1.0, STILL_LEFT**after) * (counts > 0)
-    offsets = rng.normal(0, OFFSET, (n, 1, dim)) * rng.random((n, 1, 1)) * left[..., None]
-    chunks = batch.chunks + torch.from_numpy(offsets).to(batch.chunks)
-    known = known_actions(chunks, torch.from_numpy(counts[:, 0]).to(chunks.device), most)
-    learnt = torch.from_numpy(after >= 1).to(chunks.device)
-    return replace(batch, chunks=chunks, inside=batch.inside & learnt, inputs=replace(batch.inputs, committed=known))
+    """The same batch in which the first 0 to `most` actions of each chunk are given, and not learnt."""
+    counts = torch.from_numpy(rng.integers(0, most + 1, len(batch.chunks))).to(batch.chunks.device)
+    learnt = torch.arange(batch.chunks.shape[1], device=counts.device) >= counts[:, None]
+    inputs = replace(batch.inputs, committed=known_actions(batch.chunks, counts, most))
+    return replace(batch, inputs=inputs, inside=batch.inside & learnt)
 
 
 def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> list[int]:
