@@ -202,6 +202,9 @@ def policy_server(
     check_settings(host, port, token, max_clients)
     log_to_stderr()
     policy = SafePolicy(Agent.load(checkpoint, pick_device(device)), execute, max_change, hold)
+    if names := policy.metadata["cameras"]:
+        rest = "; one may be missing" if policy.metadata["camera_dropout"] else ""
+        print(f"reads the camera{'s' * (len(names) > 1)} {', '.join(names)}{rest}")
     instead = {"still": "no motion", "last": "the previous action"}[policy.hold]
     print(
         f"actions are {policy.metadata['targets']}; one that is not finite is replaced by {instead} (--hold {policy.hold})"
