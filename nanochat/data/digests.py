@@ -47,7 +47,7 @@ def file_digests(
         with suppress(OSError):  # a cache that cannot be written makes the next start slower, nothing else
             make_folder(records)
             with atomic_path(record) as new:
-                new.write_text(json.dumps({"about": f"checksums of the files in {folder}", "files": known}))
+                new.write_text(json.dumps({"about": f"checksums of the files in {folder.absolute()}", "files": known}))
     return found
 
 

@@ -156,7 +156,7 @@ class FrameStore:
                     damaged[job.camera][job.number] = why
                     self.check_damage({job.number: why}, len(episodes))
         for camera, name in names.items():
-            about = f"{self.source.folder}: {n:,} frames of {camera} at {size} pixels"
+            about = f"{self.source.folder.absolute()}: {n:,} frames of {camera} at {size} pixels"
             content = {"format": FORMAT, "about": about, "frames": n, "size": size, "damaged": damaged[camera]}
             with atomic_path(self.folder / f"{name}.json") as new:
                 new.write_text(json.dumps(content))
