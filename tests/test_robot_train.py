@@ -165,7 +165,7 @@ def test_shifted_pictures_are_moved_and_not_changed():
 def test_it_learns_to_use_the_picture(folder, tmp_path, head, worse):
     """Only the picture tells the direction to the square, so the right picture must beat another one and none."""
     out = tmp_path / head
-    train_robot(Robot(data=str(folder), out=str(out), action_head=head, steps=200, **TINY))
+    train_robot(Robot(data=str(folder), out=str(out), action_head=head, steps=260, **TINY))
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "aligned" in line][-1]
     assert last["aligned"] < min(last["shuffled"], last["blind"]) - worse, last
     assert {"aligned_accuracy", "shuffled_accuracy", "blind_accuracy"} <= last.keys()
