@@ -19,7 +19,7 @@ from nanochat.training.fingerprint import changes, demonstrations_fingerprint
 from nanochat.training.recipes import Robot
 from nanochat.training.resuming import out_folder, started_recipe
 from nanochat.training.robot_batches import camera_pictures, join_cameras, mask_cameras
-from nanochat.training.robot_models import of_cameras
+from nanochat.training.robot_models import new_cameras, of_cameras
 from nanochat.training.robots import RobotTask
 from nanochat.training.run import Run
 from nanochat.training.task import set_training
@@ -129,6 +129,18 @@ def test_a_policy_gets_further_cameras(folder, trained, tmp_path):
     )
     ours = Agent.load(str(trained)).model.glances.linear.weight.chunk(2)
     torch.testing.assert_close(exchanged.glances.linear.weight, torch.cat(ours[::-1]))
+
+
+def test_new_cameras_are_named():
+    assert new_cameras(["front"], ["front"]) == new_cameras([], ["front"]) == ""
+    assert (
+        new_cameras([], ["front", "wrist"])
+        == "the model does not know the camera wrist: begins with the weights of the one that there was"
+    )
+    assert (
+        new_cameras(["a", "b"], ["c", "a", "d"])
+        == "the model does not know the cameras c, d: begins with the weights of a"
+    )
 
 
 def test_weights_go_to_the_camera_of_their_name():

@@ -74,6 +74,17 @@ def adopted(model: RobotGPT, config: RobotGPTConfig) -> RobotGPT:
     return new
 
 
+def new_cameras(before: Sequence[str], now: Sequence[str]) -> str:
+    """Which cameras begin with the weights of another one, as a line for the screen; "" if none does."""
+    new = [name for name in now[0 if before else 1 :] if name not in before]
+    first = before[0] if before else "the one that there was"
+    return (
+        f"the model does not know the camera{'s' * (len(new) > 1)} {', '.join(new)}: begins with the weights of {first}"
+        if new
+        else ""
+    )
+
+
 def of_cameras(rows: torch.Tensor, before: Sequence[str], now: Sequence[str]) -> torch.Tensor:
     """The rows of the cameras `now`, of a tensor with as many rows for each camera of `before` (none: one without a name)."""
     parts = dict(zip(before or [""], rows.chunk(max(1, len(before))), strict=True))

@@ -49,7 +49,14 @@ from nanochat.training.robot_batches import (
     shift_pictures,
 )
 from nanochat.training.robot_data import check_rate, chunk_length, read_data
-from nanochat.training.robot_models import adopted, check_cameras, check_fits, fields_of_data, fields_of_deltas
+from nanochat.training.robot_models import (
+    adopted,
+    check_cameras,
+    check_fits,
+    fields_of_data,
+    fields_of_deltas,
+    new_cameras,
+)
 from nanochat.training.statistics import MAX_PICTURES
 from nanochat.training.task import (
     StepResult,
@@ -120,7 +127,10 @@ class RobotTask(Task):
         advice = "train a new model without --start-from"
         check_fits(model, recipe.start_from, self.data, recipe.data, advice)
         self.recipe = replace(shaped_like(recipe, model), chunk=config.chunk, glance_dim=config.vision_embedding_dim)
-        return adopted(model, replace(config, action_head=recipe.action_head, **self.fields_of_config()))
+        new = replace(config, action_head=recipe.action_head, **self.fields_of_config())
+        if line := new_cameras(config.cameras, new.cameras):
+            say(line)
+        return adopted(model, new)
 
     def fields_of_config(self) -> dict:
         """The fields of a policy's config that do not come from a shape or a tokenizer."""
