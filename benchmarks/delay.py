@@ -1,15 +1,10 @@
-"""What a delay costs in Meta-World, and what it is worth that a policy continues the actions that go on meanwhile.
+"""What a delay costs in Meta-World, and what it is worth that chunks go on from the actions that are carried out meanwhile.
 
     python benchmarks/delay.py CHECKPOINT [--tasks mt10] [--episodes 10] [--delays 0 2 4] [--out out/delay.json]
 
-The policy must be trained with --committed, for instance
-
-    nanochat record --tasks mt10 --out demos/mt10
-    nanochat train robot --data demos/mt10 --start-from robot --committed 4 --out runs/committed
-
-Rows, all with the same weights and layouts: each delay with the actions until then committed and without, and temporal ensembling
-with a request in every step (without a delay). Jerk: of the motions that are sent, see `rollout_figures.jerk`. Re-run the command
-to resume: rows that are done are not repeated.
+Rows, all with the same weights and layouts: each delay, with the actions until then committed and without; and temporal
+ensembling with a request in every step, without a delay. Jerk: of the motions that are sent, see `rollout_figures.jerk`. Re-run
+the command to resume: rows that are done are not repeated.
 """
 
 import json

@@ -146,7 +146,7 @@ def rollout(
         delay: Steps until the actions for an observation are there, as on a robot that does not wait for its network.
         ensemble: Temporal ensembling: execute the mean of all chunks for a step, weighted by exp(-ENSEMBLE * i), i = 0 for the
             oldest; 0.01 as in ACT, with --execute 1.
-        committed: With a delay, a policy that was trained with --committed is told the actions that are executed meanwhile.
+        committed: With a delay, the policy is told the actions that are executed meanwhile, and goes on from them.
         max_steps: An episode fails after this many steps; default that of the protocol.
         processes: Parallel processes; default one per CPU core.
         gifs: Write a GIF of every episode to this folder.
