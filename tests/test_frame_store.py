@@ -169,6 +169,20 @@ def test_a_cache_that_cannot_be_made_is_named(robot, tmp_path):
         read(robot, tmp_path / "file")
 
 
+def test_data_that_change_meanwhile_are_not_stored(robot, cache, monkeypatch):
+    decode = frame_store.decode
+
+    def changing(source, job):
+        why = decode(source, job)
+        edit_table(robot / DATA, lambda t: replaced(t, "count", [[job.number, 1]] * len(t)))
+        return why
+
+    monkeypatch.setattr(frame_store, "decode", changing)
+    with pytest.raises(DataError, match="robot was changed while its pictures were decoded: run again"):
+        read(robot, cache)
+    assert stored(cache) == []
+
+
 # ---- damage
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ except ImportError as error:
     raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
 
 __all__ = [
-    "check_fetched", "column_names", "episode_spans", "fill_template", "is_camera", "is_feature", "leaf_names", "natural_number",
+    "Layout", "check_fetched", "column_names", "file_layout", "fill_template", "is_camera", "is_feature", "natural_number",
     "number_names", "pa", "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
 ]  # fmt: skip
 
@@ -63,29 +64,40 @@ def column_names(path: Path) -> list[str]:
         return read_parquet(pq.read_schema, path).names
 
 
-def leaf_names(path: Path) -> set[str]:
-    """The names of a file's columns and of the fields in them, such as "front.path". Raises as `read_parquet`."""
-    schema = read_parquet(pq.read_metadata, path).schema
-    return {schema.column(number).path for number in range(len(schema))}
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of itself. columns: their names. leaves: these and the fields in them, such as "front.path". empty: leaves
+    without any value. spans: the first and the last episode_index of each row group, as far as the file says."""
+
+    columns: frozenset[str]
+    leaves: frozenset[str]
+    empty: frozenset[str]
+    spans: tuple[tuple[float, float], ...]
 
 
-def episode_spans(path: Path) -> list[tuple[float, float]]:
-    """The first and the last episode_index of each row group, as far as the file says. Raises as `read_parquet`."""
+def file_layout(path: Path) -> Layout:
+    """Raises as `read_parquet`."""
     metadata = read_parquet(pq.read_metadata, path)
-    names, spans = [metadata.schema.column(n).path for n in range(metadata.num_columns)], []
-    for group in range(metadata.num_row_groups):
-        column = metadata.row_group(group).column(names.index("episode_index")) if "episode_index" in names else None
-        found = column and column.statistics
-        known = found is not None and found.has_min_max and type(found.min) is type(found.max) is int
-        spans.append((found.min, found.max) if known else (-math.inf, math.inf))
-    return spans
+    leaves = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    with_values: set[str] = set()
+    spans = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        span = (-math.inf, math.inf)
+        for number, leaf in enumerate(leaves):
+            found = group.column(number).statistics
+            if found is None or not found.has_null_count or found.null_count < group.num_rows:
+                with_values.add(leaf)
+            if leaf == "episode_index" and found is not None and found.has_min_max and type(found.min) is int:
+                span = (found.min, found.max)
+        spans.append(span)
+    empty = frozenset(leaves) - with_values
+    return Layout(frozenset(column_names(path)), frozenset(leaves), empty, tuple(spans))
 
 
-def read_groups(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
+def read_groups(path: Path, groups: list[int], columns: list[str], layout: Layout) -> pa.Table:
     """Some columns of some row groups of a file. A column may be a field of one, "front.path". Raises as `read_parquet`, and
     DataError for a column that is not there."""
-    known = {*column_names(path), *leaf_names(path)}
-    if missing := [name for name in columns if name not in known]:
+    if missing := [name for name in columns if name not in layout.columns | layout.leaves]:
         raise DataError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes or training needs")
 
     def read(path: Path) -> pa.Table:

@@ -155,6 +155,8 @@ class FrameStore:
                 if why:
                     damaged[job.camera][job.number] = why
                     self.check_damage({job.number: why}, len(episodes))
+            if self.names(list(names), episodes, size) != names:
+                raise DataError(f"{self.source.folder} was changed while its pictures were decoded: run again")
         for camera, name in names.items():
             about = f"{self.source.folder.absolute()}: {n:,} frames of {camera} at {size} pixels"
             content = {"format": FORMAT, "about": about, "frames": n, "size": size, "damaged": damaged[camera]}

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.data.columns import (
+    Layout,
     column_names,
-    episode_spans,
+    file_layout,
     fill_template,
     is_camera,
     is_feature,
-    leaf_names,
     natural_number,
     pa,
     parquet_errors,
@@ -115,7 +115,7 @@ class RobotDataset:
         stats = self.folder / "meta/stats.json"
         self.stats = json_object(stats.read_bytes(), stats) if stats.is_file() else {}
         self.tasks = self._read_tasks()
-        self._spans: dict[Path, list[tuple[float, float]]] = {}  # file -> first and last episode of each row group
+        self._layouts: dict[Path, Layout] = {}
         self._last: tuple[tuple, pa.Table | None] = ((), None)  # what _rows has read
         self.episodes = [self._episode_info(row, number) for number, row in enumerate(self._episode_rows())]
         found = {"total_episodes": len(self), "total_frames": sum(episode.length for episode in self.episodes)}
@@ -207,7 +207,7 @@ class RobotDataset:
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
         columns = list(self.columns) if columns is None else list(columns)
-        known = column_names(info.path)
+        known = self._layout(info.path).columns
         table = self._rows(i, [*columns, *(key for key in ("timestamp", "task_index") if key in known)])
         images = {}
         for camera in self.cameras if cameras is None else cameras:
@@ -240,7 +240,7 @@ class RobotDataset:
             return [path], f"{start} {self._times(i)[np.asarray(frames)].tolist()}"
         info, names = self.episodes[i], f"{camera}.path"  # pictures may be files that the table names
         files = [info.path]
-        if names in leaf_names(info.path):
+        if names in self._layout(info.path).leaves - self._layout(info.path).empty:
             rows = self._rows(i, [names])[camera].to_pylist()
             named = [row["path"] for frame in frames if isinstance(row := rows[frame], dict)]
             paths = [path_inside(self.folder, name, str(info.path)) for name in named if isinstance(name, str)]
@@ -252,15 +252,19 @@ class RobotDataset:
         other. Raises DataError if the frames are not those of the episode."""
         path = self.episodes[i].path
         wanted = list(dict.fromkeys(["episode_index", "frame_index", *columns]))
-        if path not in self._spans:
-            self._spans[path] = episode_spans(path)
-        groups = [group for group, (low, high) in enumerate(self._spans[path]) if low <= i <= high]
+        layout = self._layout(path)
+        groups = [group for group, (low, high) in enumerate(layout.spans) if low <= i <= high]
         if self._last[0] != (path, groups, wanted):
-            self._last = (path, groups, wanted), read_groups(path, groups, wanted)
+            self._last = (path, groups, wanted), read_groups(path, groups, wanted, layout)
         with parquet_errors(path):
             table = self._last[1].filter(pc.equal(self._last[1]["episode_index"], i))
         self._check_frames(table, i)
         return table
+
+    def _layout(self, path: Path) -> Layout:
+        if path not in self._layouts:
+            self._layouts[path] = file_layout(path)
+        return self._layouts[path]
 
     def _check_frames(self, table: pa.Table, i: int) -> None:
         info = self.episodes[i]
@@ -272,7 +276,7 @@ class RobotDataset:
         """(T,) seconds from the episode's start at which its frames were taken: those of the dataset, or T / fps."""
         info = self.episodes[i]
         where = f"{info.path}: episode {i}"
-        if "timestamp" not in column_names(info.path):
+        if "timestamp" not in self._layout(info.path).columns:
             return np.arange(len(self._rows(i, []))) / self.fps
         times = one_number(self._rows(i, ["timestamp"]), "timestamp", where).astype(np.float64)
         times = times - times[0]
