@@ -339,7 +339,7 @@ def test_data_without_actions_is_refused(tmp_path):
     for episode in episodes:
         episode.columns["torque"] = episode.columns.pop("action")
     write_dataset(tmp_path / "mute", episodes, 10, "toy", (SIZE, SIZE, 3))
-    with pytest.raises(ValueError, match='column "action"; the data has observation.state, torque'):
+    with pytest.raises(ValueError, match='column "action" .--action-key .*the data has observation.state, torque'):
         train_robot(Robot(data=str(tmp_path / "mute"), out=str(tmp_path / "run"), **TINY))
 
 
