@@ -100,8 +100,8 @@ class CellProjector(nn.Module):
         return self.linear(norm(vectors.to(self.linear.weight.dtype))) + self.cell
 
     def in_row(self, cells: torch.Tensor, before: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """(V, N, C) cells of pictures as their rows show them: with a learnt vector of the picture's number in the row, (V,) int64,
-        and with what has changed since the picture before it, (V, N, C). The first picture of a row is its own `before`.
+        """(V, N, C) cells of pictures as their rows show them: with a learnt vector of the picture's number in the row, (V,)
+        int64, and with what has changed since the picture before it, (V, N, C). The first picture of a row is its own `before`.
 
         Cell by cell, a change is easy to see; by attention alone, from a few words to the cells of two pictures, it was hardly
         learnt (see `data.pairs`).
@@ -110,7 +110,8 @@ class CellProjector(nn.Module):
 
 
 class Change(nn.Module):
-    """The difference of two pictures, cell by cell, (..., C) -> (..., C): zero where they are equal, and at the start everywhere."""
+    """From the difference of two pictures, cell by cell, (..., C) -> (..., C): zero where they are equal. A new one is zero
+    everywhere."""
 
     def __init__(self, n_embd: int):
         super().__init__()

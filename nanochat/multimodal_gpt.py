@@ -216,7 +216,9 @@ class MultimodalGPT(GPT):
         kinds, made_of = torch.stack([shown, before, numbers]).unique(dim=1, return_inverse=True)  # (3, V), (S,)
         made = self.vision_projector.in_row(cells[kinds[0]], cells[kinds[1]], kinds[2]).to(self.compute_dtype)
         shape = (len(places), int(slots.max()) + 1)  # (B, P)
-        index, base = (rows.new_zeros(shape) for _ in range(2))  # where a row has fewer, any one will do: no token sees it
+        index, base = (
+            rows.new_zeros(shape) for _ in range(2)
+        )  # where a row has fewer, any one will do: no token sees it
         index[rows, slots], base[rows, slots] = made_of, shown
         where = rows.new_full(shape, NEVER)
         where[rows, slots] = query.expand(places.shape)[rows, columns]

@@ -189,7 +189,9 @@ def test_rewards_are_for_captions(pictures, described, tmp_path):
 
 def test_a_context_too_short_for_sampled_captions_is_refused_before_the_first_step(described, tmp_path):
     settings = dict(steps=1, reward_steps=1, out=str(tmp_path / "short"), sequence_len=40)
-    with pytest.raises(UserError, match=r"captions of up to 32 tokens, which take \d+ .* use --sequence-len \d+") as error:
+    with pytest.raises(
+        UserError, match=r"captions of up to 32 tokens, which take \d+ .* use --sequence-len \d+"
+    ) as error:
         Run(recipe_for(described, tmp_path, **settings))
     needed = int(str(error.value).split("--sequence-len ")[1].split(",")[0])
     Run(recipe_for(described, tmp_path, **settings | dict(sequence_len=needed))).train()
