@@ -164,7 +164,7 @@ def drive(
     low, high = (np.array(limit) for limit in asker.metadata["action_range"])
     start = wiring.pose(arm.get_observation())
     # the arm may start outside of the training data's range: it is led into it at the allowed speed, without a jump
-    limits = SafeActions(np.minimum(low, start), np.maximum(high, start), hold_last(len(low)), speed / fps, start=start)
+    limits = SafeActions(low, high, hold_last(len(low)), speed / fps, start=start)
     counts, began, retry, holding, trouble = Counter(), clock.monotonic(), 0.0, True, ""
     due = began
     while not stopped() and (now := clock.monotonic()) - began < seconds:

@@ -20,7 +20,7 @@ class SafeActions:
     max_change: (D,) or a number, the largest change of a dimension between consecutive actions; None for no limit.
     max_age_s: the oldest observation, in seconds, whose action is used; None for any age.
     start: (D,) where the robot is before the first action, in the numbers of the actions: NaN in `hold` repeats it, and
-        `max_change` is measured from it. Without it, a robot with absolute targets has nothing to repeat: NaN in the first
+        `max_change` is measured from it, also where it lies outside of the limits. Without it, a robot with absolute targets has nothing to repeat: NaN in the first
         action gives the middle between the limits.
 
     Raises ValueError for invalid limits. A call never raises, whatever the action.
@@ -61,15 +61,15 @@ class SafeActions:
         values, reason = self.checked(action, age_s)
         if reason:
             self.warn(reason)
-            values = self.fallback()
-        values = np.clip(values, self.low, self.high)
+        values = self.fallback() if reason else np.clip(values, self.low, self.high)
         if self.max_change is not None and self.last is not None:
             limited = np.clip(values, self.last - self.max_change, self.last + self.max_change)
             self.counts["rate limited"] += int((limited != values).any())
             values = limited
         self.last = values
-        # rounding to float32 can exceed a limit
-        return np.clip(values.astype(np.float32), rounded(self.low, np.inf), rounded(self.high, -np.inf))
+        # rounding to float32 can exceed a limit; from a start outside of the limits the way back in takes several steps
+        low, high = np.minimum(self.low, values), np.maximum(self.high, values)
+        return np.clip(values.astype(np.float32), rounded(low, np.inf), rounded(high, -np.inf))
 
     def checked(self, action, age_s: float | None) -> tuple[np.ndarray | None, str]:
         """(the action as float64 or None, the reason it is unusable or "")."""
@@ -90,7 +90,7 @@ class SafeActions:
 
     def fallback(self) -> np.ndarray:
         last = (self.low + self.high) / 2 if self.last is None else self.last
-        return np.where(np.isnan(self.hold), last, self.hold)
+        return np.where(np.isnan(self.hold), last, np.clip(self.hold, self.low, self.high))
 
     def warn(self, reason: str) -> None:
         """Logs occurrence 1, 10, 100 and then every 1000th: at 80 steps per second a full log would fill the disk."""

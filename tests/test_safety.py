@@ -136,6 +136,15 @@ def test_invalid_limits_are_refused(settings):
         SafeActions(**settings)
 
 
+def test_from_a_start_outside_of_the_limits_it_returns_at_the_allowed_rate_and_holds_where_it_is():
+    limits = SafeActions([0.0, 0.0], [2.0, 2.0], hold_last(2), max_change=0.5, start=[3.2, -0.8])
+    sent = [limits(action) for action in ([1.0, 1.0], [np.nan, 1.0], [1.0, 1.0], [1.0, 1.0], [9.0, -9.0])]
+    expected = [[2.7, -0.3], [2.7, -0.3], [2.2, 0.2], [1.7, 0.7], [2.0, 0.2]]
+    np.testing.assert_allclose(sent, np.array(expected), atol=1e-6)
+    without_rate = SafeActions([0.0], [2.0], start=[3.2])
+    assert without_rate([2.5]) == [2.0]
+
+
 def test_an_absolute_robot_that_starts_with_nan_stays_where_it_is():
     limits = SafeActions([0.0, 0.0], [2.0, 2.0], hold_last(2), max_change=0.1, start=[1.5, 0.5])
     np.testing.assert_allclose(limits([np.nan, 1.0]), [1.5, 0.5])
