@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nanochat.cache import cache_folder
 from nanochat.errors import UserError
 from nanochat.training.batches import EncodedVectors, make_batch
 from nanochat.training.features import cached_features
@@ -169,7 +170,7 @@ def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
 
 def test_the_encoder_runs_once_for_mirror_images_too(sided, tmp_path, monkeypatch):
     run = run_sided(sided, tmp_path)
-    rows, place = run.task.rows, tmp_path / "c"
+    rows, place = run.task.rows, cache_folder("features", tmp_path / "c")
     calls = []
     monkeypatch.setattr(run.model, "look", lambda images: calls.append(images))
     images = [rows.images[number] for number in np.flatnonzero(rows.mirrorable)]

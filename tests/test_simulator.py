@@ -128,7 +128,7 @@ def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch):
                 raise RuntimeError("an OpenGL platform library has not been loaded")
 
     arm = Arm.__new__(Arm)
-    arm.mujoco, arm.image_size, arm.renderer = NoGL, 32, None
+    arm.mujoco, arm.image_size, arm.renderer, arm.cameras = NoGL, 32, None, ("corner2",)
     arm.env = type("Env", (), {"model": None})
     with pytest.raises(SimulatorError, match="apt-get install libegl1"):
         arm.image()
