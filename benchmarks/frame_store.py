@@ -114,6 +114,8 @@ def start(args: Args, place: Path, steps: int) -> dict:
 
 
 def main(args: Args) -> None:
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         write_dataset(place / "robot", episodes(args), 30, "arm", SHAPE)
