@@ -1,5 +1,6 @@
 """Safe use of files: atomic writes, paths that stay inside their folder, JSON that is checked. Imports nothing of the project."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ from nanochat.errors import UserError
 
 class DataError(UserError):
     """Data that cannot be used; the message names the file and the row."""
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

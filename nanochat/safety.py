@@ -20,8 +20,8 @@ class SafeActions:
     max_change: (D,) or a number, the largest change of a dimension between consecutive actions; None for no limit.
     max_age_s: the oldest observation, in seconds, whose action is used; None for any age.
     start: (D,) where the robot is before the first action, in the numbers of the actions: NaN in `hold` repeats it, and
-        `max_change` is measured from it, also where it lies outside of the limits. Without it, a robot with absolute targets has nothing to repeat: NaN in the first
-        action gives the middle between the limits.
+        `max_change` is measured from it, also where it lies outside of the limits. Without it, a robot with absolute targets
+        has nothing to repeat: NaN in the first action gives the middle between the limits.
 
     Raises ValueError for invalid limits. A call never raises, whatever the action.
     """

