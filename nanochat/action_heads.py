@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.actions import N_BINS, Scale
-from nanochat.engine import Engine, pad_rows
+from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.gpt import Inputs, Linear
+from nanochat.gpt import Inputs, Linear, pad_rows
 from nanochat.sampling import Sampling
 
 STILL_LEFT = 0.6  # of what a chunk differs by from the committed actions, a step later

@@ -10,14 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from nanochat.beams import beam_search, beam_search_all
 from nanochat.cameras import by_camera
-from nanochat.checkpoint import load_checkpoint
 from nanochat.conversation import action_message, render, user_message
 from nanochat.data.sample import CAPTION_PROMPT
-from nanochat.engine import Engine, KVCache
+from nanochat.engine import Cache, Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import StreamDecoder
@@ -36,9 +34,11 @@ class Agent:
         self.places_per_image = getattr(model.config, "places_per_image", 0)
 
     @classmethod
-    def load(cls, name: str = "photos", device: str | torch.device = "cpu") -> "Agent":
+    def load(cls, name: str = "photos", device="cpu") -> "Agent":
         """A checkpoint folder, a model that ships ("photos", "shapes", "robot") or a hub name. Raises CheckpointError if it is
         damaged, missing or of a newer format."""
+        from nanochat.checkpoint import load_checkpoint
+
         return cls(*load_checkpoint(name, device))
 
     @property
@@ -81,9 +81,9 @@ class Agent:
             "--checkpoint, such as photos, or train one with nanochat train folder"
         )
 
-    def look(self, images) -> torch.Tensor:
-        """One picture or a list of n -> (n, N, D) float32 vision vectors. Raises ValueError for a text model, ImageError for
-        what is not a picture."""
+    def look(self, images):
+        """One picture or a list of n -> (n, N, D) float32 vision vectors, to index and to pass on. Raises ValueError for a text
+        model, ImageError for what is not a picture."""
         if not self.places_per_image:
             raise UserError("this checkpoint is a text model: it cannot look at pictures")
         return self.model.look(images)
@@ -93,7 +93,7 @@ class Agent:
     def ask(
         self,
         question: str,
-        vectors: torch.Tensor | None = None,
+        vectors=None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         beams: int = 1,
@@ -152,7 +152,7 @@ class Agent:
         vectors=None,
         max_new_tokens: int | None = None,
         sampling=None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Iterator[str]:
         """Stream the text that follows the tokens `ids`. cache: holds what comes before them."""
         max_new_tokens = self.room(len(ids) + (cache.longest if cache is not None else 0), max_new_tokens)
@@ -171,7 +171,7 @@ class Agent:
     def answer_all(
         self,
         conversations: Sequence[Sequence[dict]],
-        vectors: Sequence[torch.Tensor],
+        vectors: Sequence,
         max_new_tokens: int,
         beams: int = 1,
     ) -> list[str]:
@@ -235,7 +235,6 @@ class Agent:
         self.check_can_act()
         return self.model.action_scale.low, self.model.action_scale.high
 
-    @torch.inference_mode()
     def act(
         self,
         images: Sequence,
@@ -273,7 +272,7 @@ class Chat:
     the pictures are read once.
     """
 
-    def __init__(self, agent: Agent, vectors: torch.Tensor | None = None):
+    def __init__(self, agent: Agent, vectors=None):
         """vectors: (n, N, D) of the pictures. Raises UserError for more of them than the model learnt."""
         agent.check_images(0 if vectors is None else len(vectors))
         self.agent, self.cache = agent, Engine(agent.model).new_cache()
@@ -306,7 +305,7 @@ class Chat:
         if agent.multi_turn:
             self.turns = [*turns, (question, "".join(answer))]
 
-    def unread(self, kept: list[int]) -> torch.Tensor | None:
+    def unread(self, kept: list[int]):
         """The vectors of the pictures that are not among the tokens which the cache keeps."""
         if self.vectors is None:
             return None

@@ -10,11 +10,9 @@ does with early_stopping=True, and one beam is greedy decoding.
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Model, Unread
 from nanochat.errors import UserError
-from nanochat.gpt import Inputs
 
 MAX_BEAMS = 64  # each has a cache of its own
 
@@ -25,21 +23,22 @@ def check_beams(beams: int) -> None:
         raise UserError(f"the number of beams must be in 1..{MAX_BEAMS} (1 is greedy), got {beams}")
 
 
-def beam_search(model, prompt: Sequence[int], max_new_tokens: int, *, images=None, states=None, **options) -> list[int]:
+def beam_search(
+    model: Model, prompt: Sequence[int], max_new_tokens: int, *, images=None, states=None, **options
+) -> list[int]:
     """The best answer to one prompt, see `beam_search_all`. images, states: as `Engine.add` takes them."""
     return beam_search_all(model, [prompt], max_new_tokens, images=[images], states=[states], **options)[0]
 
 
-@torch.inference_mode()
 def beam_search_all(
-    model,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     beams: int = 3,
     stop_ids: Iterable[int] = (),
-    images: Sequence[torch.Tensor | None] | None = None,
-    states: Sequence[torch.Tensor | None] | None = None,
+    images: Sequence | None = None,
+    states: Sequence | None = None,
 ) -> list[list[int]]:
     """The best answer to each prompt, as token ids without the stop token. All prompts are searched at once.
 
@@ -56,12 +55,13 @@ def beam_search_all(
     ]
     searches = [Search(beams, frozenset(stop_ids), max_new_tokens) for _ in prompts]
     cache = engine.new_cache(len(rows), max(map(len, prompts)) + max_new_tokens)
-    logits = torch.from_numpy(np.stack(list(engine.read(rows, cache).values())))  # (lines of the cache, V)
+    logits = np.stack(list(engine.read(rows, cache).values()))  # (lines of the cache, V)
     while True:
-        if not torch.isfinite(logits).all():
+        if not np.isfinite(logits).all():
             raise UserError("the model returned NaN or infinite logits: its weights or its input are broken")
         parents, tokens, first = [], [], 0  # the lines of a search follow each other, from `first` on
-        parts = logits.double().log_softmax(-1).split([len(search.answers) for search in searches])
+        ends = np.cumsum([len(search.answers) for search in searches])[:-1]
+        parts = np.split(log_softmax(logits.astype(np.float64)), ends)
         for search, scores in zip(searches, parts, strict=True):
             for line, token in search.extend(scores):
                 parents.append(first + line)
@@ -70,8 +70,13 @@ def beam_search_all(
         if not tokens:
             return [max(search.finished)[1] for search in searches]
         cache.keep_rows(parents)
-        hidden = model.hidden(Inputs(torch.tensor(tokens, device=model.device)[:, None]), cache)
-        logits = model.logits(hidden[:, -1]).cpu()
+        logits = model.read([Unread([token]) for token in tokens], cache)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(..., V) logits -> (..., V) log probabilities."""
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 class Search:
@@ -81,21 +86,24 @@ class Search:
     def __init__(self, beams: int, stop_ids: frozenset[int], max_new_tokens: int):
         self.beams, self.stop_ids, self.max_new_tokens = beams, stop_ids, max_new_tokens
         self.answers: list[list[int]] = [[]]
-        self.totals = torch.zeros(1, dtype=torch.float64)  # the sum of the log probabilities of each
+        self.totals = np.zeros(1)  # the sum of the log probabilities of each
         self.finished: list[tuple[float, list[int]]] = []
 
-    def extend(self, scores: torch.Tensor) -> list[tuple[int, int]]:
+    def extend(self, scores: np.ndarray) -> list[tuple[int, int]]:
         """scores (len(answers), V): the log probability of each next token. Returns (answer, token) of those that go on; none
         if the search has ended."""
         if not self.answers:
             return []
         length = len(self.answers[0]) + 1
-        totals = (self.totals[:, None] + scores).flatten()
+        totals = (self.totals[:, None] + scores).ravel()
         # each answer has at most len(stop_ids) continuations that stop, so `beams` others are among these
-        best = totals.topk(min(len(totals), self.beams * (1 + len(self.stop_ids))))
+        most = min(totals.size, self.beams * (1 + len(self.stop_ids)))
+        best = np.argpartition(-totals, most - 1)[:most]
+        best = best[np.lexsort((best, -totals[best]))]
         kept: list[tuple[int, int, float]] = []  # (answer, token, sum)
-        for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            line, token = divmod(place, scores.size(-1))
+        for rank, place in enumerate(best.tolist()):
+            line, token = divmod(place, scores.shape[-1])
+            total = float(totals[place])
             stops = token in self.stop_ids
             if rank < self.beams and (stops or length == self.max_new_tokens):
                 self.finished.append((total / length, self.answers[line] + [token] * (not stops)))
@@ -104,5 +112,5 @@ class Search:
         if len(self.finished) >= self.beams or length == self.max_new_tokens:
             kept = []
         self.answers = [[*self.answers[line], token] for line, token, _ in kept]
-        self.totals = torch.tensor([total for _, _, total in kept], dtype=torch.float64)
+        self.totals = np.array([total for _, _, total in kept], float)
         return [(line, token) for line, token, _ in kept]

@@ -11,12 +11,16 @@ Rotary positions (half-split, base 10,000), norm on queries and keys, RMSNorm wi
 and before the head), ReLU² MLP four times as wide, no biases, untied head, grouped-query attention, soft-capped logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from nanochat.kv_cache import KVCache
 
 LOGIT_CAP = 15.0
 ROTARY_BASE = 10_000.0
@@ -77,6 +81,12 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """(B, T) int64, padded on the right: attention is causal, so nothing attends to what is behind a row's end."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -245,7 +255,7 @@ class GPT(nn.Module):
         return self.transformer.h[number](x, *rest)
 
     def hidden(self, inputs: Inputs, cache=None) -> torch.Tensor:
-        """Final hidden states (B, T, C), normed. cache: an `engine.KVCache`; the inputs then continue what it holds.
+        """Final hidden states (B, T, C), normed. cache: a `KVCache`; the inputs then continue what it holds.
 
         Raises ValueError for rows longer than `sequence_len`. Values are not checked here, see `forward`.
         """
@@ -302,6 +312,31 @@ class GPT(nn.Module):
         total = losses.sum()  # nothing to learn: 0 with a graph, not the NaN of an empty mean
         return total if reduction == "sum" else total / max(1, losses.numel())
 
+    # ---- what `engine.Engine` needs
+
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
+        """A cache of empty rows; by default with room for the whole context."""
+        return KVCache(self.config, batch_size, max_len or self.config.sequence_len, self.device, self.compute_dtype)
+
+    @torch.inference_mode()
+    def read(self, rows: Sequence, cache: KVCache) -> np.ndarray:
+        """Read what is unread of the rows of the cache, each an `engine.Unread`, and put it there. Returns the logits after the
+        last token of each row, (B, vocab_size) float32."""
+        n_tokens = [len(row.tokens) for row in rows]
+        lengths = [held + n for held, n in zip(cache.lengths, n_tokens, strict=True)]
+        hidden = self.hidden(self.inputs_of(rows), cache)
+        cache.rewind(lengths)  # padding lies behind a row's end
+        # only one position a row goes through the vocabulary-wide head
+        if min(n_tokens) == max(n_tokens):
+            hidden = hidden[:, -1]
+        else:
+            hidden = hidden[torch.arange(len(rows)), torch.tensor(n_tokens) - 1]
+        return self.logits(hidden).cpu().numpy()
+
+    def inputs_of(self, rows: Sequence) -> Inputs:
+        """What is unread of the rows, padded on the right. A model that reads more than text adds it."""
+        return Inputs(pad_rows([row.tokens for row in rows], 0).to(self.device))
+
     # ---- the checked entry point
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
@@ -309,7 +344,7 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, already shifted (targets[:, t] is the token after idx[:, t]),
         -1 where nothing is to be learnt. Returns (B, T, vocab_size) float32 logits without targets, else `loss`.
-        kv_cache: an `engine.KVCache`; idx then continues what it holds.
+        kv_cache: a `KVCache`; idx then continues what it holds.
         Raises ValueError for ids and targets outside the vocabulary and for rows longer than `sequence_len`.
         """
         self.check_ids(idx)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from nanochat.cross_attention import NEVER, GatedCrossAttention, Pictures, Seen
-from nanochat.engine import Engine, KVCache
+from nanochat.cross_attention import GatedCrossAttention
+from nanochat.engine import Engine
 from nanochat.errors import UserError, user_errors
 from nanochat.files import short_repr
 from nanochat.fusion import CellProjector, VisionProjector, grid_side, pool_to_tokens
 from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
+from nanochat.kv_cache import NEVER, KVCache, Pictures, Seen
 from nanochat.sampling import Sampling
 from nanochat.vision.encoder import Encoder, open_encoder
 from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
@@ -287,6 +288,18 @@ class MultimodalGPT(GPT):
         images = torch.cat([self.checked_vectors(row, n) for row, n in zip(vision_embeddings, wanted, strict=True)])
         return Inputs(idx, places, images.to(idx.device))
 
+    def inputs_of(self, rows: Sequence) -> Inputs:
+        """GPT.inputs_of with the vision vectors of the rows that have some; an id of a placeholder in another row is a word."""
+        inputs = super().inputs_of(rows)
+        if any(row.images is not None for row in rows):
+            shown = [len(row.tokens) if row.images is not None else 0 for row in rows]
+            in_row = (
+                torch.arange(inputs.idx.size(1), device=self.device) < torch.tensor(shown, device=self.device)[:, None]
+            )
+            inputs.places = (inputs.idx == self.config.vision_token_id) & in_row  # (B, T)
+            inputs.images = torch.cat([row.images for row in rows if row.images is not None]).to(self.device)
+        return inputs
+
     def image_places(self, idx: torch.Tensor, vision_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T) bool: the positions of vision vectors."""
         if vision_mask is None:
@@ -298,10 +311,11 @@ class MultimodalGPT(GPT):
             )
         return vision_mask.to(idx.device)
 
-    def checked_vectors(self, vectors: torch.Tensor, n_places: int, n_shown: int = 0) -> torch.Tensor:
-        """Vision vectors (M, D) of one row. n_shown: pictures that the row's cache holds. Raises ValueError where they do not
-        fit the row's places or this model."""
-        config = self.config
+    def checked_vectors(self, vectors, n_places: int, n_shown: int = 0) -> torch.Tensor:
+        """Vision vectors of one row, (M, D) or (n, N, D) -> (M, D). n_shown: pictures that the row's cache holds. Raises
+        ValueError where they do not fit the row's places or this model."""
+        config, vectors = self.config, torch.as_tensor(vectors)
+        vectors = vectors.flatten(0, -2) if vectors.dim() > 2 else vectors
         width, n_tokens = config.vision_embedding_dim, config.vision_tokens_per_image
         if vectors.dim() != 2 or vectors.size(-1) != width:
             raise UserError(

@@ -19,7 +19,7 @@ from nanochat.actions import N_BINS, TARGETS, Scale, check_states, described, nu
 from nanochat.cameras import check_names
 from nanochat.errors import UserError
 from nanochat.fusion import Glances
-from nanochat.gpt import Inputs, Linear
+from nanochat.gpt import Inputs, Linear, pad_rows
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig, check_integer
 from nanochat.vision.pixels import evaluating, read_pixels
 
@@ -192,6 +192,16 @@ class RobotGPT(MultimodalGPT):
             return x
         projected = self.state_projector(waves(inputs.states.clamp(-STATE_LIMIT, STATE_LIMIT)))
         return x.masked_scatter((inputs.idx == self.config.state_token_id)[..., None], projected.to(x.dtype))
+
+    def inputs_of(self, rows: Sequence) -> Inputs:
+        """MultimodalGPT.inputs_of with the states of the rows. Padding is no <|state|>, which would need one."""
+        inputs = super().inputs_of(rows)
+        if self.config.state_token_id == 0:
+            inputs.idx = pad_rows([row.tokens for row in rows], 1).to(self.device)
+        if any(row.states is not None for row in rows):
+            states = [torch.as_tensor(row.states) for row in rows if row.states is not None]
+            inputs.states = torch.cat(states).to(self.device)
+        return inputs
 
     def is_projector(self, name: str) -> bool:
         return name.startswith("glances.") or super().is_projector(name)

@@ -393,7 +393,7 @@ def test_an_error_without_a_message_is_named_by_its_type(nanochat, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("nanochat.checkpoint.load_checkpoint", fails)
-    monkeypatch.setattr("nanochat.agent.load_checkpoint", fails)
+    monkeypatch.setattr("nanochat.checkpoint.load_checkpoint", fails)
     assert nanochat("ask", *SHAPES, PICTURE, QUESTION, code=2).err == "error: MemoryError\n"
 
 

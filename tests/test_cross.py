@@ -6,8 +6,9 @@ import torch
 from nanochat.agent import Agent, Chat
 from nanochat.checkpoint import load_checkpoint, save_checkpoint
 from nanochat.conversation import user_message
-from nanochat.engine import Engine, KVCache, pad_rows
-from nanochat.gpt import GPT, GPTConfig, Inputs, norm
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig, Inputs, norm, pad_rows
+from nanochat.kv_cache import KVCache
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import TINY, make_model

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine import Engine, KVCache, pad_rows
-from nanochat.gpt import GPT, Inputs
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, Inputs, pad_rows
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling, choose
 from tests.conftest import make_model
 

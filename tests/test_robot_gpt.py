@@ -15,10 +15,9 @@ from nanochat.actions import ACT, BINS, N_BINS, STATE, Scale
 from nanochat.agent import Agent
 from nanochat.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nanochat.conversation import action_message, render
-from nanochat.engine import pad_rows
 from nanochat.errors import UserError
 from nanochat.fusion import Glances
-from nanochat.gpt import Inputs
+from nanochat.gpt import Inputs, pad_rows
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from nanochat.conversation import render
 from nanochat.data import CAPTION_PROMPT, DataError, Sample, image_key, picture_groups
-from nanochat.engine import pad_rows
-from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
+from nanochat.gpt import GPT, IGNORE_INDEX, Inputs, pad_rows
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
 from nanochat.training.squares import Squares
