@@ -5,27 +5,16 @@ map (B, D, H, W) ── pool_to_tokens, or Glances ──> (B, N, D) ── Visi
 """
 
 from collections.abc import Sequence
-from math import isqrt
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.errors import UserError
+from nanochat.config import grid_side
 from nanochat.gpt import Linear, norm
 
 GLANCE_GRID = 8  # cells a side that a glance tells apart
-
-
-def grid_side(n_tokens: int) -> int:
-    """Side of the square grid with that many cells. Raises ValueError for a number that is not square."""
-    side = isqrt(max(0, n_tokens))
-    if n_tokens < 1 or side * side != n_tokens:
-        raise UserError(
-            f"vision_tokens_per_image must be a square number (1, 4, 9, 16, 25, ...): "
-            f"the map is pooled to a square grid; got {n_tokens}"
-        )
-    return side
+MATCH_SHARPNESS = 20.0  # of the softmax over cosines, by which a cell finds those that look like it
 
 
 def pool_to_tokens(maps: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -101,26 +90,29 @@ class CellProjector(nn.Module):
 
     def in_row(self, cells: torch.Tensor, before: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """(V, N, C) cells of pictures as their rows show them: with a learnt vector of the picture's number in the row, (V,)
-        int64, and with what has changed since the picture before it, (V, N, C). The first picture of a row is its own `before`.
+        int64, and, for all but the first, with what has changed since the picture before it, (V, N, C).
 
         Cell by cell, a change is easy to see; by attention alone, from a few words to the cells of two pictures, it was hardly
         learnt (see `data.pairs`).
         """
-        return cells + self.picture[numbers][:, None] + self.change(cells - before)
+        later = (numbers > 0)[:, None, None]
+        return cells + self.picture[numbers][:, None] + later * self.change(cells, before)
 
 
 class Change(nn.Module):
-    """From the difference of two pictures, cell by cell, (..., C) -> (..., C): zero where they are equal. A new one is zero
-    everywhere."""
+    """What a picture's cells (V, N, C) have that those of the picture before it (V, N, C) have not, (V, N, C): each is compared
+    with the cell at its place, and with those that look most like it, wherever they are. A new one is zero everywhere."""
 
     def __init__(self, n_embd: int):
         super().__init__()
-        self.c_fc = Linear(n_embd, n_embd)
+        self.c_fc = Linear(3 * n_embd, n_embd)
         self.c_proj = Linear(n_embd, n_embd)
         nn.init.zeros_(self.c_proj.weight)
 
-    def forward(self, difference: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(difference)).square())
+    def forward(self, cells: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        cosine = F.normalize(cells, dim=-1) @ F.normalize(before, dim=-1).mT  # (V, N, N)
+        alike = (MATCH_SHARPNESS * cosine).softmax(-1) @ before
+        return self.c_proj(F.relu(self.c_fc(torch.cat([cells, cells - before, cells - alike], -1))).square())
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """Weights from before there was this layer: they see no change, as the start does."""

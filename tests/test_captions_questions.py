@@ -41,6 +41,13 @@ def test_a_dog_and_its_ball():
     }
 
 
+def test_what_a_person_wears_is_what_most_captions_say_of_the_only_person():
+    texts = ["A woman in a bathing suit swims .", "A woman in a red swimsuit and a hat .", "A woman swims ."]
+    assert asked(*texts)["what is the woman wearing?"] == "swimsuit"
+    assert "what is the woman wearing?" not in asked(*texts[:1], *texts[2:])  # one caption alone
+    assert not any("wearing" in text for text in asked(*texts, "A woman and a man in the water ."))
+
+
 def test_persons_are_named_by_the_word_that_fits_all_captions():
     found = asked(
         "A boy in a cap rides a bike on the street .",
@@ -51,6 +58,7 @@ def test_persons_are_named_by_the_word_that_fits_all_captions():
     assert found["what is the boy riding?"] == "bike" and found["what is the boy doing?"] == "riding"
     assert found["who is riding?"] == "boy" and found["where is the boy?"] == "on the street"
     assert found["what is on the boy's head?"] == "cap"
+    assert found["what is the boy wearing?"] == "cap"
     assert found["how many people are there?"] == found["how many boys are there?"] == "1"
     assert not any("boy" in text for text in asked("A boy runs .", "A man is running .", "A boy runs ."))
 

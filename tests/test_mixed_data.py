@@ -15,6 +15,7 @@ from nanochat.errors import UserError
 from nanochat.training.batches import EncodedVectors, make_batch
 from nanochat.training.features import cached_features
 from nanochat.training.out_folder import release_folder
+from nanochat.training.pictures import drop_features
 from nanochat.training.recipes import Folder
 from nanochat.training.resuming import check_settings
 from nanochat.training.run import Run, started_recipe
@@ -215,6 +216,15 @@ def test_label_smoothing_and_feature_dropout_reach_the_loss(questions, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     run.task.recipe = replace(run.recipe, feature_dropout=0.5)
     assert abs(run.task.losses(batch, rng)[0] - expected) > 1e-2 * expected
+
+
+def test_pictures_that_a_row_shows_together_lose_the_same_features():
+    groups = ["a", "b", "a", "c", "a", "b"]
+    vectors = drop_features(torch.ones(6, 50, 8), groups, 0.5)
+    assert set(vectors.unique().tolist()) == {0.0, 2.0} and 0.4 < (vectors == 0).float().mean() < 0.6
+    for a in range(6):
+        for b in range(6):
+            assert torch.equal(vectors[a], vectors[b]) == (groups[a] == groups[b])
 
 
 # ---- rewards beside questions

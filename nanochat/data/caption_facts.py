@@ -81,15 +81,22 @@ class Facts:
 
 
 def read_captions(captions: Iterable[str]) -> Facts:
-    texts = [re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", caption.lower().replace("'s", "")) for caption in captions]
+    texts = [words_of(caption) for caption in captions]
     seen = [mentions(tokens) for tokens in texts]
     known = list(subjects(seen))
     found = [*numbers(texts, seen), *colors(texts, seen, known), *kinds_of_things(texts, seen), *places(texts, known)]
     for subject in known:
         found += about(subject, texts, seen)
+        found += worn_by(subject, texts, seen)
     present = {noun for noun, (own, _) in words.PRESENCE.items() if votes(texts, own) >= AGREE}
     absent = set(absent_nouns(texts)) if len(texts) > AGREE else set()
     return Facts(list(dict.fromkeys(found)), present, absent)
+
+
+def words_of(caption: str) -> list[str]:
+    """In lower case, without the possessive "'s", and with clothes of two words as one."""
+    text = caption.lower().replace("'s", "").replace("wet suit", "wetsuit")
+    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", re.sub(r"\b(bathing|swim|swimming) suit", "swimsuit", text))
 
 
 def votes(texts: Sequence[Sequence[str]], forms: Iterable[str]) -> int:
@@ -269,6 +276,16 @@ def about(subject: Subject, texts: Sequence[Sequence[str]], seen: Sequence[list[
     worn = {words.HEADWEAR[token] for tokens in texts for token in tokens if token in words.HEADWEAR}
     if subject.is_person and not subject.several and len(worn) == 1 and votes(texts, words.HEADWEAR) >= AGREE:
         yield Question("object", f"what is on the {name}'s head?", *worn)
+
+
+def worn_by(subject: Subject, texts: Sequence[Sequence[str]], seen: Sequence[list[Mention]]) -> Iterator[Question]:
+    """What most captions say that the only person of the picture wears."""
+    alone = subject.is_person and not subject.several
+    if not alone or any(sum(mention.is_person for mention in found) > 1 for found in seen):
+        return
+    garment = agreed(Counter(name for tokens in texts for name in {words.WORN[t] for t in tokens if t in words.WORN}))
+    if garment:
+        yield Question("object", f"what is the {subject.name} wearing?", garment)
 
 
 def agreed(found: Counter) -> str | None:

@@ -3,7 +3,7 @@
 The captions of a picture are read with word lists (caption_words.py) and plain rules (caption_facts.py): no parser, no network.
 A question is asked where the captions agree on its answer and none contradicts it. Kinds, with examples:
 
-    object    what is the dog chasing?  who is running?  what animal is in the picture?
+    object    what is the dog chasing?  who is running?  what is the man wearing?
     number    how many dogs are there?          color   what color is the shirt?
     activity  what is the man doing?            place   where is the dog?
     yes/no    is there a horse?

@@ -93,6 +93,7 @@ HEADWEAR = by_form("""
     hat: hats / cap / helmet / headband: sweatband / bandana: bandanna / hood / wig / scarf: headscarf turban / goggles /
     sunglasses / headphones / crown: tiara / mask
 """)
+WORN = {form: name for form, name in (CLOTHES | HEADWEAR).items() if name not in ("hair", "backpack", "wig")}
 VEHICLES = by_form("""
     bike: bicycle bikes bicycles bmx / motorcycle: motorbike motorcycles dirtbike / car: cars racecar automobile / boat:
     boats sailboat rowboat speedboat / kayak: canoe kayaks / raft / truck: pickup / train: subway / bus / atv:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from nanochat.data.sample import Dataset, Sample
 from nanochat.data.splits import choose_split
 
-OWN_SPLITS = {"train": 4000, "val": 500}  # how many pairs
+OWN_SPLITS = {"train": 8000, "val": 500}  # how many pairs
 SIDE = 224  # pixels
 CELLS = 3  # a shape stands in one of CELLS x CELLS cells
 COLORS = {

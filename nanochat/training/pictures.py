@@ -256,7 +256,8 @@ class PictureTask(Task):
         if batch.numbers:
             with torch.set_grad_enabled(encoder_learns):
                 vectors = self.vectors(batch.numbers, rng).to(model.device)
-            vectors = F.dropout(vectors, recipe.feature_dropout)
+            groups = [self.rows.image_groups[number] for number in batch.numbers]
+            vectors = drop_features(vectors, groups, recipe.feature_dropout)
             if self.auxiliary is not None:
                 auxiliary = self.auxiliary.loss(vectors, batch.numbers)
             vectors = reduce_gradient(vectors, recipe.decoder_gradient)
@@ -312,6 +313,16 @@ class PictureTask(Task):
                 question = (*row.images, *row.ids[: row.mask.index(1)])
                 right[question] = right.get(question, False) or is_right
         return {"train_right": sum(right.values()), "train_asked": len(right)}
+
+
+def drop_features(vectors: torch.Tensor, groups: Sequence, share: float) -> torch.Tensor:
+    """Dropout of the vectors (U, N, D) of distinct pictures. Pictures of one group, those that a row shows together, lose the same
+    numbers: what differs between them is to come from the pictures."""
+    if not share:
+        return vectors
+    mask_of = {group: mask for mask, group in enumerate(dict.fromkeys(groups))}
+    masks = F.dropout(vectors.new_ones(len(mask_of), *vectors.shape[1:]), share)
+    return vectors * masks[[mask_of[group] for group in groups]]
 
 
 def validate_rows(
