@@ -191,7 +191,7 @@ class Agent:
 
     def check_can_act(self) -> None:
         """Raises ValueError for a model without an action head."""
-        if not hasattr(self.model, "action_head"):
+        if not hasattr(self.model, "act"):
             raise UserError(
                 f"this checkpoint is a {type(self.model).__name__} without an action head, so it cannot act: "
                 "train a policy with nanochat train robot"
@@ -211,7 +211,7 @@ class Agent:
             "action_range": self.action_range,  # low and high of each number that the server sends
             "targets": config.targets,  # relative or absolute
             "predict": "delta" if config.deltas else "absolute",  # of the network; what it answers is as `targets` says
-            "committed": self.model.action_head.most_committed,  # so many actions of a chunk may be given
+            "committed": config.most_committed,  # so many actions of a chunk may be given
             "image_size": config.vision_image_size,
             "cameras": config.cameras,  # in order; empty for one camera without a name
             "camera_dropout": config.camera_dropout,  # above 0: a camera may be missing

@@ -20,15 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.config import GPTConfig
 from nanochat.kv_cache import KVCache
 
 LOGIT_CAP = 15.0
 ROTARY_BASE = 10_000.0
-# Beyond the largest models of this kind: a larger number is a mistake, or a file from a stranger that would fill the memory
-LARGEST = {
-    "sequence_len": 2**20, "vocab_size": 2**21, "n_layer": 512, "n_head": 1024, "n_kv_head": 1024, "n_embd": 2**16,
-}  # fmt: skip
-LARGEST_TABLE = 2**24
 IGNORE_INDEX = -1  # a target that is not trained on
 
 
@@ -49,38 +45,6 @@ class Inputs:
     states: torch.Tensor | None = None
     shown: torch.Tensor | None = None
     committed: torch.Tensor | None = None
-
-
-@dataclass
-class GPTConfig:
-    sequence_len: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 6  # query heads
-    n_kv_head: int = 6  # key/value heads; fewer than n_head is grouped-query attention
-    n_embd: int = 768
-
-    def __post_init__(self):
-        for name, most in LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a positive integer up to {most:,}, got {str(value)[:80]}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head ({2 * self.n_head}): "
-                "rotary positions turn pairs of channels inside a head"
-            )
-        if self.sequence_len * self.head_dim > LARGEST_TABLE:
-            raise ValueError(
-                f"sequence_len ({self.sequence_len}) times the width of a head ({self.head_dim}) must be at most "
-                f"{LARGEST_TABLE:,}: so large are the tables of positions"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

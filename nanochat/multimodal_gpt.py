@@ -9,84 +9,23 @@ as one graph. Self-attention, MLP, head and loss are GPT's either way.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
+from nanochat.config import MultimodalGPTConfig
 from nanochat.cross_attention import GatedCrossAttention
 from nanochat.engine import Engine
-from nanochat.errors import UserError, user_errors
-from nanochat.files import short_repr
-from nanochat.fusion import CellProjector, VisionProjector, grid_side, pool_to_tokens
-from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, Inputs
+from nanochat.errors import UserError
+from nanochat.fusion import CellProjector, VisionProjector, pool_to_tokens
+from nanochat.gpt import GPT, IGNORE_INDEX, Inputs
 from nanochat.kv_cache import NEVER, KVCache, Pictures, Seen
 from nanochat.sampling import Sampling
 from nanochat.vision.encoder import Encoder, open_encoder
-from nanochat.vision.pixels import MAX_IMAGE_SIZE, evaluating, read_pixels
+from nanochat.vision.inference import infer
+from nanochat.vision.pixels import read_squares
 
-FUSIONS = ("prefix", "cross")
 TABLES = {f"vision_projector.{name}" for name in ("position", "cell", "picture")}  # learnt, of places and numbers
-
-
-def check_integer(name: str, value: object, least: int, most: int) -> None:
-    """Raises UserError unless a field of a config is an integer in these bounds."""
-    if type(value) is not int or not least <= value <= most:
-        raise UserError(f"{name} must be an integer in {least}..{most}, got {short_repr(value)}")
-
-
-@dataclass
-class MultimodalGPTConfig(GPTConfig):
-    vision_embedding_dim: int = (
-        84  # channels of the encoder's map; the default layer has 4 box values + 80 class scores
-    )
-    use_vision_projection: bool = True  # False: the vectors already have n_embd channels and go in as they are
-    vision_tokens_per_image: int = 1  # 1 is the pooled vector; a square number is an h x h grid of the map
-    vision_token_id: int | None = None  # placeholder in the token row; None is the last id of the vocabulary
-    vision_layer: str = "head"  # which map of the encoder, see YOLOv9Plus
-    vision_image_size: int = 640  # the encoder's square input, in pixels
-    fusion: str = "prefix"  # "prefix": vision vectors are tokens of the row; "cross": every layer looks at them
-    max_images: int = 8  # of a row, for "cross": as many pictures get a number that tells first from second
-
-    def __post_init__(self):
-        with user_errors():
-            super().__post_init__()
-        if self.vision_token_id is None:
-            self.vision_token_id = self.vocab_size - 1
-        check_integer("vision_token_id", self.vision_token_id, 0, self.vocab_size - 1)
-        check_integer("vision_embedding_dim", self.vision_embedding_dim, 1, 2**16)
-        check_integer("vision_tokens_per_image", self.vision_tokens_per_image, 0, 2**14)
-        check_integer("vision_image_size", self.vision_image_size, 32, MAX_IMAGE_SIZE)
-        if self.vision_image_size % 32:
-            raise UserError(f"vision_image_size must be a multiple of 32, got {self.vision_image_size}")
-        if not isinstance(self.use_vision_projection, bool) or not isinstance(self.vision_layer, (str, int)):
-            raise UserError(
-                f"use_vision_projection must be true or false and vision_layer the name of a map, got "
-                f"{short_repr(self.use_vision_projection)} and {short_repr(self.vision_layer)}"
-            )
-        if not self.use_vision_projection and self.vision_embedding_dim != self.n_embd:
-            raise UserError(
-                f"without a projection the vision vectors ({self.vision_embedding_dim}) must be as wide as the model "
-                f"({self.n_embd}): set use_vision_projection=True"
-            )
-        if self.fusion not in FUSIONS:
-            raise UserError(f"fusion must be {' or '.join(FUSIONS)}, got {short_repr(self.fusion)}")
-        check_integer("max_images", self.max_images, 1, 1024)
-        if self.fusion == "cross" and not self.use_vision_projection:
-            raise UserError('fusion="cross" needs the projection of the vision vectors: set use_vision_projection=True')
-        self.check_vision_tokens()
-
-    def check_vision_tokens(self) -> None:
-        grid_side(self.vision_tokens_per_image)
-
-    @property
-    def places_per_image(self) -> int:
-        """Placeholders of a picture in the token row."""
-        return 1 if self.fusion == "cross" else self.vision_tokens_per_image
-
-    @property
-    def vectors_per_place(self) -> int:
-        return self.vision_tokens_per_image // self.places_per_image
 
 
 class MultimodalGPT(GPT):
@@ -145,11 +84,15 @@ class MultimodalGPT(GPT):
         """(B, 3, S, S) RGB in 0..1, on the encoder's device -> (B, N, D) float32 vectors. Differentiable: training uses it."""
         return self.pool(self.maps(pixels))
 
-    def maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> the encoder's map (B, C, H, W) in float32."""
+    def maps(self, pixels: torch.Tensor, encoder: Encoder | None = None) -> torch.Tensor:
+        """(B, 3, S, S) -> the encoder's map (B, C, H, W) in float32. encoder: a copy of the model's own one that runs instead."""
         dtype, layer = self.compute_dtype, self.config.vision_layer
         with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
-            return self.vision_encoder.maps(pixels, [layer])[layer].float()
+            return (encoder or self.vision_encoder).maps(pixels, [layer])[layer].float()
+
+    def inference_maps(self, squares) -> torch.Tensor:
+        """`maps` of (B, S, S, 3) uint8 pictures, without gradients and faster, see `vision.inference`."""
+        return infer(self.vision_encoder, squares, lambda fast, pixels: {"map": self.maps(pixels, fast)})["map"]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be used for training later
     def look(self, images) -> torch.Tensor:
@@ -161,9 +104,8 @@ class MultimodalGPT(GPT):
         """
         if self.vision_encoder is None:
             self.attach_encoder(open_encoder(device=self.device, image_size=self.config.vision_image_size))
-        pixels, _ = read_pixels(self.vision_encoder, images)
-        with evaluating(self.vision_encoder):
-            return self.see(pixels)
+        squares, _ = read_squares(self.vision_encoder, images)
+        return self.pool(self.inference_maps(squares))
 
     # ---- from vectors to the token row
 

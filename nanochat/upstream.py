@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.errors import UserError, user_errors
+from nanochat.errors import UserError
 from nanochat.files import json_object
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.meta import on_meta
@@ -83,8 +83,7 @@ def read_meta(path: Path) -> tuple[GPTConfig, dict]:
         raise later_architecture(f"{path.name} has the settings {', '.join(unknown)}")
     if missing := sorted(known - set(given)):
         raise UpstreamError(f"{path}: model_config lacks {', '.join(missing)}")
-    with user_errors():
-        return GPTConfig(**given), meta
+    return GPTConfig(**given), meta
 
 
 def later_architecture(found: str) -> UpstreamError:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.action_heads import ActionBatch, joined, known_actions
+from nanochat.acting import joined
+from nanochat.action_heads import ActionBatch, known_actions
 from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError

@@ -227,7 +227,7 @@ def test_optimiser_groups_of_a_robot(model):
 )
 def test_a_strangers_config_is_checked(model, change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        RobotGPTConfig(**asdict(model.config) | change)
+        RobotGPT(RobotGPTConfig(**asdict(model.config) | change))
 
 
 def test_none_is_a_masked_picture(model, tokenizer):

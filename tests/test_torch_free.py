@@ -20,7 +20,7 @@ for name in sys.argv[1:]:
 DATA = sorted(f"nanochat.data.{path.stem}" for path in (ROOT / "nanochat/data").glob("[!_]*.py"))
 MODULES = [
     "nanochat.files", "nanochat.sampling", "nanochat.tokenizer", "nanochat.actions", "nanochat.conversation",
-    "nanochat.engine", "nanochat.beams", "nanochat.agent",
+    "nanochat.engine", "nanochat.beams", "nanochat.agent", "nanochat.config", "nanochat.acting",
     "nanochat.safety", "nanochat.cameras", "nanochat.vision", "nanochat.vision.images", "nanochat.vision.detections",
     "nanochat.chunk_player", "nanochat.data", *DATA,
     "nanochat.metaworld.instructions", "nanochat.metaworld.scene", "nanochat.serving.policy", "nanochat.serving.openpi",

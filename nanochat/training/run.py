@@ -21,7 +21,7 @@ from rich.table import Table
 
 from nanochat.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from nanochat.devices import pick_device
-from nanochat.errors import UserError, user_errors
+from nanochat.errors import UserError
 from nanochat.evaluation.controls import CONDITIONS
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -147,12 +147,11 @@ class Run:
         """(model, tokenizer, state of the run). Checkpoints are loaded on the CPU, where they are float32: exact for resuming."""
         if recipe.resume:
             return load_checkpoint(self.out.absolute())
-        with user_errors():  # of a config that follows from flags
-            if recipe.start_from:
-                say(f"starting from the checkpoint {recipe.start_from}")
-                model, tokenizer, training = load_checkpoint(recipe.start_from)
-                return self.task.adopt(model), tokenizer, first_state(training)
-            return *self.task.new_model(), first_state()
+        if recipe.start_from:
+            say(f"starting from the checkpoint {recipe.start_from}")
+            model, tokenizer, training = load_checkpoint(recipe.start_from)
+            return self.task.adopt(model), tokenizer, first_state(training)
+        return *self.task.new_model(), first_state()
 
     def load_resume_state(self) -> None:
         tensors = load_resume(self.out)

@@ -25,6 +25,8 @@ MAX_PIXELS = 100_000_000  # larger than any camera image; a small file can decla
 MAX_BYTES = 1_000_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGB; also stops endless files such as /dev/zero
 MIN_SIDE = 2  # pixels
 STRIP_PIXELS = 2**20  # that are converted at once
+STRIDE = 32  # of an encoder's coarsest map; input sides are multiples of it
+MAX_IMAGE_SIZE = 4096  # pixels a side of an encoder's square input; the first map of yolov9t then has 268 MB
 PAD = 114  # grey value of the letterbox's borders, as in YOLO training
 # Image formats that are accepted. Pillow knows more, and opens some of them by running a program (Ghostscript, for EPS).
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI"}

@@ -1,0 +1,152 @@
+"""How a policy acts, on any runtime: what is checked of the robot's numbers, their scales, and from what the network predicts to
+chunks of actions in physical units. In numpy; the model itself is behind `Policy.chunks` and the engine.
+
+A chunk can continue actions that the robot carries out anyway while it is made: the committed ones, its first (see
+`chunk_player`). For bins they are the tokens before. The continuous head lets its difference from the last of them die away, and
+can learn to take them into account (Black et al. 2025, arXiv 2512.05964).
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from nanochat.actions import N_BINS, Scale, check_states, described, number_array
+from nanochat.engine import Engine
+from nanochat.errors import UserError
+from nanochat.sampling import Sampling
+
+STILL_LEFT = 0.6  # of what a chunk differs by from the committed actions, a step later
+
+
+class Policy:
+    """A model that acts. It has a `config` (`RobotGPTConfig`), whatever the engine needs, and what its head needs:
+
+    predict(prompts, images, states, committed)   chunks (B, chunk, action_dim) float32, in the units of `predicted_scale`
+    chunks(rows, images, states, known)           the continuous head's, normalised; see `act_at_once`
+    """
+
+    @cached_property
+    def state_scale(self) -> Scale | None:
+        return Scale(**self.config.state_scale) if self.config.state_dim else None
+
+    @cached_property
+    def trained_states(self) -> Scale | None:
+        """The range of states in the training data."""
+        config = self.config
+        return Scale(**(config.state_range or config.state_scale)) if config.state_dim else None
+
+    @cached_property
+    def action_scale(self) -> Scale:
+        return Scale(**self.config.action_scale)
+
+    @cached_property
+    def predicted_scale(self) -> Scale:
+        return Scale(**self.config.predicted_scale)
+
+    def act(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images,
+        states: np.ndarray | None,
+        committed: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Chunks of actions in physical units, (B, chunk, action_dim) float32, as the network gives them: not clipped.
+
+        prompts: of `conversation.action_message`, rendered, each with a picture of each camera and one state. images: (B, K * N,
+        D) from `look_around`. states: (B, state_dim) in physical units; None for a policy without a state. committed: (B, d,
+        action_dim) in physical units, d <= `config.most_committed`: actions that will be carried out anyway. They are
+        the first of the chunks, which continue them.
+
+        Raises UserError where their numbers or shapes do not match, and for states far outside of the training data's range
+        (see `actions.check_states`).
+        """
+        if len(prompts) != len(images):
+            raise UserError(f"{len(prompts)} prompts and {len(images)} pictures: expected as many of each")
+        normalised = self.normalised_states(states, len(prompts))
+        known, offsets = self.checked_committed(committed, len(prompts)), self.offsets(states, len(prompts))
+        if not len(prompts):
+            return np.zeros((0, self.config.chunk, self.config.action_dim), np.float32)
+        prompts = [list(prompt) for prompt in prompts]
+        chunks = self.predict(prompts, images, normalised, known - offsets) + offsets
+        chunks[:, : known.shape[1]] = known
+        return chunks
+
+    def offsets(self, states: np.ndarray | None, n: int) -> np.ndarray:
+        """(n, 1, action_dim) float32: what is added to the numbers that are predicted, those of the state for `config.deltas` and
+        zero for the others. states: (n, state_dim) in physical units."""
+        found, deltas = np.zeros((n, 1, self.config.action_dim), np.float32), self.config.deltas
+        if deltas:
+            found[:, 0, deltas] = np.asarray(states, np.float32)[:, deltas]
+        return found
+
+    def checked_committed(self, committed: np.ndarray | None, n: int) -> np.ndarray:
+        """(n, d, action_dim) float32, d = 0 for None."""
+        dim, most = self.config.action_dim, self.config.most_committed
+        expected = f"committed actions must be up to {most} rows of {dim} finite numbers for each prompt"
+        if committed is None:
+            return np.zeros((n, 0, dim), np.float32)
+        values = number_array(committed, expected)
+        if values.ndim != 3 or len(values) != n or values.shape[1] > most or values.shape[2] != dim:
+            raise UserError(f"{expected}, got {described(committed)}")
+        return values.astype(np.float32)
+
+    def normalised_states(self, states: np.ndarray | None, n: int) -> np.ndarray | None:
+        """(n, state_dim) float32; None for a policy without a state."""
+        dim = self.config.state_dim
+        if dim == 0:
+            if states is not None and np.size(states):
+                raise UserError(f"this policy was trained without a state, got {described(states)}: pass None")
+            return None
+        if states is None:
+            raise UserError(f"this policy reads a state of {dim} numbers, got none")
+        values = number_array(states, f"states must be {dim} finite numbers for each prompt")
+        if len(values.shape) != 2 or values.shape[1] != dim or len(values) != n:
+            raise UserError(
+                f"{n} prompts and pictures, and states of shape {values.shape}: expected as many of each, and {dim} numbers "
+                "a state"
+            )
+        check_states(values, self.trained_states)
+        return self.state_scale.normalize(values)
+
+
+def act_at_once(model: Policy, prompts: Sequence[list[int]], images, states, committed: np.ndarray) -> np.ndarray:
+    """`Policy.predict` of a head that gives the whole chunk at its <|act|> token, by `model.chunks(rows, images, states, known)`.
+
+    states: (B, state_dim) normalised, or None. known: (B, config.committed, action_dim + 1) normalised actions that are given,
+    see `Inputs.committed`; None for a policy that never learnt them.
+    """
+    config, scale = model.config, model.predicted_scale
+    rows = [[*prompt, config.act_token_id] for prompt in prompts]
+    longest, fits = max(map(len, rows)), config.sequence_len
+    if longest > fits:
+        raise UserError(f"{longest} tokens do not fit the context of {fits}: shorten the instruction")
+    known = None
+    if config.committed:
+        given = scale.normalize(committed[:, : config.committed])  # (B, d, D)
+        given = np.concatenate([given, np.ones_like(given[..., :1])], -1)
+        known = np.pad(given, ((0, 0), (0, config.committed - given.shape[1]), (0, 0)))
+    return joined(scale.restore(model.chunks(rows, images, states, known)), committed)
+
+
+def act_by_tokens(model: Policy, prompts: Sequence[list[int]], images, states, committed: np.ndarray) -> np.ndarray:
+    """`Policy.predict` of a head that says a chunk number by number, each as the token of a bin."""
+    config, scale = model.config, model.predicted_scale
+    shape, first = (config.chunk, config.action_dim), config.bin_token_id
+    known = (scale.to_bins(committed) + first).reshape(len(prompts), -1)
+    rows = [[*prompt, *before] for prompt, before in zip(prompts, known.tolist(), strict=True)]
+    n, bins = shape[0] * shape[1] - known.shape[1], tuple(range(first, first + N_BINS))
+    states = None if states is None else states[:, None]
+    said = Engine(model).generate(rows, n, sampling=Sampling(allowed_ids=bins), images=images, states=states)
+    return scale.from_bins(np.concatenate([known, said], 1).reshape(-1, *shape) - first)
+
+
+def joined(chunks: np.ndarray, committed: np.ndarray) -> np.ndarray:
+    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what the last of them differs by from
+    the chunk's own action is added to the next ones, less in each step."""
+    d = committed.shape[1]
+    if d == 0:
+        return chunks
+    left = STILL_LEFT ** np.arange(1, chunks.shape[1] - d + 1, dtype=np.float32)[:, None]  # (n - d, 1)
+    rest = chunks[:, d:] + left * (committed[:, -1:] - chunks[:, d - 1 : d])
+    return np.concatenate([committed, rest], 1)
