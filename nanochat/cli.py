@@ -1,7 +1,7 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
 Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_ask.py, cli_pictures.py,
-cli_cache.py, cli_chat.py and cli_robot.py.
+cli_cache.py, cli_chat.py, cli_robot.py and cli_serve.py.
 """
 
 import inspect
@@ -23,6 +23,7 @@ from nanochat.cli_cache import cache
 from nanochat.cli_chat import chat
 from nanochat.cli_pictures import detect, embed, written_rows
 from nanochat.cli_robot import demo, inspect_data, policy_server, record, rollout
+from nanochat.cli_serve import serve
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape
@@ -274,6 +275,7 @@ COMMANDS = {
     "record": record,
     "rollout": rollout,
     "policy-server": policy_server,
+    "serve": serve,
     "tokenizer": tokenizer,
     "import-upstream": import_upstream,
 }

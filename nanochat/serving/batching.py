@@ -1,0 +1,369 @@
+"""Many clients, one engine: requests join and leave a running batch (continuous batching; Orca, OSDI 2022). No torch.
+
+    batcher = Batcher(agent)
+    async for event in batcher.events(Request(prompt, [picture])):   # Piece, Piece, Finished, Done
+        ...
+
+A Batcher has two threads. The engine's thread alone touches the engine and the model's decoder: it adds rows, makes one step,
+and runs other short work (`call`) between two steps. The encoder's thread opens pictures and looks at them, so that a new picture
+does not stop the answers that run. Vectors of pictures are kept by their SHA-256: the second question about a picture waits for
+no encoder.
+
+A prompt of more than CHUNK tokens is read in parts, one a step, so that it does not stop the others either (SARATHI, arXiv
+2308.16369). The rows of a client that has gone leave before the next step.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nanochat.agent import DEFAULT_NEW_TOKENS
+from nanochat.engine import Engine
+from nanochat.errors import UserError
+from nanochat.serving.answers import AnswerText, likely
+from nanochat.serving.requests import Busy, Constraint, Done, Event, Finished, Piece, Request
+from nanochat.serving.seen import Seen
+from nanochat.tokenizer import StreamDecoder
+
+logger = logging.getLogger(__name__)
+CHUNK = 256  # tokens of a prompt that are read in one step
+
+
+@dataclass(eq=False)
+class Line:
+    """One answer in the making. parts: of the prompt, still to be read. number: of its row in the engine."""
+
+    index: int
+    parts: list[list[int]]
+    text: AnswerText
+    constraint: Constraint | None
+    number: int | None = None
+    row: Any = None
+    cache: Any = None  # of a prompt in several parts
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. send: called with each event, and with an exception instead of the last one, from any thread."""
+
+    request: Request
+    send: Callable[[Event | BaseException], None]
+    arrived: float = field(default_factory=time.monotonic)
+    gone: bool = False  # the client does not wait any more
+    ended: bool = False
+    vectors: Any = None
+    cached: int = 0  # pictures whose vectors were known
+    cached_tokens: int = 0  # of the prompt, whose keys and values were known
+    lines: list[Line] = field(default_factory=list)
+    looked: float = 0.0
+    first: float = 0.0
+    new_tokens: int = 0
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.arrived > self.request.seconds
+
+
+class Batcher:
+    """agent: `nanochat.agent.Agent`, or what has its `model`, `tokenizer`, `stop_ids` and `look`. max_rows: answers that run at a
+    time. max_queue: requests that wait for their turn; one more is refused with `Busy`. max_pixels: of a picture."""
+
+    def __init__(self, agent, max_rows: int = 32, max_queue: int = 128, max_pixels: int = 25_000_000):
+        self.agent, self.max_rows, self.max_queue = agent, max_rows, max_queue
+        self.seen = Seen(agent.look, max_pixels)
+        self.engine = RecordingEngine(agent.model)
+        self.changed = threading.Condition()  # guards what follows
+        self.unseen: deque[Ticket] = deque()  # wait for the encoder
+        self.waiting: deque[Ticket] = deque()  # wait for a place in the batch
+        self.jobs: deque[tuple[Callable[[], Any], Future]] = deque()
+        self.closing = False
+        self.running: dict[int, tuple[Ticket, Line]] = {}  # row -> whose it is; the engine's thread only
+        self.prompt_tokens = self.new_tokens = 0
+        self.seconds_each = 1.0  # a request took about this long lately
+        self.threads = [
+            threading.Thread(target=work, name=f"nanochat-{work.__name__}", daemon=True)
+            for work in (self.run_encoder, self.run_engine)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    # ---- what the server calls
+
+    @property
+    def queued(self) -> int:
+        return len(self.unseen) + len(self.waiting)
+
+    async def events(self, request: Request) -> AsyncIterator[Event]:
+        """The events of a request, the last of which is Done. Closing the iterator cancels the request.
+
+        Raises Busy, UserError for a request that cannot be answered, and any other exception that made it fail.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def send(event: Event | BaseException) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        ticket = self.submit(request, send)
+        try:
+            while True:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            ticket.gone = True
+
+    def submit(self, request: Request, send: Callable[[Event | BaseException], None]) -> Ticket:
+        """Put a request into the queue. Raises Busy where that is full."""
+        if not 1 <= request.n <= self.max_rows:
+            raise UserError(f"n must lie in 1..{self.max_rows}, the answers that run at a time, got {request.n}")
+        ticket = Ticket(request, send)
+        with self.changed:
+            if self.queued >= self.max_queue or self.closing:
+                seconds = max(1, round(self.seconds_each * self.queued / self.max_rows))
+                raise Busy(f"{self.queued} requests wait already: try again in {seconds} s", seconds)
+            (self.unseen if request.pictures else self.waiting).append(ticket)
+            self.changed.notify_all()
+        return ticket
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run a short function in the engine's thread, between two steps. Raises Busy where too many wait."""
+        future: Future = Future()
+        with self.changed:
+            if len(self.jobs) >= self.max_queue or self.closing:
+                raise Busy(f"{len(self.jobs)} requests wait already: try again in 1 s", 1)
+            self.jobs.append((function, future))
+            self.changed.notify_all()
+        return future
+
+    def close(self) -> None:
+        """End both threads. Requests that still run fail."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join(timeout=10)
+
+    # ---- the encoder's thread
+
+    def run_encoder(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.unseen or self.closing)
+                if self.closing:
+                    return self.refuse(self.unseen)
+                ticket = self.unseen[0]  # it leaves when it has been looked at, so that it counts as queued
+            try:
+                if not (ticket.gone or ticket.late):
+                    ticket.vectors, ticket.cached = self.seen.vectors(ticket.request.pictures)
+            except Exception as error:
+                ticket.ended = True
+                ticket.send(error)
+            with self.changed:
+                self.unseen.popleft()
+                if not ticket.ended:
+                    self.waiting.append(ticket)
+                self.changed.notify_all()
+
+    def refuse(self, tickets: deque[Ticket]) -> None:
+        while tickets:
+            tickets.popleft().send(Busy("the server is about to stop", 5))
+
+    # ---- the engine's thread
+
+    def run_engine(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.jobs or self.running or self.closing)
+                if self.closing:
+                    break
+                jobs = [self.jobs.popleft() for _ in range(len(self.jobs))]
+            for function, future in jobs:
+                run_job(function, future)
+            self.leave()
+            self.admit()
+            if self.running:
+                self.step()
+        with self.changed:
+            self.refuse(self.waiting)
+            for _, future in self.jobs:
+                future.cancel()
+        for ticket in {ticket for ticket, _ in self.running.values()}:
+            ticket.send(Busy("the server is about to stop", 5))
+
+    def leave(self) -> None:
+        """Drop the rows of clients that have gone or have run out of time."""
+        for number, (ticket, line) in list(self.running.items()):
+            if ticket.gone or ticket.late:
+                self.engine.drop(number)
+                self.end(ticket, line, "length")
+
+    def admit(self) -> None:
+        """Take requests out of the queue, in order, while there is place for all their answers."""
+        while True:
+            with self.changed:
+                if not self.waiting or len(self.running) + self.waiting[0].request.n > self.max_rows:
+                    return
+                ticket = self.waiting.popleft()
+            if ticket.gone:
+                continue
+            if ticket.late:
+                ticket.send(Busy(f"the request waited for more than {ticket.request.seconds:g} s", 5))
+                continue
+            try:
+                self.start(ticket)
+            except Exception as error:
+                self.fail(ticket, error)
+
+    def start(self, ticket: Ticket) -> None:
+        request, tokenizer = ticket.request, self.agent.tokenizer
+        ticket.looked = time.monotonic()
+        self.prompt_tokens += len(request.prompt)
+        for index in range(request.n):
+            text = AnswerText(StreamDecoder(tokenizer), request.stops)
+            constraint = request.constraint() if request.constraint else None
+            line = Line(index, self.parts(request.prompt), text, constraint)
+            ticket.lines.append(line)
+            self.read_next(ticket, line)
+
+    def parts(self, prompt: Sequence[int]) -> list[list[int]]:
+        """The prompt, cut every CHUNK tokens. Pictures are in the first part, which ends behind the last of them."""
+        place = getattr(self.agent.model.config, "vision_token_id", None)
+        pictures_end = max((i + 1 for i, token in enumerate(prompt) if token == place), default=0)
+        first = max(CHUNK, pictures_end)
+        starts = [0, *range(first, len(prompt), CHUNK), len(prompt)]
+        return [list(prompt[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+    def read_next(self, ticket: Ticket, line: Line) -> None:
+        """Add the next part of a line's prompt to the engine. Before the last one, the token that follows is not used."""
+        request, first = ticket.request, line.number is None
+        room = self.room(request)
+        if first:
+            self.engine.check(list(request.prompt), room, 0)  # whole, before a part of it is read
+        if first and len(line.parts) > 1:
+            line.cache = self.engine.new_cache(1, len(request.prompt) + room)
+        part = line.parts.pop(0)
+        last = not line.parts
+        line.number = self.engine.add(
+            part, room if last else 1,
+            sampling=request.sampling if last else None, sample=line.index, cache=line.cache,
+            stop_ids=self.agent.stop_ids if last else (), images=ticket.vectors if first else None,
+        )  # fmt: skip
+        line.row = self.engine.rows[line.number]
+        self.running[line.number] = ticket, line
+
+    def room(self, request: Request) -> int:
+        """The most tokens of an answer: what the client wants, but no more than fit. Where none fit, the engine says so."""
+        fits = self.agent.model.config.sequence_len - len(request.prompt)
+        return max(1, min(request.max_new_tokens or DEFAULT_NEW_TOKENS, fits))
+
+    def step(self) -> None:
+        for ticket, line in self.running.values():
+            if line.constraint is not None and not line.parts:
+                line.row.sampling = replace(ticket.request.sampling, allowed_ids=tuple(line.constraint.allowed()))
+        try:
+            said = self.engine.step()
+        except Exception as error:
+            logger.exception("a step of the engine failed")
+            for ticket in {ticket for ticket, _ in self.running.values()}:
+                self.fail(ticket, error)
+            self.engine = RecordingEngine(self.agent.model)
+            return
+        for number, (ticket, line) in list(self.running.items()):
+            if number not in self.running:  # its request failed just now
+                continue
+            try:
+                self.heard(ticket, line, said.get(number))
+            except Exception as error:
+                self.fail(ticket, error)
+
+    def heard(self, ticket: Ticket, line: Line, token: int | None) -> None:
+        """What a step gave a line: a token, or None where it ended by a stop id."""
+        ended = line.number not in self.engine.rows
+        if line.parts:
+            del self.running[line.number]
+            return self.read_next(ticket, line)
+        ticket.first = ticket.first or time.monotonic()
+        if token is not None:
+            ticket.new_tokens += 1
+            self.new_tokens += 1
+            if line.constraint is not None:
+                line.constraint.accept(token)
+            top = ticket.request.top_logprobs
+            tokens = () if top is None else (likely(self.engine.logits[line.number], token, top),)
+            ticket.send(Piece(line.index, line.text.feed(token), tokens))
+        if line.text.stopped:
+            self.engine.drop(line.number)
+        if ended or line.text.stopped:
+            self.end(ticket, line, "stop" if token is None or line.text.stopped else "length")
+
+    def end(self, ticket: Ticket, line: Line, reason: str) -> None:
+        """A line has ended; with the last of its lines, the request."""
+        del self.running[line.number]
+        ticket.lines.remove(line)
+        if rest := line.text.flush():
+            ticket.send(Piece(line.index, rest))
+        ticket.send(Finished(line.index, "stop" if line.text.stopped else reason))
+        if ticket.lines or ticket.ended:
+            return
+        ticket.ended, now = True, time.monotonic()
+        first = ticket.first or now
+        self.seconds_each += 0.1 * (now - ticket.arrived - self.seconds_each)
+        ticket.send(
+            Done(
+                len(ticket.request.prompt),
+                ticket.new_tokens,
+                ticket.cached,
+                ticket.cached_tokens,
+                1e3 * (ticket.looked - ticket.arrived),
+                1e3 * (first - ticket.looked),
+                1e3 * (now - first),
+                ticket.late,
+            )  # fmt: skip
+        )
+
+    def fail(self, ticket: Ticket, error: Exception) -> None:
+        """End all lines of a request with an error."""
+        for line in ticket.lines:
+            if self.running.pop(line.number, None) is not None:
+                self.engine.drop(line.number)
+        ticket.lines.clear()
+        if not ticket.ended:
+            ticket.ended = True
+            ticket.send(error)
+
+
+class RecordingEngine(Engine):
+    """logits: row -> (V,) float32 that its next token is chosen from, of the step at hand."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.logits: dict[int, Any] = {}
+
+    def step(self) -> dict[int, int]:
+        self.logits.clear()
+        return super().step()
+
+    def read(self, numbers, cache):
+        found = super().read(numbers, cache)
+        self.logits |= found
+        return found
+
+
+def run_job(function: Callable[[], Any], future: Future) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
