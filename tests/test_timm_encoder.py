@@ -22,7 +22,8 @@ from nanochat.training.features import cache_key
 from nanochat.vision import TimmEncoder, timm_encoder
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
 from nanochat.vision.images import letterbox, square
-from nanochat.vision.pixels import embeddings, read_pixels
+from nanochat.vision.inference import embeddings
+from nanochat.vision.pixels import read_pixels
 from nanochat.vision.timm_encoder import described
 from nanochat.vision.weights import WeightsError
 from nanochat.vision.yolov9 import YOLOv9Plus
@@ -496,7 +497,8 @@ def test_embed_and_detect(nanochat, tmp_path, weights):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
     name = f"timm:{SMALL}={weights / 'a.pth'}"
     words = ["embed", tmp_path / "a.png", "--weights", name, "--device", "cpu"]
-    nanochat(*words, "--layer", "p4", "--image-size", "64", "-o", tmp_path / "e.npz")
+    flags = ["--layer", "p4", "--image-size", "64", "--dtype", "float32"]
+    nanochat(*words, *flags, "-o", tmp_path / "e.npz")
     encoder = open_encoder(name, image_size=64)
     expected = encoder(read_pixels(encoder, tmp_path / "a.png")[0], "p4").mean((2, 3)).detach().numpy()
     np.testing.assert_allclose(np.load(tmp_path / "e.npz")["embeddings"], expected, rtol=1e-4, atol=1e-5)

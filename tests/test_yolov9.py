@@ -22,7 +22,8 @@ from tests.conftest import REAL_DATA, REAL_WEIGHTS, needs_data, needs_weights
 NAMES = {0: "cat", 1: "dog", 2: "traffic light"}
 PICTURE = Image.effect_mandelbrot((90, 60), (-2, -1.2, 1, 1.2), 60).convert("RGB")
 PICTURES = [PICTURE, PICTURE.rotate(90), Image.new("RGB", (30, 70), "green"), Image.new("RGB", (64, 64), "red")]
-# Another batch size sums in another order, and rounding errors grow through a random network. PICTURES differ by 0.3 and more.
+# Another batch size sums in another order, as do merged convolutions, and rounding errors grow through a random network. PICTURES
+# differ by 0.3 and more.
 ANOTHER_BATCH = dict(rtol=0.0, atol=0.05)
 
 
@@ -104,7 +105,7 @@ def test_head_map_is_the_coarsest_level_of_the_decoded_predictions(yolo):
     for cell in range(4):
         column = decoded[:, :, 64 + 16 + cell]
         expected = torch.cat([column[:, :4] / 64, column[:, 4:]], 1)
-        torch.testing.assert_close(grid[:, :, cell // 2, cell % 2], expected)
+        torch.testing.assert_close(grid[:, :, cell // 2, cell % 2], expected, **ANOTHER_BATCH)
 
 
 @pytest.mark.parametrize("layer", ["p3", "p4", "p5", 2, -2, "9"])
@@ -116,7 +117,7 @@ def test_features_equal_those_of_a_manual_hook(yolo, layer):
         yolo.net(read_pixels(yolo, PICTURES)[0])
     handle.remove()
     assert_distinct(seen[0])
-    torch.testing.assert_close(yolo.extract_features(PICTURES, layer=layer), seen[0])
+    torch.testing.assert_close(yolo.extract_features(PICTURES, layer=layer), seen[0], **ANOTHER_BATCH)
     assert yolo.channels(layer) == seen[0].size(1)
 
 
@@ -149,10 +150,11 @@ def test_maps_and_detections_come_from_one_forward(yolo):
     handle = yolo.net.register_forward_hook(lambda *a: calls.append(1))
     out = yolo.encode(PICTURES, layers=["p3", "head"], detect=True, conf=0.2)
     handle.remove()
+    out = yolo.encode(PICTURES, layers=["p3", "head"], detect=True, conf=0.2)  # by the fast copy, which has no hooks
     assert len(calls) == 1 and set(out.maps) == {"p3", "head"}
     for layer, maps in out.maps.items():
         assert_distinct(maps)
-        torch.testing.assert_close(maps, yolo.extract_features(PICTURES, layer))
+        torch.testing.assert_close(maps, yolo.extract_features(PICTURES, layer), **ANOTHER_BATCH)
     assert out.detections == yolo.detect(PICTURES, conf=0.2)
     assert all(out.detections) and out.detections[0] != out.detections[1]
 

@@ -9,10 +9,7 @@ import torch.nn as nn
 
 from nanochat.errors import UserError
 from nanochat.files import short_repr
-from nanochat.vision.images import ImageSource, Letterbox, as_list, square
-
-STRIDE = 32  # of an encoder's coarsest map; input sides are multiples of it
-MAX_IMAGE_SIZE = 4096  # pixels a side of an encoder's square input; the first map of yolov9t then has 268 MB
+from nanochat.vision.images import MAX_IMAGE_SIZE, STRIDE, ImageSource, Letterbox, as_list, square
 
 
 def checked_size(size: int) -> int:
@@ -42,46 +39,39 @@ def check_pixels(pixels: torch.Tensor) -> None:
         raise UserError(f"pixels must be (B, 3, H, W), sides multiples of {STRIDE}, got {tuple(pixels.shape)}")
 
 
-def to_pixels(squares: np.ndarray, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255.
-
-    Raises ValueError for another shape or dtype.
-    """
+def to_pixels(
+    squares: np.ndarray,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. Raises ValueError for another shape or dtype."""
     if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
         raise UserError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
-    return (torch.from_numpy(squares).to(device).permute(0, 3, 1, 2).to(dtype) / 255).contiguous()
+    return scaled(torch.from_numpy(squares).to(device), dtype).contiguous(memory_format=memory_format)
+
+
+def scaled(squares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) in 0..1. The only place where pixel values are divided by 255."""
+    return squares.permute(0, 3, 1, 2).to(dtype) / 255
+
+
+def read_squares(encoder: nn.Module, images: ImageSource | Sequence[ImageSource]) -> tuple[np.ndarray, list[Letterbox]]:
+    """One image or a list of B -> ((B, S, S, 3) uint8 RGB for the encoder, how each was fitted).
+
+    Raises ImageError for an image that cannot be opened, ValueError for an empty list.
+    """
+    fitted = [square(image, encoder.image_size, encoder.antialias) for image in as_list(images)]
+    return np.stack([pixels for pixels, _ in fitted]), [fit for _, fit in fitted]
 
 
 def read_pixels(
     encoder: nn.Module, images: ImageSource | Sequence[ImageSource]
 ) -> tuple[torch.Tensor, list[Letterbox]]:
-    """One image or a list of B -> (pixels (B, 3, S, S) in the encoder's dtype and on its device, how each was fitted).
-
-    Raises ImageError for an image that cannot be opened, ValueError for an empty list.
-    """
-    squares, fits = zip(
-        *[square(image, encoder.image_size, encoder.antialias) for image in as_list(images)], strict=True
-    )
+    """`read_squares` as pixels (B, 3, S, S) in the encoder's dtype and on its device."""
+    squares, fits = read_squares(encoder, images)
     weight = next(encoder.parameters())
-    return to_pixels(np.stack(squares), weight.device, weight.dtype), list(fits)
-
-
-@torch.no_grad()
-def embeddings(
-    encoder: nn.Module, images: ImageSource | Sequence[ImageSource], pool: str, layer: str | int
-) -> torch.Tensor:
-    """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". encoder: any `Encoder`.
-
-    Raises ImageError for an image that cannot be opened, ValueError for an empty list and for an unknown layer or pool.
-    """
-    if pool not in ("avg", "max", "flatten"):
-        raise UserError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
-    pixels, _ = read_pixels(encoder, images)
-    with evaluating(encoder):
-        features = encoder.maps(pixels, [layer])[layer]
-    if pool == "flatten":
-        return features.flatten(1)
-    return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
+    return to_pixels(squares, weight.device, weight.dtype), fits
 
 
 @contextmanager

