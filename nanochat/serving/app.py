@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from nanochat import __version__
 from nanochat.serving import problems
+from nanochat.serving.attending import attention_router
 from nanochat.serving.chat import chat_router
 from nanochat.serving.guard import Entrance, Guard
 from nanochat.serving.metrics import Metrics
@@ -42,6 +43,7 @@ def create_app(models: Models, sources: Sources, limits: Limits, entrance: Entra
     problems.install(app)
     metrics = Metrics(models)
     app.include_router(chat_router(models, sources, limits))
+    app.include_router(attention_router(models, sources, limits))
 
     @app.get("/v1/models", tags=["models"], summary="The models that are served, and what each can do")
     async def list_models():
@@ -66,6 +68,10 @@ def create_app(models: Models, sources: Sources, limits: Limits, entrance: Entra
     @app.get("/", include_in_schema=False)
     async def page():
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    @app.get("/page-settings", include_in_schema=False)
+    async def page_settings():
+        return {"detects": False, "simulates": False}
 
     @app.get("/docs", include_in_schema=False)
     async def docs():

@@ -54,7 +54,8 @@ class Ticket:
     """A request on its way. send: called with each event, and with an exception instead of the last one, from any thread."""
 
     request: Request
-    send: Callable[[Event | BaseException], None]
+    send: Callable[[Any], None]
+    only_look: bool = False  # the vectors are all that is wanted; they are sent
     arrived: float = field(default_factory=time.monotonic)
     gone: bool = False  # the client does not wait any more
     ended: bool = False
@@ -123,11 +124,27 @@ class Batcher:
         finally:
             ticket.gone = True
 
-    def submit(self, request: Request, send: Callable[[Event | BaseException], None]) -> Ticket:
+    async def look(self, pictures: Sequence[bytes]) -> Any:
+        """The vectors (n, N, D) of encoded image files, in the order in which they were asked for. Raises as `events`."""
+        loop = asyncio.get_running_loop()
+        found = loop.create_future()
+
+        def settle(result: Any) -> None:
+            if not found.done():
+                (found.set_exception if isinstance(result, BaseException) else found.set_result)(result)
+
+        def send(result: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, result)
+
+        self.submit(Request((), pictures), send, only_look=True)
+        return await found
+
+    def submit(self, request: Request, send: Callable[[Any], None], only_look: bool = False) -> Ticket:
         """Put a request into the queue. Raises Busy where that is full."""
         if not 1 <= request.n <= self.max_rows:
             raise UserError(f"n must lie in 1..{self.max_rows}, the answers that run at a time, got {request.n}")
-        ticket = Ticket(request, send)
+        ticket = Ticket(request, send, only_look)
         with self.changed:
             if self.queued >= self.max_queue or self.closing:
                 seconds = max(1, round(self.seconds_each * self.queued / self.max_rows))
@@ -166,6 +183,9 @@ class Batcher:
             try:
                 if not (ticket.gone or ticket.late):
                     ticket.vectors, ticket.cached = self.seen.vectors(ticket.request.pictures)
+                if ticket.only_look:
+                    ticket.ended = True
+                    ticket.send(ticket.vectors)
             except Exception as error:
                 ticket.ended = True
                 ticket.send(error)

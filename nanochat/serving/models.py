@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.serving.batching import Batcher
 from nanochat.serving.problems import ApiError
 
@@ -11,6 +12,7 @@ from nanochat.serving.problems import ApiError
 class Limits(Protocol):
     """Of one request, see `cli_serve.LimitFlags`."""
 
+    max_pixels: int
     max_pictures: int
     max_seconds: float
 
@@ -35,6 +37,7 @@ class Served:
             "images": agent.images_learnt if sees else 0,
             "multi_turn": agent.multi_turn,
             "learnt": agent.learnt,
+            "caption_prompt": CAPTION_PROMPT if agent.learnt["captions"] else None,
             "acts": hasattr(config, "action_dim"),
         }  # fmt: skip
 

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 HOLDS = ("auto", "still", "last")
 MAX_PROMPT = 500  # characters of an instruction
 STATE_KEYS, COMMITTED_KEY = ("observation/state", "observation.state"), "observation/committed"
+PREVIOUS_KEY = "observation/previous"
+MOST_PREVIOUS = 1000  # rows that a client may send; the last ones are read
 
 
 class ActingAgent(Protocol):
@@ -22,19 +24,24 @@ class ActingAgent(Protocol):
 
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
         (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, "state_range",
-        (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "cameras", their
+        (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "previous", how many actions before are read (0), "cameras", their
         names (none for one camera without a name), and "camera_dropout", above 0 if single cameras may be missing.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
     act: B pictures, or B dicts camera -> picture (None: masked) where the cameras have names, (B, state_dim) states, B
         instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d, action_dim), with which the chunks
-        begin; passed where the robot sent some.
+        begin; passed where the robot sent some. previous: (k, action_dim) for each robot, passed where the policy reads them.
     """
 
     metadata: dict
     action_range: tuple[Sequence[float], Sequence[float]]
 
     def act(
-        self, images: Sequence, states: np.ndarray, instructions: Sequence[str], committed: np.ndarray | None = None
+        self,
+        images: Sequence,
+        states: np.ndarray,
+        instructions: Sequence[str],
+        committed: np.ndarray | None = None,
+        previous: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray: ...
 
 
@@ -82,7 +89,7 @@ def camera_keys(name: str, is_first: bool) -> list[str]:
     """The keys under which an observation may have the picture of a camera, name "" if it has none; the usual one first."""
     keys = [f"observation/{name}", f"observation/image/{name}", f"observation.images.{name}", name] if name else []
     keys += ["observation/image", "observation.image"] if is_first else []
-    return [key for key in keys if key not in (*STATE_KEYS, COMMITTED_KEY)]
+    return [key for key in keys if key not in (*STATE_KEYS, COMMITTED_KEY, PREVIOUS_KEY)]
 
 
 def read_state(state: object, state_dim: int) -> np.ndarray:
@@ -96,13 +103,14 @@ def read_state(state: object, state_dim: int) -> np.ndarray:
     return number_array(array, expected).astype(np.float32)
 
 
-def read_committed(observation: dict, action_dim: int, most: int) -> np.ndarray | None:
-    """(d, action_dim) float32, the actions that the robot carries out while this chunk is made, of "observation/committed"; None
-    where there are none. Raises ValueError for more than `most`, and for anything but finite numbers."""
-    found = observation.get(COMMITTED_KEY)
+def read_actions(observation: dict, key: str, action_dim: int, most: int) -> np.ndarray | None:
+    """(k, action_dim) float32 of an observation: under COMMITTED_KEY the actions that the robot carries out while this chunk is
+    made, under PREVIOUS_KEY the last ones that it was sent; None where there are none. Raises ValueError for more than `most`,
+    and for anything but finite numbers."""
+    found = observation.get(key)
     if found is None or (isinstance(found, (list, np.ndarray)) and not len(found)):
         return None
-    expected = f'"observation/committed" must be up to {most} actions of {action_dim} finite numbers'
+    expected = f'"{key}" must be up to {most} actions of {action_dim} finite numbers'
     actions = number_array(found, expected)
     if actions.ndim != 2 or actions.shape[1] != action_dim or len(actions) > most:
         why = "" if most else " (leave it out: this policy takes none)"
@@ -117,8 +125,11 @@ def act_on(agent: ActingAgent, observation: dict, committed: np.ndarray | None =
     image, state, prompt = read_observation(observation, agent.metadata["state_dim"], cameras, may_be_missing)
     if state is not None and "state_range" in agent.metadata:
         check_states(state[None], Scale(*agent.metadata["state_range"]), '"observation/state"')
-    asked = [image], None if state is None else state[None], [prompt]
-    return (agent.act(*asked) if committed is None else agent.act(*asked, committed[None]))[0]
+    given = {} if committed is None else {"committed": committed[None]}
+    if agent.metadata.get("previous"):
+        previous = read_actions(observation, PREVIOUS_KEY, agent.metadata["action_dim"], MOST_PREVIOUS)
+        given["previous"] = None if previous is None else [previous]
+    return agent.act([image], None if state is None else state[None], [prompt], **given)[0]
 
 
 def unread(observation: dict, metadata: dict) -> list[str]:
@@ -127,7 +138,9 @@ def unread(observation: dict, metadata: dict) -> list[str]:
     known = [camera_keys(name, number == 0) for number, name in enumerate(cameras)]
     if metadata["state_dim"] == 0 and any(key in observation for key in STATE_KEYS):
         lines.append("this policy reads no state: the one that was sent is not read")
-    read = {"prompt", COMMITTED_KEY, *STATE_KEYS}.union(*known)
+    read = {"prompt", COMMITTED_KEY, *[PREVIOUS_KEY] * bool(metadata.get("previous")), *STATE_KEYS}.union(*known)
+    if metadata.get("previous") and PREVIOUS_KEY not in observation:
+        lines.append(f'"{PREVIOUS_KEY}" is not sent: the robot is taken to stand still (the policy reads its last actions)')
     if others := [key for key in observation if key not in read]:
         lines.append(f"not read of the observation: {', '.join(map(short_repr, others[:10]))}")
     for name, keys in zip(cameras, known, strict=True):
@@ -186,7 +199,9 @@ class SafePolicy:
                 if line not in told:
                     logger.info(line)
                     told.add(line)
-            known = read_committed(observation, self.metadata["action_dim"], self.metadata["committed"])
+            known = read_actions(
+                observation, COMMITTED_KEY, self.metadata["action_dim"], self.metadata["committed"]
+            )
             chunk = act_on(self.agent, observation, known)[: self.execute]
             if known is not None:  # they precede the first new action
                 known, chunk = np.clip(known, *self.agent.action_range).astype(np.float32), chunk[len(known) :]

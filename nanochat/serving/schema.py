@@ -138,6 +138,14 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+class AttentionRequest(Strict):
+    """Messages as in a chat, and the answer to them."""
+
+    model: Annotated[str, Field(max_length=200)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    answer: Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
