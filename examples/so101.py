@@ -97,12 +97,15 @@ class Wiring:
             raise UserError(f"the policy's {kind} has {n} numbers, the arm {len(joints)} joints ({', '.join(joints)})")
         return names or joints
 
-    def observation(self, seen: dict, task: str, committed: np.ndarray | None) -> dict:
-        """What the server gets. seen: of the arm's `get_observation`. committed: see `ChunkPlayer.ask`."""
+    def observation(
+        self, seen: dict, task: str, committed: np.ndarray | None, previous: np.ndarray | None = None
+    ) -> dict:
+        """What the server gets. seen: of the arm's `get_observation`. committed, previous: see `ChunkPlayer.ask`, `previous`."""
         sent = {key: np.ascontiguousarray(seen[name]) for name, key in self.pictures.items()} | {"prompt": task}
         if self.state:
             sent["observation/state"] = np.array([seen[name] for name in self.state], np.float32)
-        return sent if committed is None else sent | {"observation/committed": committed.astype(np.float32)}
+        given = {"observation/committed": committed, "observation/previous": previous}
+        return sent | {key: actions.astype(np.float32) for key, actions in given.items() if actions is not None}
 
     def pose(self, seen: dict) -> np.ndarray:
         return np.array([seen[name] for name in self.action], np.float32)
@@ -171,7 +174,7 @@ def drive(
         try:
             if player.due and now >= retry:
                 seen = arm.get_observation()
-                asker.send(wiring.observation(seen, task, player.ask()))
+                asker.send(wiring.observation(seen, task, player.ask(), player.previous()))
             if (chunk := asker.answer()) is not None:
                 player.receive(chunk)
                 trouble = ""
@@ -190,6 +193,7 @@ def drive(
             counts["held"] += 1
         else:
             target = limits(action)
+            player.correct(target)
             if not dry_run:
                 arm.send_action(dict(zip(wiring.action, target.tolist(), strict=True)))
             elif player.step % round(fps) == 0:
@@ -274,6 +278,8 @@ def read_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speed", type=float, default=90.0, help="units (degrees) a second of each joint, at most")
     parser.add_argument("--execute", type=int, help="steps between two requests; default half a chunk")
     parser.add_argument("--ensemble", type=float, metavar="M", help="temporal ensembling as in ACT, such as 0.01")
+    parser.add_argument("--no-previous", action="store_true",
+                        help="do not tell the policy its last actions: try it where the arm never starts to move")  # fmt: skip
     parser.add_argument("--fps", type=float, help="steps a second; default those of the training data")
     parser.add_argument("--max-age", type=float, default=1.0, help="seconds; older actions are not carried out")
     parser.add_argument(
@@ -314,7 +320,8 @@ def main(words: list[str] | None = None, connect_arm: Callable = open_arm, stop:
 def move(arm, asker: Asker, fps: float, args: argparse.Namespace, stop: StopKeys) -> None:
     metadata = asker.metadata
     wiring = Wiring(arm, [name for name, _ in args.camera], metadata)
-    player = ChunkPlayer(args.execute or max(1, metadata["chunk"] // 2), args.ensemble, metadata.get("committed", 0))
+    execute, previous = args.execute or max(1, metadata["chunk"] // 2), metadata.get("previous", 0)
+    player = ChunkPlayer(execute, args.ensemble, metadata.get("committed", 0), 0 if args.no_previous else previous)
     print(f"{fps:g} steps a second, {' '.join(wiring.action)}; any key or Ctrl-C stops", flush=True)
     counts = drive(
         arm, wiring, asker, player, fps, args.task, args.speed, args.max_age, stop, args.seconds, args.dry_run

@@ -2,7 +2,7 @@
 
     rows(prompts, actions, inside)          the token rows that training reads, and what of them is learnt
     loss(model, hidden, batch)              the loss of an ActionBatch, given its hidden states
-    act(model, prompts, images, states, committed)     chunks of actions, see `acting.Policy`
+    act(model, prompts, images, states, committed, moved)     chunks of actions, see `acting.Policy`
 
 To add one: write the class, list it in HEADS, and name it in `training.recipes.Robot.action_head`.
 """
@@ -37,13 +37,6 @@ class ActionBatch:
     inside: torch.Tensor
 
 
-def known_actions(chunks: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
-    """(A, most, D + 1) of normalised chunks (A, chunk, D), for `Inputs.committed`: the first counts[i] actions of each chunk, and
-    zeros behind them; the last number is 1 for an action that is given. counts: (A,), at most `most`."""
-    given = (torch.arange(most, device=chunks.device) < counts[:, None])[..., None].to(chunks.dtype)
-    return torch.cat([chunks[:, :most] * given, given], -1)
-
-
 class ActionHead(Protocol):
     unit: str  # of the loss
 
@@ -58,6 +51,7 @@ class ActionHead(Protocol):
         images: torch.Tensor,
         states: np.ndarray | None,
         committed: np.ndarray,
+        moved: np.ndarray | None = None,
     ) -> np.ndarray: ...
 
 
@@ -81,8 +75,8 @@ class ContinuousHead(Linear):
         """(B, T, C) -> normalised chunks (A, chunk, action_dim) float32 of the A <|act|> tokens."""
         return self(hidden[idx == self.act_token_id]).float().unflatten(-1, self.shape)
 
-    def act(self, model, prompts, images, states, committed):
-        return act_at_once(model, prompts, images, states, committed)
+    def act(self, model, prompts, images, states, committed, moved=None):
+        return act_at_once(model, prompts, images, states, committed, moved)
 
 
 class BinsHead(nn.Module):
@@ -106,8 +100,8 @@ class BinsHead(nn.Module):
     def loss(self, model, hidden, batch):
         return model.loss(hidden, batch.targets)
 
-    def act(self, model, prompts, images, states, committed):
-        return act_by_tokens(model, prompts, images, states, committed)
+    def act(self, model, prompts, images, states, committed, moved=None):
+        return act_by_tokens(model, prompts, images, states, committed, moved)
 
 
 HEADS: dict[str, type] = {"continuous": ContinuousHead, "bins": BinsHead}

@@ -210,8 +210,10 @@ class Agent:
             "state_range": self.state_range,  # low and high of each number in the training data
             "action_range": self.action_range,  # low and high of each number that the server sends
             "targets": config.targets,  # relative or absolute
-            "predict": "delta" if config.deltas else "absolute",  # of the network; what it answers is as `targets` says
+            # of the network: differences from the last action, from the state, or none; what it answers is as `targets` says
+            "predict": "last" if config.previous else "delta" if config.deltas else "absolute",
             "committed": config.most_committed,  # so many actions of a chunk may be given
+            "previous": config.previous,  # so many actions before are read, see `previous_actions`; 0: none
             "image_size": config.vision_image_size,
             "cameras": config.cameras,  # in order; empty for one camera without a name
             "camera_dropout": config.camera_dropout,  # above 0: a camera may be missing
@@ -241,6 +243,7 @@ class Agent:
         states: np.ndarray | None,
         instructions: Sequence[str],
         committed: np.ndarray | None = None,
+        previous: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
         """What B robots see, (B, state_dim) states, B instructions -> (B, chunk, action_dim) float32, all in physical units.
 
@@ -248,7 +251,8 @@ class Agent:
         pictures masks them, as training masks some (blind). A single camera may be missing or None only if the policy was
         trained with --camera-dropout. states: None for a policy that reads no state (state_dim 0). committed: (B, d, action_dim)
         the actions that will be carried out anyway, d up to `metadata["committed"]`: the chunks begin with them and continue
-        them.
+        them. previous: for each robot the last actions that it was sent, (k, action_dim) from the oldest on, the last
+        `metadata["previous"]` of them; (0, action_dim) where there were none.
 
         Nothing is clipped: send actions through `safety.SafeActions` before anything moves. Raises ValueError for numbers or
         shapes that do not match, for a camera that is missing or unknown, for states far outside of the training data's range
@@ -258,7 +262,7 @@ class Agent:
         config = self.model.config
         rows = [by_camera(shown, config.cameras, config.camera_dropout > 0) for shown in images]
         prompts = [self.prompt([action_message(text, config.n_cameras)]) for text in instructions]
-        return self.model.act(prompts, self.model.look_around(rows), states, committed)
+        return self.model.act(prompts, self.model.look_around(rows), states, committed, previous)
 
 
 class Chat:

@@ -37,18 +37,22 @@ class ChunkPlayer:
         request in every step (execute 1); the greater m is, the less the newer ones count.
     committed: the most actions that a request may carry, `metadata["committed"]` of the policy; 0 for one that was trained
         without.
+    previous: how many of the last actions a request carries, `metadata["previous"]`; 0 for a policy that does not read them.
 
     Raises UserError for settings out of range.
     """
 
-    def __init__(self, execute: int = 1, ensemble: float | None = None, committed: int = 0):
+    def __init__(self, execute: int = 1, ensemble: float | None = None, committed: int = 0, previous: int = 0):
         if execute < 1:
             raise UserError(f"execute must be at least 1 step, got {execute}")
         if ensemble is not None and not (np.isfinite(ensemble) and ensemble >= 0):
             raise UserError(f"ensemble must be a number from 0 on, or None for the newest chunk alone, got {ensemble}")
         if committed < 0:
             raise UserError(f"committed must be at least 0 actions, got {committed}")
+        if previous < 0:
+            raise UserError(f"previous must be at least 0 actions, got {previous}")
         self.execute, self.ensemble, self.committed = execute, ensemble, committed
+        self.sent: deque[np.ndarray] = deque(maxlen=previous)
         self.delays: deque[int] = deque(maxlen=REMEMBERED_DELAYS)
         self.reset()
 
@@ -58,6 +62,7 @@ class ChunkPlayer:
         self.chunks: list[tuple[int, np.ndarray]] = []  # (the step of its first action, (n, D)), from the oldest on
         self.asked: int | None = None  # the step of the observation that is under way
         self.last_asked: int | None = None
+        self.sent.clear()
 
     # ---- requests
 
@@ -99,11 +104,23 @@ class ChunkPlayer:
         """There will be no answer to the observation that is under way: the next one is due when the plan needs it."""
         self.asked = self.last_asked = None
 
+    def previous(self) -> np.ndarray | None:
+        """The last actions (k, D) that were carried out, from the oldest on, to be sent along; None where there is nothing to
+        send."""
+        return np.stack(self.sent) if self.sent else None
+
     # ---- actions
+
+    def correct(self, action: np.ndarray) -> None:
+        """The action of the last step that was really sent, where it was limited."""
+        if self.sent:
+            self.sent[-1] = np.asarray(action)
 
     def play(self) -> np.ndarray | None:
         """The action (D,) of this step; None where no chunk has one, and the robot should hold. Goes on to the next step."""
         action = self.at(self.step)
+        if action is not None:
+            self.sent.append(action)
         self.step += 1
         self.chunks = [(start, chunk) for start, chunk in self.chunks if start + len(chunk) > self.step]
         return action

@@ -120,6 +120,9 @@ class RobotGPTConfig(MultimodalGPTConfig):
     # percentiles of what it predicts; empty where it predicts the actions as they are
     deltas: list[int] = field(default_factory=list)
     delta_scale: dict = field(default_factory=dict)
+    # so many of the last actions that the robot was sent are read, and all numbers are predicted as differences from the last
+    # one (see `previous_actions`); then `deltas` are those that stand at the state's while no action was sent
+    previous: int = 0
     cameras: list[str] = field(default_factory=list)  # short names; empty in older ones: one camera without a name
     camera_dropout: float = 0.0  # share of single cameras that training hid; above 0, a policy can do without one
     state_names: list[str] = field(default_factory=list)  # of the numbers of a state; empty if the data names none
@@ -174,6 +177,8 @@ class RobotGPTConfig(MultimodalGPTConfig):
                 f"deltas must be different numbers in 0..{both - 1} that have a state, with a delta_scale, got "
                 f"{self.deltas!r:.80} and a delta_scale of {len(self.delta_scale.get('low', ()))} numbers"
             )
+        if self.previous not in (0, PREVIOUS) or type(self.previous) is not int or self.previous and not self.deltas:
+            raise UserError(f"previous must be 0, or {PREVIOUS} with deltas, got {self.previous!r:.80}")
         if self.deltas and (self.targets != "absolute" or len(self.delta_scale["low"]) != self.action_dim):
             raise UserError(f"deltas are of absolute targets, and delta_scale needs {self.action_dim} numbers")
 
@@ -181,6 +186,11 @@ class RobotGPTConfig(MultimodalGPTConfig):
     def most_committed(self) -> int:
         """So many actions of a chunk may be given at most."""
         return self.chunk - 1
+
+    @property
+    def known_rows(self) -> int:
+        """Rows of `Inputs.committed`: motions of the last actions, and committed ones."""
+        return len(MOTION_STEPS) * bool(self.previous) + self.committed
 
     @property
     def predicted_scale(self) -> dict:

@@ -35,8 +35,8 @@ class Inputs:
     idx: (B, T) int64 token ids. places: (B, T) bool, where vision vectors replace token embeddings, or from where on
     cross-attention sees a picture. images: (M, D) the vectors of whole pictures, in the reading order of the S pictures of the
     rows. shown: (S,) int64 where pictures come more than once, so that each is projected once: which of those in `images`
-    each one is. states: (R, state_dim) normalised robot states, in reading order. committed: (A, most,
-    action_dim + 1) the actions that a robot carries out anyway, see `action_heads.known_actions`.
+    each one is. states: (R, state_dim) normalised robot states, in reading order. committed: (A, n,
+    action_dim + 1) what a robot did before and carries out anyway, see `acting.known_rows`.
     """
 
     idx: torch.Tensor

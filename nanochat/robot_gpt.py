@@ -50,7 +50,7 @@ class RobotGPT(Policy, MultimodalGPT):
         shape = config.map_channels, config.vision_tokens_per_image, config.vision_embedding_dim
         self.glances = Glances(*shape, config.n_cameras)
         self.state_projector = Linear(2 * FREQUENCIES * config.state_dim, config.n_embd) if config.state_dim else None
-        n_committed = config.committed * (config.action_dim + 1)
+        n_committed = config.known_rows * (config.action_dim + 1)
         self.committed_projector = Linear(n_committed, config.n_embd) if n_committed else None
         self.action_head: nn.Module = HEADS[config.action_head](config)
 
@@ -118,8 +118,8 @@ class RobotGPT(Policy, MultimodalGPT):
             return "encoder"
         return "outputs" if name.startswith("action_head.") else super().param_group(name, parameter)
 
-    def predict(self, prompts, images, states, committed) -> np.ndarray:
-        return self.action_head.act(self, prompts, images, states, committed)
+    def predict(self, prompts, images, states, committed, moved=None) -> np.ndarray:
+        return self.action_head.act(self, prompts, images, states, committed, moved)
 
     @torch.inference_mode()
     def chunks(

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.acting import joined
-from nanochat.action_heads import ActionBatch, known_actions
+from nanochat.acting import joined, known_rows
+from nanochat.action_heads import ActionBatch
 from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError
 from nanochat.robot_gpt import RobotGPT
-from nanochat.training.robot_batches import commit_some
+from nanochat.training.robot_batches import give_known
 from nanochat.training.robot_models import adopted
 from tests.test_robot_gpt import inputs, inputs_of, make_model, prompt_of
 from tests.tiny_policy import make_tokenizer
@@ -162,14 +162,15 @@ def batch_of(model, chunks):
 
 def test_training_gives_up_to_so_many_actions_and_does_not_learn_them():
     model, chunks = with_committed(make_model(TOKENIZER, "continuous")), torch.randn(200, 3, 4)
-    batch = commit_some(batch_of(model, chunks), 2, np.random.default_rng(0))
+    batch = give_known(batch_of(model, chunks), 2, np.random.default_rng(0))
     counts = batch.inputs.committed[..., -1].sum(1).int()
     assert set(counts.tolist()) == {0, 1, 2}
     for row, count in enumerate(counts.tolist()):
         assert batch.inside[row].tolist() == [False] * count + [True] * (3 - count)
         assert torch.equal(batch.inputs.committed[row, :count, :-1], chunks[row, :count])
         assert not batch.inputs.committed[row, count:].any()
-    assert torch.equal(known_actions(chunks, counts, 2), batch.inputs.committed)
+    known = known_rows(chunks.numpy(), counts.numpy(), 2, None)
+    assert np.array_equal(known, batch.inputs.committed.numpy())
 
 
 def test_a_policy_learns_what_only_committed_actions_tell():
@@ -189,11 +190,11 @@ def test_a_policy_learns_what_only_committed_actions_tell():
 
     for _ in range(150):
         optimizer.zero_grad()
-        batch = commit_some(at_places(), 2, rng)
+        batch = give_known(at_places(), 2, rng)
         model.action_head.loss(model, model.hidden(batch.inputs), batch).backward()
         optimizer.step()
     told = untold = at_places()
-    known = known_actions(told.chunks, torch.full((32,), 2), 2)
+    known = torch.from_numpy(known_rows(told.chunks.numpy(), np.full(32, 2), 2, None))
     told = replace(told, inputs=replace(told.inputs, committed=known))
     losses = [model.action_head.loss(model, model.hidden(batch.inputs), batch).item() for batch in (told, untold)]
     assert losses[0] < 0.3 and losses[1] > 0.4  # 0.5 is the best guess without them

@@ -150,7 +150,7 @@ def test_what_is_learnt_is_what_comes_out(head):
     model = make_model(head, state_scale=scale, action_scale=scale, delta_scale=scale)
     frames = [0, 7, 41]
     batch = action_batch(data, frames, model, TOKENIZER, None)
-    offsets = model.offsets(data.state[frames], 3)
+    offsets, _ = model.starts(data.state[frames], [data.action[:0]] * 3)
     if head == "continuous":
         predicted = model.predicted_scale.restore(batch.chunks.numpy())
     else:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat"
 # may also import each other, without a cycle; its __init__ is written as the folder's name.
 LAYERS = (
     ("__init__", "errors", "shipped"),
-    ("files", "devices", "hub", "kv_cache", "meta", "sampling", "actions", "safety", "workers"),
+    ("files", "devices", "hub", "kv_cache", "meta", "sampling", "actions", "previous_actions", "safety", "workers"),
     ("tokenizer", "verify", "cache", "cameras", "chunk_player", "engine"),
     ("conversation", "beams"),
     ("vision.*",),

@@ -344,7 +344,7 @@ def test_from_a_recording_to_a_moving_arm(tmp_path, serving):  # noqa: F811
     run = Run(Robot(data=str(tmp_path / "cube"), out=str(tmp_path / "run"), **settings)).train()
     agent, arm = Agent.load(str(run)), Arm()
     known, act = [], agent.act
-    agent.act = lambda *asked: (known.extend(asked[3:]), act(*asked))[1]
+    agent.act = lambda *asked, **given: (known.extend(given.values()), act(*asked, **given))[1]
     words = [word for word in WORDS if word not in ("--fps", "200")]  # the policy knows the rate of its data
     words += ["--server", f"127.0.0.1:{serving(SafePolicy(agent))}", "--execute", "3"]
     assert so101.main(words, lambda args: arm, Stop(lambda: len(arm.sent) > 20 and len(known) > 0)) == 0

@@ -157,6 +157,10 @@ class Demonstrations:
         """The pictures of the frames, (n, S, S, 3) uint8 RGB. camera: its index in `cameras`."""
         return np.array(self.frames.cameras[self.cameras[camera]][self.frames.rows[frames]])
 
+    def before(self, frame: int, n: int) -> np.ndarray:
+        """(k, A) float32, k <= n: the last n actions before the frame, as many as its episode has."""
+        return self.action[max(int(self.first[frame]), frame - n) : frame]
+
     def chunks(self, frames: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(n, length, A) float32 actions from each frame on, and (n, length) bool: False after the end of the episode, or of the
         frame's task, where the last action is repeated."""

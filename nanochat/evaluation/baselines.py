@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanochat.actions import Scale
+from nanochat.data.deltas import follows_state, present
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.safety import hold_still
 
@@ -50,22 +51,9 @@ def last_actions(data: Demonstrations, frames: np.ndarray, before: np.ndarray) -
     return np.where((frames > data.first[frames])[:, None], data.action[np.maximum(frames - 1, 0)], before)
 
 
-def present(data: Demonstrations, frames: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """(n, A): the first A numbers of the state, with zeros where it has fewer."""
-    state, width = data.state[frames], data.action.shape[1]
-    return np.pad(state[:, :width], ((0, 0), (0, max(0, width - state.shape[1]))))
-
-
 def repeated(actions: np.ndarray, length: int) -> np.ndarray:
     """(n, A) -> (n, length, A) float32."""
     return np.repeat(actions.astype(np.float32)[:, None], length, axis=1)
-
-
-def follows_state(data: Demonstrations) -> np.ndarray:
-    """(A,) bool: whether a number of the action is nearer to the state's number at the same place than to its own mean."""
-    action = data.action
-    nearer = np.abs(action - present(data)).mean(0) < np.abs(action - action.mean(0)).mean(0)
-    return nearer & (np.arange(action.shape[1]) < data.state.shape[1])
 
 
 def nearest_frames(data: Demonstrations, frames: np.ndarray, known: Demonstrations) -> np.ndarray:

@@ -22,6 +22,7 @@ from nanochat.evaluation.metrics import Estimate, bootstrap
 from nanochat.metaworld.questions import paraphrase
 
 POLICY, SHUFFLED, BLIND, OTHER_TASK = "policy", "shuffled", "blind", "other task"  # the rows of the network
+ALONE = "no last actions"
 Shown = tuple[Demonstrations, np.ndarray]  # (n,) frames of these demonstrations
 Progress = Callable[..., Iterable[int]]  # wraps the starts of batches
 
@@ -110,6 +111,10 @@ def run_open_loop(
     for row, shown, texts in conditions(data, frames, known):
         starts = progress(range(0, len(frames), batch_size), description=f"predicting: {row}")
         chunks[row] = predict(agent, data, frames, shown, texts, batch_size, starts)
+    if agent.metadata.get("previous"):
+        starts = progress(range(0, len(frames), batch_size), description=f"predicting: {ALONE}")
+        texts = [paraphrase(data.task(frame), None) for frame in frames]
+        chunks[ALONE] = predict(agent, data, frames, (data, frames), texts, batch_size, starts, previous=False)
     chunks |= baselines(data, frames, length, targets, known)
     low, high = map(np.asarray, agent.action_range)
     return OpenLoop(frames, data.episode[frames], truth, inside, chunks, low, high)
@@ -146,14 +151,17 @@ def predict(
     texts: Sequence[str],
     batch_size: int,
     starts: Iterable[int],
+    previous: bool = True,
 ) -> np.ndarray:
-    """(n, chunk, A) float32. shown, texts: see `conditions`. starts: of the batches."""
-    chunks, n_cameras = [], len(agent.metadata["cameras"])
+    """(n, chunk, A) float32. shown, texts: see `conditions`. starts: of the batches. previous: whether a policy that reads the
+    last actions is shown the recorded ones."""
+    chunks, n_cameras, n_before = [], len(agent.metadata["cameras"]), agent.metadata.get("previous", 0) * previous
     for start in starts:
         rows = slice(start, start + batch_size)
         pictures = [None] * len(frames[rows]) if shown is None else pictures_of(shown[0], shown[1][rows], n_cameras)
         states = data.state[frames[rows]] if agent.metadata["state_dim"] else None
-        chunks.append(agent.act(pictures, states, texts[rows]))
+        before = {"previous": [data.before(frame, n_before) for frame in frames[rows]]} if n_before else {}
+        chunks.append(agent.act(pictures, states, texts[rows], **before))
     found = np.concatenate(chunks)
     if not np.isfinite(found).all():
         raise UserError("the policy's actions are not finite: its weights are damaged, or its training diverged")

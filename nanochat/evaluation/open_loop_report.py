@@ -7,7 +7,7 @@ from rich.table import Table
 
 from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST
 from nanochat.evaluation.metrics import Estimate
-from nanochat.evaluation.open_loop import BLIND, OTHER_TASK, POLICY, SHUFFLED, OpenLoop
+from nanochat.evaluation.open_loop import ALONE, BLIND, OTHER_TASK, POLICY, SHUFFLED, OpenLoop
 
 BASELINES = (HOLD, LAST, MEAN, NEAREST)
 CONTROLS = (SHUFFLED, BLIND)  # the first that there is decides: another picture says more than none
@@ -88,7 +88,7 @@ def row_table(found: OpenLoop, fps: float) -> Table:
     table.caption = "the range: 1st to 99th percentile of the training data; columns: that long after the observation"
     for column in ("", "error", "of hold", *(moment(step, fps) for step in steps)):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in [name for name in (POLICY, SHUFFLED, BLIND, OTHER_TASK) if name in found.chunks] + [None, *BASELINES]:
+    for row in (POLICY, SHUFFLED, BLIND, OTHER_TASK, ALONE, None, *BASELINES):
         if row is None:
             table.add_section()
         elif row in found.chunks:

@@ -24,8 +24,8 @@ class ActingAgent(Protocol):
 
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
         (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, "state_range",
-        (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "previous", how many actions before are read (0), "cameras", their
-        names (none for one camera without a name), and "camera_dropout", above 0 if single cameras may be missing.
+        (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "previous", how
+        many actions before are read (0), "cameras", their names (none for one camera without a name), and "camera_dropout", above 0 if single cameras may be missing.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
     act: B pictures, or B dicts camera -> picture (None: masked) where the cameras have names, (B, state_dim) states, B
         instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d, action_dim), with which the chunks
@@ -140,7 +140,9 @@ def unread(observation: dict, metadata: dict) -> list[str]:
         lines.append("this policy reads no state: the one that was sent is not read")
     read = {"prompt", COMMITTED_KEY, *[PREVIOUS_KEY] * bool(metadata.get("previous")), *STATE_KEYS}.union(*known)
     if metadata.get("previous") and PREVIOUS_KEY not in observation:
-        lines.append(f'"{PREVIOUS_KEY}" is not sent: the robot is taken to stand still (the policy reads its last actions)')
+        lines.append(
+            f'"{PREVIOUS_KEY}" is not sent: the robot is taken to stand still (the policy reads its last actions)'
+        )
     if others := [key for key in observation if key not in read]:
         lines.append(f"not read of the observation: {', '.join(map(short_repr, others[:10]))}")
     for name, keys in zip(cameras, known, strict=True):
@@ -199,9 +201,7 @@ class SafePolicy:
                 if line not in told:
                     logger.info(line)
                     told.add(line)
-            known = read_actions(
-                observation, COMMITTED_KEY, self.metadata["action_dim"], self.metadata["committed"]
-            )
+            known = read_actions(observation, COMMITTED_KEY, self.metadata["action_dim"], self.metadata["committed"])
             chunk = act_on(self.agent, observation, known)[: self.execute]
             if known is not None:  # they precede the first new action
                 known, chunk = np.clip(known, *self.agent.action_range).astype(np.float32), chunk[len(known) :]

@@ -7,7 +7,7 @@ from nanochat.training.recipe import BatchNorm, DType, Flip, Fusion, PictureData
 
 ActionHead = Literal["continuous", "bins"]
 Targets = Literal["auto", "relative", "absolute"]
-Predict = Literal["auto", "absolute", "delta"]
+Predict = Literal["auto", "absolute", "delta", "last"]
 
 
 @dataclass
@@ -160,8 +160,8 @@ class Robot(Recipe):
     encoder_lr: float = 2e-3
     decoder_gradient: float = 0.05
     blind_share: float = 0.03
-    steps: int = 4500
-    "Optimiser steps."
+    steps: int | None = None
+    "Optimiser steps; default 4,500, fewer for a short recording, which would be learnt by heart."
     save_every: int = 300
     threads: int | None = 1
 
@@ -170,8 +170,9 @@ class Robot(Recipe):
     targets: Targets = "auto"
     "What the data's actions are: relative (motions) or absolute (joint angles, poses); auto finds it from the data."
     predict: Predict = "auto"
-    """What the network predicts of absolute targets: absolute, the targets, or delta, how far they are from the present state,
-    for the numbers that follow it. auto tries both on held-out episodes. Robots get targets either way."""
+    """What the network predicts of absolute targets: absolute, the targets; delta, how far they are from the present state, for
+    the numbers that follow it; or last, how far from the last action sent, which clients send along (docs/ROBOT.md). auto
+    takes what is nearest before any training. Robots get targets in any case."""
     units: str = ""
     "Unit of the states and actions, such as degrees: the policy tells it to its clients, since the data does not say it."
     glance_dim: int = 64

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanochat.action_heads import ActionBatch, known_actions
+from nanochat.acting import known_rows
+from nanochat.action_heads import ActionBatch
 from nanochat.conversation import Rendered, action_message, render
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
@@ -17,6 +18,8 @@ from nanochat.metaworld.questions import draw_asked, paraphrase, question, quest
 from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, mask_images, padded, row_inputs
+
+HIDDEN_SHARE = 0.2  # of training rows without the last actions, where a policy reads them
 
 
 @dataclass
@@ -33,9 +36,11 @@ def action_batch(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator | None
 ) -> ActionBatch:
     """One row per frame, on the model's device, without images (see `batches.with_images`). rng chooses paraphrases of the
-    instructions; without it, each is the first paraphrase. Raises UserError for a row that does not fit the context."""
+    instructions, and what is hidden and given of actions; without it, each is the first paraphrase, all actions before are shown
+    and none are committed. Raises UserError for a row that does not fit the context."""
     actions, inside = data.chunks(frames, model.config.chunk)
-    actions = actions - model.offsets(data.state[frames], len(frames))  # as they are predicted
+    offsets, moved = model.starts(data.state[frames], previous_actions(data, frames, model, rng))
+    actions = actions - offsets  # as they are predicted
     texts = [paraphrase(data.task(frame), rng) for frame in frames]
     prompts = [action_prompt(tokenizer, text, model) for text in texts]
     rows = [Row(*row) for row in model.action_head.rows(prompts, actions, inside)]
@@ -46,15 +51,27 @@ def action_batch(
     chunks = torch.from_numpy(model.predicted_scale.normalize(actions))
     inputs, device = row_inputs(model, idx, states=states), model.device
     batch = ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
-    return commit_some(batch, model.config.committed, rng) if model.config.committed and rng is not None else batch
+    return give_known(batch, model.config.committed, rng, moved) if model.config.known_rows else batch
 
 
-def commit_some(batch: ActionBatch, most: int, rng: np.random.Generator) -> ActionBatch:
-    """The same batch in which the first 0 to `most` actions of each chunk are given, and not learnt."""
-    counts = torch.from_numpy(rng.integers(0, most + 1, len(batch.chunks))).to(batch.chunks.device)
-    learnt = torch.arange(batch.chunks.shape[1], device=counts.device) >= counts[:, None]
-    inputs = replace(batch.inputs, committed=known_actions(batch.chunks, counts, most))
-    return replace(batch, inputs=inputs, inside=batch.inside & learnt)
+def give_known(
+    batch: ActionBatch, most: int, rng: np.random.Generator | None, moved: np.ndarray | None = None
+) -> ActionBatch:
+    """The same batch in which the motions `moved` are given (see `acting.known_rows`), and the first 0 to `most` actions of each
+    chunk, none without rng. What is given is not learnt."""
+    counts = np.zeros(len(batch.chunks), int) if rng is None else rng.integers(0, most + 1, len(batch.chunks))
+    known = torch.from_numpy(known_rows(batch.chunks.cpu().numpy(), counts, most, moved)).to(batch.chunks.device)
+    learnt = torch.from_numpy(np.arange(batch.chunks.shape[1]) >= counts[:, None]).to(known.device)
+    return replace(batch, inputs=replace(batch.inputs, committed=known), inside=batch.inside & learnt)
+
+
+def previous_actions(
+    data: Demonstrations, frames: Sequence[int], model: RobotGPT, rng: np.random.Generator | None
+) -> list[np.ndarray]:
+    """The recorded actions (k, A) before each frame that the policy reads. rng: hides those of some rows."""
+    n = model.config.previous
+    hidden = rng.random(len(frames)) < HIDDEN_SHARE if n and rng is not None else np.zeros(len(frames), bool)
+    return [data.before(frame, 0 if hide else n) for frame, hide in zip(frames, hidden, strict=True)]
 
 
 def action_prompt(tokenizer: Tokenizer, instruction: str, model: RobotGPT) -> list[int]:

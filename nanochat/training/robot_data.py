@@ -15,6 +15,8 @@ from nanochat.training.task import console, say
 SCENE_CHUNK = 10  # steps, where data come from the simulator
 RECORDING_SECONDS = 1.0  # of a chunk, where they are a recording
 MAX_CHUNK = 1000
+STEPS, LEAST_STEPS = 4500, 300
+PASSES = 13  # over the frames of a recording, at most: a short one is learnt by heart (dev/LOG.md)
 
 
 def open_recipe_data(recipe: Robot) -> DemonstrationFolder:
@@ -63,6 +65,14 @@ def describe_columns(folder: DemonstrationFolder) -> list[str]:
     if unnamed := folder.tasks.count(NO_TASK):
         lines.append(f"{unnamed} of {len(folder.tasks)} episodes have no instruction: theirs is {NO_TASK!r}")
     return lines
+
+
+def default_steps(recipe: Robot, data: Demonstrations) -> int:
+    """Optimiser steps: --steps, or what suits the data."""
+    if recipe.steps is not None:
+        return recipe.steps
+    passes = STEPS if has_scene(data) else round(PASSES * len(data) / recipe.images_per_step)
+    return min(STEPS, max(LEAST_STEPS, passes))
 
 
 def chunk_length(recipe: Robot, data: Demonstrations) -> int:

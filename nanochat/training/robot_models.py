@@ -7,9 +7,10 @@ import torch
 
 from nanochat.actions import Scale, span
 from nanochat.cameras import short_names
-from nanochat.data.deltas import difference_scale, find_deltas
+from nanochat.data.deltas import LAST_NEARER, difference_scale, find_deltas, from_last
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
+from nanochat.previous_actions import PREVIOUS
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.training.recipes import Robot
 
@@ -32,17 +33,29 @@ def fields_of_deltas(
     recipe: Robot, chunk: int, targets: str, data: Demonstrations, val: Demonstrations
 ) -> tuple[dict, str]:
     """The fields of a policy's config that say what its network predicts, by --predict, and the same as a line for the screen.
-    Raises UserError for delta where no number can be a difference."""
-    none, asked = {"deltas": [], "delta_scale": {}}, recipe.predict
+    Raises UserError for delta and last where no number can be a difference."""
+    none, asked = {"deltas": [], "delta_scale": {}, "previous": 0}, recipe.predict
     if targets == "relative":
-        if asked == "delta":
+        if asked in ("delta", "last"):
             raise UserError(
-                "--predict delta is for absolute targets, but these actions are relative, so they are differences already: "
+                f"--predict {asked} is for absolute targets, but these actions are relative, so they are differences already: "
                 "leave it out (or say --targets absolute if they are targets)"
             )
         return none, "the network predicts the actions as they are: they are relative"
     if asked == "absolute":
         return none, "the network predicts the targets as they are (--predict absolute)"
+    follows, scale, last, still = from_last(data, chunk)
+    chosen = asked == "auto" and recipe.action_head == "continuous" and last < LAST_NEARER * still
+    if asked == "last" and not (follows and recipe.action_head == "continuous"):
+        why = "no number of the actions follows the state" if not follows else "the action head bins cannot"
+        raise UserError(f"--predict last: {why}: leave it out")
+    if chosen or asked == "last":
+        line = (
+            f"the network predicts all {data.action.shape[1]} numbers as differences from the last action sent (repeated, it is "
+            f"{last:.3f} half ranges off, the present state {still:.3f}); clients send their last {PREVIOUS} actions along; "
+            "to do without: --predict delta, or absolute"
+        )
+        return {"deltas": follows, "delta_scale": asdict(scale), "previous": PREVIOUS}, line
     deltas, target, difference = find_deltas(data, val, chunk)
     found = (
         f"in held-out episodes a constant difference from the state is {difference:.3f} half ranges off, a constant target "
@@ -51,7 +64,7 @@ def fields_of_deltas(
     if deltas:
         n = f"{len(deltas)} of {data.action.shape[1]} numbers as differences from the state"
         line = f"the network predicts {n} ({found}); to predict the targets as they are: --predict absolute"
-        return {"deltas": deltas, "delta_scale": asdict(difference_scale(data, deltas, chunk))}, line
+        return none | {"deltas": deltas, "delta_scale": asdict(difference_scale(data, deltas, chunk))}, line
     if asked == "delta":
         raise UserError(f"--predict delta: no number of the actions follows the state ({found}): leave it out")
     return none, f"the network predicts the targets as they are ({found})"
@@ -68,7 +81,7 @@ def adopted(model: RobotGPT, config: RobotGPTConfig) -> RobotGPT:
         kept = {name: tensor for name, tensor in kept.items() if not name.startswith("action_head.")}
     for name in [name for name in kept if name.startswith("glances.")]:
         kept[name] = of_cameras(kept[name], model.config.cameras, config.cameras)
-    if config.committed != model.config.committed:  # other numbers: it learns them anew
+    if config.known_rows != model.config.known_rows:  # other numbers: it learns them anew
         kept.pop("committed_projector.weight", None)
     new.load_state_dict(new.state_dict() | kept)
     return new
