@@ -34,12 +34,25 @@ class Agent:
         self.places_per_image = getattr(model.config, "places_per_image", 0)
 
     @classmethod
-    def load(cls, name: str = "photos", device="cpu") -> "Agent":
-        """A checkpoint folder, a model that ships ("photos", "shapes", "robot") or a hub name. Raises CheckpointError if it is
-        damaged, missing or of a newer format."""
-        from nanochat.checkpoint import load_checkpoint
+    def load(cls, name: str = "photos", device="cpu", runtime: str = "auto") -> "Agent":
+        """A checkpoint folder, a model that ships ("photos", "shapes", "robot") or a hub name, which run on torch; or a folder of
+        `nanochat export`, which runs on ONNX Runtime, on the CPU. runtime: "torch" or "onnx" refuse the other kind. Raises
+        CheckpointError for one that is damaged, missing or of a newer format.
 
-        return cls(*load_checkpoint(name, device))
+        device: for torch: auto, cpu, cuda or cuda:N, or a torch.device."""
+        from nanochat.onnx_folder import is_export, open_export
+
+        exported = is_export(name)
+        if runtime == "torch" and exported:
+            raise UserError(f"{name} was exported for ONNX Runtime: name the checkpoint it was made from, or use --runtime onnx")
+        if runtime == "onnx" and not exported:
+            raise UserError(f"{name} is no exported model: nanochat export {name} FOLDER makes one, then name that folder")
+        if exported:
+            return cls(*open_export(name))
+        from nanochat.checkpoint import load_checkpoint
+        from nanochat.devices import pick_device
+
+        return cls(*load_checkpoint(name, pick_device(device) if isinstance(device, str) else device))
 
     @property
     def multi_turn(self) -> bool:

@@ -5,25 +5,16 @@
     for word in attention_of_words(agent.model, agent.tokenizer, prompt, "a red bus", vectors):
         word.text, word.weights                  # "bus", (n_layer, n_head, 1, N)
 
-The layers attend in a fused kernel, which keeps no weights. So hooks record what goes into each layer during the pass, and the
-weights are computed again from the same queries and keys; the model itself knows nothing of this.
-
 With fusion="prefix" a cell is a token of the row, and the weights are those of self-attention: what is missing to 1 went to text.
 With fusion="cross" they are those of cross-attention, and add up to 1 over the pictures that a position can see.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.nn as nn
+from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.multimodal_gpt import MultimodalGPT
-from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.vision.pixels import evaluating
 
 
 @dataclass(frozen=True)
@@ -32,19 +23,19 @@ class WordAttention:
     row by row from the top left; the mean over its tokens."""
 
     text: str
-    weights: torch.Tensor
+    weights: Any  # a tensor, or an array of a model that runs without torch
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self):
         """(P, N): over all layers and heads."""
         return self.weights.mean((0, 1))
 
 
-def check_has_cells(model: nn.Module) -> None:
+def check_has_cells(model) -> None:
     """Raises UserError for a model whose vision vectors are not the cells of a grid."""
-    if not isinstance(model, MultimodalGPT):
+    if not getattr(model.config, "places_per_image", 0):
         raise UserError("this model has no cells: it is a text model and sees no pictures")
-    if isinstance(model, RobotGPT):
+    if hasattr(model, "act"):
         raise UserError(
             "this model has no cells: each of its glances reads the whole picture, so its attention points nowhere"
         )
@@ -54,63 +45,19 @@ def check_has_cells(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
-def attention_to_images(model: MultimodalGPT, ids: Sequence[int], vectors: torch.Tensor) -> torch.Tensor:
-    """(n_layer, n_head, T, P, N) float32 on the CPU: how much each of T positions attends to each cell of P pictures.
+def attention_to_images(model, ids: Sequence[int], vectors):
+    """(n_layer, n_head, T, P, N) float32 on the CPU: how much each of T positions attends to each cell of P pictures. A tensor,
+    or an array of a model that runs without torch.
 
     ids: T token ids of one row with the placeholders of the pictures. vectors: (P, N, D) from `look`. A position before a
     picture has 0 for its cells. Raises UserError for a model without cells (see `check_has_cells`), and where ids and vectors do
     not match.
     """
     check_has_cells(model)
-    idx = torch.tensor([list(ids)], device=model.device)
-    inputs = model.inputs(idx, [vectors.flatten(0, 1)])
-    with evaluating(model), recorded(model) as weights:
-        model.hidden(inputs)
-    if model.cross_attention is None:
-        weights = [each[..., inputs.places[0]] for each in weights]
-    cells = torch.stack(weights).float().cpu()  # (n_layer, n_head, T, P * N)
-    return cells.unflatten(-1, (-1, model.config.vision_tokens_per_image))
+    return model.attention(ids, vectors)
 
 
-@contextmanager
-def recorded(model: MultimodalGPT) -> Iterator[list[torch.Tensor]]:
-    """The weights of every layer in a pass over one row inside the block: a list that fills with (n_head, T, keys) tensors."""
-    found: list[torch.Tensor] = []
-
-    def self_attention(layer: nn.Module, arguments: tuple) -> None:
-        x, cos, sin, *_ = arguments
-        q, k = layer.queries_and_keys(x, cos, sin)
-        may_see = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-        found.append(softmax_weights(q[0], k[0], may_see))
-
-    def cross_attention(layer: nn.Module, arguments: tuple) -> None:
-        x, keys, _, mask, blind, _ = arguments
-        weights = softmax_weights(layer.queries(x)[0], keys[0], mask[0])
-        found.append(weights.masked_fill(blind[0], 0.0))
-
-    if model.cross_attention is None:
-        hooks = [block.attn.register_forward_pre_hook(self_attention) for block in model.transformer.h]
-    else:
-        hooks = [layer.register_forward_pre_hook(cross_attention) for layer in model.cross_attention]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def softmax_weights(q: torch.Tensor, k: torch.Tensor, may_see: torch.Tensor) -> torch.Tensor:
-    """q (T, H, D), k (S, H_kv, D), may_see: bool that broadcasts to (H, T, S) -> (H, T, S) float32 of rows that add up to 1."""
-    q, k = q.float().transpose(0, 1), k.float().transpose(0, 1)
-    k = k.repeat_interleave(len(q) // len(k), 0)  # grouped-query attention: several heads share one of the keys
-    scores = q @ k.transpose(1, 2) / q.size(-1) ** 0.5
-    return scores.masked_fill(~may_see, -torch.inf).softmax(-1)
-
-
-def attention_of_words(
-    model: MultimodalGPT, tokenizer: Tokenizer, prompt: Sequence[int], answer: str, vectors: torch.Tensor
-) -> list[WordAttention]:
+def attention_of_words(model, tokenizer: Tokenizer, prompt: Sequence[int], answer: str, vectors) -> list[WordAttention]:
     """Each word of the answer, in its order, with the attention of the positions that say it: those before its tokens.
 
     prompt: the ids up to where the answer begins. vectors: (P, N, D). Raises UserError as `attention_to_images` does.

@@ -1,7 +1,7 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
 Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_ask.py, cli_pictures.py,
-cli_cache.py, cli_chat.py, cli_robot.py and cli_serve.py.
+cli_cache.py, cli_chat.py, cli_export.py, cli_robot.py and cli_serve.py.
 """
 
 import inspect
@@ -21,9 +21,10 @@ from nanochat import __version__
 from nanochat.cli_ask import ask, caption
 from nanochat.cli_cache import cache
 from nanochat.cli_chat import chat
+from nanochat.cli_export import export
 from nanochat.cli_pictures import detect, embed, written_rows
-from nanochat.cli_robot import demo, inspect_data, policy_server, record, rollout
-from nanochat.cli_serve import serve
+from nanochat.cli_robot import demo, inspect_data, record, rollout
+from nanochat.cli_serve import policy_server, serve
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape
@@ -268,6 +269,7 @@ COMMANDS = {
     "detect": detect,
     "eval": evaluate,
     "models": models,
+    "export": export,
     "pack": pack,
     "push": push,
     "cache": cache,
@@ -286,7 +288,16 @@ DESCRIPTION = (
     "nanochat --tyro-print-completion {bash,zsh,tcsh} prints a completion script for a shell."
 )
 WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
-OLD_NAMES = {"demos": "record", "export": "pack"}  # work for one more release
+OLD_NAMES = {"demos": "record"}  # work for one more release
+OF_TORCH = (
+    "torch",
+    "torchvision",
+    "ultralytics",
+    "timm",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+)  # the extra `torch`
 OLD_FLAGS = {"--camera": "--cameras"}  # of train, likewise
 
 
@@ -316,11 +327,22 @@ def main() -> None:
         if "allocate memory" in str(error):  # a RuntimeError of torch's
             fail("error: there is not enough memory: use a smaller model, smaller pictures or fewer at once", 2)
         if isinstance(error, (UserError, OSError, ImportError, MemoryError)):
-            fail(f"error: {reason(error)}", 2)
+            fail(f"error: {reason(error)}{how_to_install(error)}", 2)
         fail(
             f"bug in nanochat: {type(error).__name__}: {reason(error)}; NANOCHAT_DEBUG=1 shows where, please report it",
             1,
         )
+
+
+def how_to_install(error: BaseException) -> str:
+    """What to install where a package of the extra `torch` is missing; nothing for other errors."""
+    missing = (getattr(error, "name", None) or "").split(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or missing not in OF_TORCH:
+        return ""
+    return (
+        '; this command needs torch: pip install ".[torch]" in the folder of the project. Without it, ask, caption, chat, serve '
+        "and policy-server run a folder of `nanochat export`"
+    )
 
 
 def with_new_flags(words: list[str]) -> list[str]:

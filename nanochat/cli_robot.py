@@ -1,6 +1,5 @@
-"""The commands of robots: demo, inspect, record, rollout and policy-server. See cli.py."""
+"""The commands of robots: demo, inspect, record and rollout. See cli.py."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,15 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from nanochat.errors import UserError
-from nanochat.flags import CHECKPOINT, Checkpoint, Device, JsonOut, Out, check_out, next_step, say_where
+from nanochat.flags import (
+    Checkpoint,
+    Device,
+    JsonOut,
+    Out,
+    check_out,
+    next_step,
+    say_where,
+)
 
 
 def demo(
@@ -164,60 +171,3 @@ def rollout(
     )  # fmt: skip
     say_where(json_out)
     say_where(gifs)
-
-
-def policy_server(
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)] = "robot",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    max_clients: int = 16,
-    execute: int | None = None,
-    max_change: float | None = None,
-    hold: Literal["auto", "still", "last"] = "auto",
-    device: Device = "auto",
-) -> None:
-    """Serve a policy with openpi's websocket protocol, so that `openpi-client` can control a robot with it.
-
-    Args:
-        host: Address to listen on: 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from everywhere.
-        port: Port to listen on; 0 picks a free one.
-        token: The api_key that clients must send; default $NANOCHAT_TOKEN. Without either, none is required.
-        max_clients: Clients that are served at a time. A further one takes the place of the client that has been idle the
-            longest, and waits while all are in use.
-        execute: Actions of a chunk that are sent; default all. The robot should execute all of them before it asks again.
-        max_change: Largest allowed change of each number between consecutive actions; default no limit.
-        hold: What is sent instead of an action that is not finite: still (no motion) for relative actions, last (the previous
-            action) for absolute targets; auto is the one that fits the checkpoint.
-    """
-    import asyncio
-
-    from nanochat.agent import Agent
-    from nanochat.devices import pick_device
-    from nanochat.serving.log import log_to_stderr
-    from nanochat.serving.openpi import check_settings, serve_policy
-    from nanochat.serving.policy import SafePolicy
-
-    token = server_token(token)
-    check_settings(host, port, token, max_clients)
-    log_to_stderr()
-    policy = SafePolicy(Agent.load(checkpoint, pick_device(device)), execute, max_change, hold)
-    if names := policy.metadata["cameras"]:
-        rest = "; one may be missing" if policy.metadata["camera_dropout"] else ""
-        print(f"reads the camera{'s' * (len(names) > 1)} {', '.join(names)}{rest}")
-    instead = {"still": "no motion", "last": "the previous action"}[policy.hold]
-    print(
-        f"actions are {policy.metadata['targets']}; one that is not finite is replaced by {instead} (--hold {policy.hold})"
-    )
-    asyncio.run(serve_policy(policy, host, port, token, max_clients))
-
-
-def server_token(flag: str | None) -> str | None:
-    """What --token says, else $NANOCHAT_TOKEN. Raises UserError for an empty one: a forgotten variable must not open a server."""
-    source, token = ("--token", flag) if flag is not None else ("$NANOCHAT_TOKEN", os.environ.get("NANOCHAT_TOKEN"))
-    if token is not None and not token.strip():
-        raise UserError(
-            f"{source} is empty, so the server would not ask for a token: give one, such as --token $(openssl rand -hex 16), "
-            "or serve without one by leaving out --token and unsetting NANOCHAT_TOKEN"
-        )
-    return token

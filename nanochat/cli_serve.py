@@ -1,10 +1,11 @@
-"""nanochat serve: an endpoint that OpenAI's clients speak to, and a page. See cli.py."""
+"""nanochat serve: an endpoint that OpenAI's clients and robots speak to, and a page; nanochat policy-server. See cli.py."""
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
@@ -54,6 +55,22 @@ class LimitFlags:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
 
 
+@dataclass(frozen=True)
+class PolicyFlags:
+    """For the first model that acts: how its actions leave, at /act and by openpi's websocket protocol."""
+
+    execute: int | None = None
+    "Actions of a chunk that are sent; default all. The robot should execute all of them before it asks again."
+    max_change: float | None = None
+    "Largest allowed change of each number between consecutive actions; default no limit."
+    hold: Literal["auto", "still", "last"] = "auto"
+    """What is sent instead of an action that is not finite: still (no motion) for relative actions, last (the previous action)
+    for absolute targets; auto is the one that fits the checkpoint."""
+    max_clients: int = 16
+    """Websocket clients that are served at a time. A further one takes the place of the client that has been idle the longest,
+    and waits while all are in use."""
+
+
 def serve(
     checkpoints: Annotated[
         Positional[tuple[str, ...]],
@@ -68,6 +85,7 @@ def serve(
     ssl_certfile: Path | None = None,
     ssl_keyfile: Path | None = None,
     limits: OmitArgPrefixes[LimitFlags] = LimitFlags(),
+    policy: OmitArgPrefixes[PolicyFlags] = PolicyFlags(),
     device: Device = "auto",
 ) -> None:
     """Serve models to OpenAI's clients and to web browsers: http://127.0.0.1:8000 has a page to ask about pictures, /docs lists
@@ -81,31 +99,82 @@ def serve(
         ssl_certfile: Certificate (.pem), to serve https: a browser gives its camera to a page of another machine only then.
         ssl_keyfile: The private key of the certificate.
     """
+    settings = Settings(host, port, api_key, "--api-key", allow_host, media_path, cors, ssl_certfile, ssl_keyfile)
+    run_server(checkpoints or ("photos",), settings, limits, policy, device)
+
+
+def policy_server(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)] = "robot",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    policy: OmitArgPrefixes[PolicyFlags] = PolicyFlags(),
+    device: Device = "auto",
+) -> None:
+    """Serve a policy with openpi's websocket protocol, so that `openpi-client` can control a robot with it. The same server as
+    `nanochat serve CHECKPOINT`.
+
+    Args:
+        host: Address to listen on: 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from everywhere.
+        port: Port to listen on; 0 picks a free one.
+        token: The api_key that clients must send; default $NANOCHAT_API_KEY or $NANOCHAT_TOKEN. Without it, none is required.
+    """
+    run_server((checkpoint,), Settings(host, port, token, "--token"), LimitFlags(), policy, device, must_act=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the server listens, and who may come in. key: of the flag `key_flag`, not read yet."""
+
+    host: str
+    port: int
+    key: str | None
+    key_flag: str
+    allow_hosts: tuple[str, ...] = ()
+    media_path: Path | None = None
+    cors: tuple[str, ...] = ()
+    certfile: Path | None = None
+    keyfile: Path | None = None
+
+
+def run_server(
+    checkpoints: Sequence[str],
+    settings: Settings,
+    limits: LimitFlags,
+    policy_flags: PolicyFlags,
+    device: str,
+    must_act: bool = False,
+) -> None:
+    """Load the models and serve them until the process is stopped. Raises UserError before that for what cannot be meant."""
     need_extra()
     from nanochat.serving.app import create_app
     from nanochat.serving.guard import Entrance
-    from nanochat.serving.http import check_tls
-    from nanochat.serving.http import serve as serve_app
+    from nanochat.serving.http import check_tls, serve
     from nanochat.serving.log import log_to_stderr
     from nanochat.serving.openpi import check_settings, is_local
     from nanochat.serving.sources import Sources
 
-    key = read_key(api_key)
-    check_settings(host, port, key, 1)
-    check_tls(ssl_certfile, ssl_keyfile)
-    if media_path is not None and not media_path.is_dir():
-        raise UserError(f"--media-path {media_path} is no folder")
+    key, host, port = read_key(settings.key, settings.key_flag), settings.host, settings.port
+    check_settings(host, port, key, policy_flags.max_clients)
+    check_tls(settings.certfile, settings.keyfile)
+    if settings.media_path is not None and not settings.media_path.is_dir():
+        raise UserError(f"--media-path {settings.media_path} is no folder")
     log_to_stderr()
     if key is None and not is_local(host):
-        print(
-            f"warning: everyone who can reach {host} port {port} can use these models: set --api-key", file=sys.stderr
-        )
-    models = load_models(checkpoints or ("photos",), device, limits)
-    sources = Sources(allow_host, media_path, int(limits.max_picture_mb * 1e6))
-    entrance = Entrance(
-        key, is_local(host), cors, max_bytes=int(1.4e6 * limits.max_picture_mb * limits.max_pictures) + 2**20
+        print(f"warning: everyone who can reach {host} port {port} can use these models: set a key", file=sys.stderr)
+    agents = load_agents(checkpoints, device)
+    acting = next(
+        (name for name, agent in agents.items() if must_act or hasattr(agent.model.config, "action_dim")), None
     )
-    serve_app(create_app(models, sources, limits, entrance), host, port, ssl_certfile, ssl_keyfile)
+    policy = None if acting is None else safe_policy(agents[acting], policy_flags)
+    models = serve_agents(agents, limits)
+    bytes_of_body = int(1.4e6 * limits.max_picture_mb * limits.max_pictures) + 2**20  # base64 is a third longer
+    app = create_app(
+        models, Sources(settings.allow_hosts, settings.media_path, int(limits.max_picture_mb * 1e6)), limits,
+        Entrance(key, is_local(host), settings.cors, bytes_of_body),
+        policy, None if acting is None else models.served[acting].batcher.run, policy_flags.max_clients,
+    )  # fmt: skip
+    serve(app, host, port, settings.certfile, settings.keyfile)
 
 
 def need_extra() -> None:
@@ -118,34 +187,61 @@ def need_extra() -> None:
         raise UserError(f"nanochat serve needs {error.name}: pip install 'nanochat-vision[serve]'") from error
 
 
-def load_models(checkpoints, device: str, limits: LimitFlags):
+def load_agents(checkpoints: Sequence[str], device: str) -> dict:
     """The models by the last part of their name. Raises UserError for two of the same name."""
     from nanochat.agent import Agent
     from nanochat.devices import pick_device
-    from nanochat.serving.batching import Batcher
-    from nanochat.serving.models import Models, Served
 
     found = {}
     for checkpoint in checkpoints:
         name = Path(checkpoint).name or checkpoint
         if name in found:
             raise UserError(f"two checkpoints are called {name}: rename the folder of one")
-        agent = Agent.load(checkpoint, pick_device(device))
-        found[name] = Served(name, agent, Batcher(agent, limits.max_rows, limits.max_queue, limits.max_pixels))
-    return Models(found)
+        found[name] = Agent.load(checkpoint, pick_device(device))
+    return found
 
 
-def read_key(flag: str | None) -> str | None:
-    """The key of --api-key, from a file if it names one, else of $NANOCHAT_API_KEY. Raises UserError for an empty one: a
-    forgotten variable must not open a server."""
-    source, key = ("--api-key", flag) if flag is not None else ("$NANOCHAT_API_KEY", os.environ.get("NANOCHAT_API_KEY"))
-    if key is None:
-        return None
+def serve_agents(agents: dict, limits: LimitFlags):
+    from nanochat.serving.batching import Batcher
+    from nanochat.serving.models import Models, Served
+
+    return Models(
+        {
+            name: Served(name, agent, Batcher(agent, limits.max_rows, limits.max_queue, limits.max_pixels))
+            for name, agent in agents.items()
+        }
+    )
+
+
+def safe_policy(agent, flags: PolicyFlags):
+    """The policy as it is served. Prints what its clients have to know."""
+    from nanochat.serving.policy import SafePolicy
+
+    policy = SafePolicy(agent, flags.execute, flags.max_change, flags.hold)
+    if names := policy.metadata["cameras"]:
+        rest = "; one may be missing" if policy.metadata["camera_dropout"] else ""
+        print(f"reads the camera{'s' * (len(names) > 1)} {', '.join(names)}{rest}")
+    instead = {"still": "no motion", "last": "the previous action"}[policy.hold]
+    print(
+        f"actions are {policy.metadata['targets']}; one that is not finite is replaced by {instead} (--hold {policy.hold})"
+    )
+    return policy
+
+
+def read_key(flag: str | None, name: str = "--api-key") -> str | None:
+    """The key of the flag, from a file if it names one, else of $NANOCHAT_API_KEY or $NANOCHAT_TOKEN. Raises UserError for an
+    empty one: a forgotten variable must not open a server."""
+    given = {
+        name: flag,
+        "$NANOCHAT_API_KEY": os.environ.get("NANOCHAT_API_KEY"),
+        "$NANOCHAT_TOKEN": os.environ.get("NANOCHAT_TOKEN"),
+    }
+    source, key = next(((source, key) for source, key in given.items() if key is not None), ("", None))
     if key and os.path.isfile(key):
         source, key = key, Path(key).read_text(encoding="utf-8", errors="replace").strip()
-    if not key.strip():
+    if key is not None and not key.strip():
         raise UserError(
-            f"{source} is empty, so the server would not ask for a key: give one, such as --api-key $(openssl rand -hex 16), or "
+            f"{source} is empty, so the server would not ask for a key: give one, such as {name} $(openssl rand -hex 16), or "
             "serve without one by leaving it out"
         )
     return key

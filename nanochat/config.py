@@ -97,6 +97,32 @@ class MultimodalGPTConfig(GPTConfig):
     def check_vision_tokens(self) -> None:
         grid_side(self.vision_tokens_per_image)
 
+    def check_vectors(self, shape: tuple[int, ...], n_places: int, n_shown: int = 0) -> None:
+        """Raises UserError unless vision vectors of this shape, (M, D), are those of n_places places of a row. n_shown:
+        pictures that the row's cache holds."""
+        if len(shape) != 2 or shape[1] != self.vision_embedding_dim:
+            width = self.vision_embedding_dim
+            raise UserError(
+                f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
+                f"got a row of shape {tuple(shape)}, and vision_embedding_dim is {width}"
+            )
+        if shape[0] != n_places * self.vectors_per_place:
+            each = f", expected {self.vectors_per_place} for each" if self.vectors_per_place > 1 else ""
+            raise UserError(f"a row has {n_places} places for vision vectors, but {shape[0]} vectors were given{each}")
+        if shape[0] % self.vision_tokens_per_image:
+            raise UserError(
+                f"{shape[0]} vision vectors are not a whole number of images of {self.vision_tokens_per_image} vectors each"
+            )
+        if self.fusion == "cross":
+            self.check_images(n_places + n_shown)
+
+    def check_images(self, n: int) -> None:
+        """Raises UserError for more pictures in a row than have a number."""
+        if n > self.max_images:
+            raise UserError(
+                f"{n} pictures in one row, but this model tells at most {self.max_images} apart (max_images): show fewer"
+            )
+
     @property
     def places_per_image(self) -> int:
         """Placeholders of a picture in the token row."""

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -50,12 +50,34 @@ Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOIN
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
 
 
+Runtime = Annotated[
+    Literal["auto", "torch", "onnx"],
+    arg(
+        help="What runs the model: a checkpoint runs on torch, a folder of `nanochat export` on ONNX Runtime. With onnx, a "
+        "checkpoint is exported to the cache first."
+    ),
+]
+
+
+def load_agent(name: str, device: str, runtime: str):
+    """An `agent.Agent` from the flags --checkpoint, --device and --runtime."""
+    from nanochat.agent import Agent
+    from nanochat.onnx_folder import is_export
+
+    if runtime == "onnx" and not is_export(name):
+        from nanochat.export import cached_export
+
+        name = cached_export(name)
+    return Agent.load(name, device, runtime)
+
+
 @dataclass(frozen=True)
 class SamplingFlags:
     """Which model answers, and how it chooses its tokens."""
 
     checkpoint: Annotated[str, arg(help=CHECKPOINT)] = "photos"
     device: Device = "auto"
+    runtime: Runtime = "auto"
     max_new_tokens: int | None = None
     "Maximum length of an answer; by default what fits the context, up to 64."
     temperature: float = 0.0
@@ -82,10 +104,7 @@ class SamplingFlags:
     def agent(self):
         if not self.checkpoint.strip():
             raise UserError("the name in --checkpoint is empty: leave the flag out for the default")
-        from nanochat.agent import Agent
-        from nanochat.devices import pick_device
-
-        return Agent.load(self.checkpoint, pick_device(self.device))
+        return load_agent(self.checkpoint, self.device, self.runtime)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Glances(nn.Module):
         seen = torch.cat([F.linear(*its) for its in zip(parts, weights, biases, strict=False)])  # (B, N * D)
         return seen.unflatten(-1, (self.n_tokens, -1))
 
+    def of_every_camera(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, K, N, D): each map as each of the K cameras would see it. With static shapes, for export."""
+        cells = F.adaptive_avg_pool2d(maps, GLANCE_GRID).flatten(1)
+        return self.linear(cells).unflatten(-1, (self.n_cameras, self.n_tokens, -1))
+
 
 class VisionProjector(nn.Module):
     """Two layers with ReLU², as in the GPT's MLP, from the encoder's channels to the model's: (..., D) -> (..., C).

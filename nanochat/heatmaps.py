@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from nanochat.attention import WordAttention
+from nanochat.config import grid_side
 from nanochat.files import atomic_path
-from nanochat.fusion import grid_side
 from nanochat.vision.images import ImageSource, Letterbox, letterbox, open_image
 
 # Words about the sentence and not about the picture: left out where there are others
@@ -105,9 +105,9 @@ def panels(answer: Drawn, number: int) -> list[list[tuple[str, Image.Image]]]:
     image, words = answer.images[number], shown_words(answer.words)
     found = [(answer.titles[number], image)]
     for word in words:
-        least, most = word.mean.aminmax()
-        cells = (word.mean[number] - least) / (most - least).clamp(min=1e-9)
+        mean = np.asarray(word.mean)
+        cells = (mean[number] - mean.min()) / max(mean.max() - mean.min(), 1e-9)
         found.append(
-            (word.text, with_heat(image, heat(cells.numpy(), answer.fits[number], answer.image_size, image.size)))
+            (word.text, with_heat(image, heat(cells, answer.fits[number], answer.image_size, image.size)))
         )
     return [found[start : start + PER_LINE] for start in range(0, len(found), PER_LINE)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn as nn
 
+from nanochat.attention_weights import attention_weights
 from nanochat.config import MultimodalGPTConfig
 from nanochat.cross_attention import GatedCrossAttention
 from nanochat.engine import Engine
@@ -143,12 +144,11 @@ class MultimodalGPT(GPT):
     def pictures(self, inputs: Inputs, query: torch.Tensor, held: Pictures | None) -> Pictures:
         """The pictures of the inputs. query: (B or 1, T), the position of each token in its row; held: the pictures that came
         before in each row. Raises UserError for more than max_images in a row."""
-        places, config = inputs.places, self.config
+        places = inputs.places
         rows, columns = places.nonzero(as_tuple=True)  # (S,) each, in reading order
         slots = places.cumsum(1)[rows, columns] - 1  # (S,) number among the new pictures of its row
         numbers = slots if held is None else slots + held.counts[rows]
-        if (most := int(numbers.max()) + 1) > config.max_images:
-            raise too_many_images(most, config.max_images)
+        self.config.check_images(int(numbers.max()) + 1)
         cells = self.vision_projector(self.one_by_one(inputs.images))  # (U, N, C) float32
         shown = torch.arange(len(rows), device=rows.device) if inputs.shown is None else inputs.shown
         before = torch.where(slots > 0, shown.roll(1), shown)  # the picture in front of it in its row
@@ -256,28 +256,17 @@ class MultimodalGPT(GPT):
     def checked_vectors(self, vectors, n_places: int, n_shown: int = 0) -> torch.Tensor:
         """Vision vectors of one row, (M, D) or (n, N, D) -> (M, D). n_shown: pictures that the row's cache holds. Raises
         ValueError where they do not fit the row's places or this model."""
-        config, vectors = self.config, torch.as_tensor(vectors)
+        vectors = torch.as_tensor(vectors)
         vectors = vectors.flatten(0, -2) if vectors.dim() > 2 else vectors
-        width, n_tokens = config.vision_embedding_dim, config.vision_tokens_per_image
-        if vectors.dim() != 2 or vectors.size(-1) != width:
-            raise UserError(
-                f"vision_embeddings must be (B, {width}), (B, N, {width}) or a list of (n, {width}); "
-                f"got a row of shape {tuple(vectors.shape)}, and vision_embedding_dim is {width}"
-            )
-        if len(vectors) != n_places * config.vectors_per_place:
-            each = f", expected {config.vectors_per_place} for each" if config.vectors_per_place > 1 else ""
-            raise UserError(
-                f"a row has {n_places} places for vision vectors, but {len(vectors)} vectors were given{each}"
-            )
-        if len(vectors) % n_tokens:
-            raise UserError(
-                f"{len(vectors)} vision vectors are not a whole number of images of {n_tokens} vectors each"
-            )
-        if self.cross_attention is not None and n_places + n_shown > config.max_images:
-            raise too_many_images(n_places + n_shown, config.max_images)
+        self.config.check_vectors(tuple(vectors.shape), n_places, n_shown)
         if not torch.isfinite(vectors).all():
             raise UserError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
         return vectors
+
+    def attention(self, ids: Sequence[int], vectors) -> torch.Tensor:
+        """(n_layer, n_head, T, P, N) float32 on the CPU, see `attention.attention_to_images`."""
+        inputs = self.inputs(torch.tensor([list(ids)], device=self.device), [torch.as_tensor(vectors).flatten(0, 1)])
+        return attention_weights(self, inputs).unflatten(-1, (-1, self.config.vision_tokens_per_image))
 
     # ---- generation
 
@@ -317,10 +306,6 @@ class MultimodalGPT(GPT):
         )
         tokens = (step[0] for step in steps)
         return tokens if stream else list(tokens)
-
-
-def too_many_images(found: int, most: int) -> UserError:
-    return UserError(f"{found} pictures in one row, but this model tells at most {most} apart (max_images): show fewer")
 
 
 def without_images(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -179,9 +179,6 @@ def test_a_packed_checkpoint_is_half_the_size_and_answers_the_same(nanochat, tmp
 
 
 def test_old_names_of_commands_work_and_say_so(nanochat, tmp_path):
-    printed = nanochat("export", "shapes", "-o", tmp_path / "packed")
-    assert (tmp_path / "packed/manifest.json").exists()
-    assert printed.err.splitlines()[0] == "note: `nanochat export` is deprecated, use `nanochat pack`"
     lines = nanochat("demos", "--episodes", "0", "-o", tmp_path / "x", code=2).err.splitlines()
     assert len(lines) == 2 and lines[0].endswith("use `nanochat record`") and "episodes" in lines[1]
 

@@ -21,11 +21,11 @@ import torch
 
 from nanochat.agent import Agent
 from nanochat.attention import attention_to_images
+from nanochat.config import grid_side
 from nanochat.conversation import user_message
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import another_group
 from nanochat.evaluation.metrics import accuracy, exact_match
-from nanochat.fusion import grid_side
 from nanochat.metaworld.scene import project
 from nanochat.vision.images import ImageSource, Letterbox, open_image, square
 
@@ -151,7 +151,7 @@ def answer_weights(agent: Agent, prompt: list[int], answer: str, vectors: torch.
     """(n_layer, n_head, N): the mean over the positions that say the answer; of an empty one, that it ends. vectors: (N, D)."""
     tokens = agent.tokenizer.encode(answer)
     found = attention_to_images(agent.model, [*prompt, *tokens[:-1]], vectors[None])
-    return found[:, :, len(prompt) - 1 :, 0].mean(2).numpy()
+    return np.asarray(found[:, :, len(prompt) - 1 :, 0].mean(2))
 
 
 def views(weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,42 @@
+"""The command that exports a model for ONNX Runtime."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from nanochat.flags import Checkpoint, next_step
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[
+        Positional[Path], arg(metavar="OUT", help="The folder to write; an earlier export there is replaced.")
+    ],
+    int8: bool = False,
+    calibrate: Path | None = None,
+) -> None:
+    """Export a checkpoint to a folder that runs on ONNX Runtime, without torch: give that folder to --checkpoint.
+
+    It is compared with torch before it is written.
+
+    Args:
+        int8: 8-bit weights and products: a quarter of the size, and faster; answers change slightly, and how much is printed.
+        calibrate: For --int8: a folder with pictures such as the model will see, 20 or more, to measure the encoder's ranges on.
+    """
+    from rich.console import Console
+
+    from nanochat.export import export as write
+
+    with Console(stderr=True).status("exporting"):
+        report = write(checkpoint, out, int8, calibrate)
+    print(f"{report.bytes / 1e6:.1f} MB in {out}")
+    if int8:
+        print(f"the likeliest token is torch's for {report.agreement:.1%} of the tokens compared")
+    else:
+        print(f"logits differ from torch by at most {report.logits:.1g}")
+    if report.actions is not None:
+        print(f"actions differ from torch by at most {report.actions:.2g} half ranges")
+    folder = shlex.quote(str(out))
+    next_step(f"nanochat policy-server {folder}" if report.actions is not None else f"--checkpoint {folder} uses it")
