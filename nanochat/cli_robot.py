@@ -91,6 +91,7 @@ def record(
     noise: float = 0.25,
     image_size: int = 128,
     cameras: tuple[str, ...] = ("corner2",),
+    questions: bool = False,
     processes: int | None = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted experts as a LeRobot v3.0 dataset. Re-run the command to resume.
@@ -103,13 +104,15 @@ def record(
         image_size: Side of the recorded images in pixels, a multiple of 32.
         cameras: Meta-World's cameras: corner2 looks at the whole scene, gripperPOV past the fingers at what they hold; also
             topview, corner, corner3, corner4, behindGripper.
+        questions: Also write a question about each frame with its answer, as LeRobot 0.6's column language_events; older versions
+            of LeRobot do not open such data. Training here makes its questions itself and needs none.
         processes: Parallel processes; default one per CPU core.
     """
     from nanochat.metaworld.instructions import task_list
     from nanochat.metaworld.record import record_demonstrations
 
     n_processes = checked_processes(processes)
-    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes, cameras)
+    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes, cameras, questions)
     next_step(f"nanochat train robot --data {shlex.quote(str(out))}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from nanochat import __version__, cli, cli_robot
+from nanochat import __version__, cli, cli_serve
 from nanochat.checkpoint import SHIPPED, load_checkpoint
 from tests.test_cli import PICTURE, QUESTION, ROOT
 
@@ -143,11 +143,11 @@ def test_zero_and_empty_are_not_the_default(nanochat, tmp_path, words, message):
 def test_an_empty_token_in_the_environment_is_refused(nanochat, monkeypatch):
     monkeypatch.setenv("NANOCHAT_TOKEN", "")
     assert "$NANOCHAT_TOKEN is empty" in nanochat("policy-server", "robot", code=2).err
-    assert cli_robot.server_token("sesame") == "sesame"
+    assert cli_serve.read_key("sesame") == "sesame"
     monkeypatch.setenv("NANOCHAT_TOKEN", "open")
-    assert cli_robot.server_token(None) == "open"
+    assert cli_serve.read_key(None) == "open"
     monkeypatch.delenv("NANOCHAT_TOKEN")
-    assert cli_robot.server_token(None) is None
+    assert cli_serve.read_key(None) is None
 
 
 def test_output_that_the_terminal_cannot_show_is_no_bug(tmp_path):

@@ -13,17 +13,21 @@ pytest.importorskip("websockets")
 from nanochat.serving import log
 
 SERVES = """
-import asyncio, sys
+from nanochat.cli_serve import LimitFlags
+from nanochat.serving.app import create_app
+from nanochat.serving.guard import Entrance
+from nanochat.serving.http import serve
 from nanochat.serving.log import log_to_stderr
-from nanochat.serving.openpi import serve_policy
+from nanochat.serving.models import Models
+from nanochat.serving.sources import Sources
 class Idle:
     metadata = {"chunk": 2, "name": "echo"}
     def session(self): return lambda observation: {}
 log_to_stderr()
-asyncio.run(serve_policy(Idle(), "127.0.0.1", 0, "sesame", 2))
+serve(create_app(Models({}), Sources(), LimitFlags(), Entrance("sesame"), Idle(), None, 2), "127.0.0.1", 0)
 """
 UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nAuthorization: Api-Key sesame\r\n\r\n"
 )
 PING = bytes([0x89, 0x80, 0, 0, 0, 0])
@@ -50,9 +54,8 @@ def test_events_and_limits_are_lines_and_lost_connections_no_flood():
             process.terminate()
             lines = process.communicate(timeout=20)[1].decode().splitlines()
     text = "\n".join(lines)
-    assert "limits: 2 clients at a time, 16 MiB per message, 600 s" in text and "a token is required" in text
     assert "connected (1 of 2 clients)" in text and "disconnected" in text
-    assert "wrong or missing token (more like this are left out for 60 s)" in text
+    assert "wrong or missing API key: send Authorization: Bearer KEY (more like this are left out for 60 s)" in text
     assert "socket.send" not in text and "Traceback" not in text and len(lines) < 60
 
 

@@ -10,11 +10,13 @@ from starlette.responses import Response
 
 from nanochat import __version__
 from nanochat.serving import problems
+from nanochat.serving.actions import actions_router
 from nanochat.serving.attending import attention_router
 from nanochat.serving.chat import chat_router
 from nanochat.serving.guard import Entrance, Guard
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.models import Limits, Models
+from nanochat.serving.openpi import MAX_CLIENTS, RobotPolicy, Run
 from nanochat.serving.sources import Sources
 
 PAGE = Path(__file__).parent / "page"
@@ -28,8 +30,16 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(models: Models, sources: Sources, limits: Limits, entrance: Entrance) -> Guard:
-    """The ASGI app. Closing it (its lifespan) ends the threads of the models."""
+def create_app(
+    models: Models,
+    sources: Sources,
+    limits: Limits,
+    entrance: Entrance,
+    policy: RobotPolicy | None = None,
+    run: Run | None = None,
+    max_clients: int = MAX_CLIENTS,
+) -> Guard:
+    """The ASGI app. Closing it (its lifespan) ends the threads of the models. policy, run: of a robot, see `actions_router`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -44,6 +54,7 @@ def create_app(models: Models, sources: Sources, limits: Limits, entrance: Entra
     metrics = Metrics(models)
     app.include_router(chat_router(models, sources, limits))
     app.include_router(attention_router(models, sources, limits))
+    app.include_router(actions_router(policy, run, sources, limits, max_clients))
 
     @app.get("/v1/models", tags=["models"], summary="The models that are served, and what each can do")
     async def list_models():

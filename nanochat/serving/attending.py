@@ -24,8 +24,7 @@ def attention_router(models: Models, sources: Sources, limits: Limits) -> APIRou
         if not prompt.pictures:
             raise ApiError(400, "there is no picture in the messages", "messages")
         vectors = await served.batcher.look(prompt.pictures)
-        job = served.batcher.call(lambda: weights_of_words(served.agent, prompt.ids, body.answer, vectors))
-        words = await asyncio.wrap_future(job)
+        words = await served.batcher.run(lambda: weights_of_words(served.agent, prompt.ids, body.answer, vectors))
         size = served.agent.model.config.vision_image_size
         boxes = await asyncio.to_thread(
             lambda: [box_in_square(data, size, limits.max_pixels) for data in prompt.pictures]

@@ -163,6 +163,10 @@ class Batcher:
             self.changed.notify_all()
         return future
 
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """As `call`, for a coroutine to wait for."""
+        return await asyncio.wrap_future(self.call(function))
+
     def close(self) -> None:
         """End both threads. Requests that still run fail."""
         with self.changed:

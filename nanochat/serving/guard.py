@@ -7,6 +7,7 @@ could reach it by a DNS name of its own, "DNS rebinding").
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from nanochat.serving.problems import ApiError, error_response
 
+logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/", "/health", "/healthz", "/docs", "/openapi.json")  # for everyone, like everything below /page/
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 BODY_S = 30.0  # for the whole body of a request
@@ -42,7 +44,9 @@ class Guard:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers: dict[str, str] = {}
+        for name, value in ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]):
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
         cors = self.cors_headers(headers.get("origin"))
         try:
             self.check(scope, headers)
@@ -131,6 +135,7 @@ class Guard:
             raise ApiError(408, f"the request did not arrive within {BODY_S:g} s", code="timeout") from None
 
     async def refuse(self, error: ApiError, scope, receive, send, cors: list) -> None:
+        logger.info("refused %s: %s", (scope.get("client") or ["a client"])[0], error)
         response = error_response(error)
         response.raw_headers += cors
         if scope["type"] == "websocket":

@@ -1,15 +1,17 @@
 """Runs the app on a port until SIGTERM or Ctrl-C: answers that run are finished first. No torch."""
 
 import asyncio
+import signal
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
 
 from nanochat.errors import UserError
+from nanochat.serving import openpi
 
 DRAIN_S = 30  # for answers that run when the server is told to stop
-MAX_MESSAGE = 16 * 2**20  # bytes of a websocket message: a few camera frames
 
 
 def check_tls(certfile: Path | None, keyfile: Path | None) -> None:
@@ -43,7 +45,7 @@ def make_server(app, host: str, port: int, certfile: Path | None = None, keyfile
     config = uvicorn.Config(
         app, host, port, ssl_certfile=certfile, ssl_keyfile=keyfile, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=30, backlog=512, lifespan="on",
-        ws="websockets-sansio", ws_max_size=MAX_MESSAGE, ws_per_message_deflate=False,
+        ws="websockets-sansio", ws_max_size=openpi.MAX_MESSAGE, ws_max_queue=1, ws_per_message_deflate=False,
     )  # fmt: skip
     return Server(config)
 
@@ -51,6 +53,8 @@ def make_server(app, host: str, port: int, certfile: Path | None = None, keyfile
 def serve(app, host: str, port: int, certfile: Path | None = None, keyfile: Path | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises OSError where the address is not available."""
     server = make_server(app, host, port, certfile, keyfile)
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sends itself the signal again once it has drained
     try:
         asyncio.run(server.serve())
     except SystemExit as stop:  # uvicorn has logged why it could not start

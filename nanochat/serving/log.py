@@ -26,6 +26,8 @@ def readable(record: logging.LogRecord) -> bool:
     reports itself, and cuts the traceback of a failed handshake (a port scan, a browser) to one line."""
     if record.name == "asyncio" and "socket.send() raised exception" in str(record.msg):
         return False
+    if record.name.startswith("uvicorn") and "without completing handshake" in str(record.msg):
+        return False  # of a websocket that was refused with a status and a reason
     if record.name.startswith("websockets") and record.exc_info and HANDSHAKE in str(record.msg):
         record.msg, record.args = f"{HANDSHAKE}: %s", (" ".join(str(record.exc_info[1]).split())[:200],)
         record.levelno, record.levelname = logging.INFO, "INFO"

@@ -6,24 +6,18 @@ one line of text, which the client raises. Internal errors are not exposed: thei
 """
 
 import asyncio
-import hmac
 import ipaddress
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
-from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.protocol import State
 
 from nanochat.errors import UserError
 
@@ -33,7 +27,6 @@ MAX_CLIENTS = 16  # served at a time
 MAX_WAITING = 64  # connections that wait for their turn
 IN_USE_S = 3  # a client that sent something in the last seconds is in use: no other client takes its place
 WAIT_S = 30  # a new client waits so long for a place
-MAX_QUEUE = 1  # messages read ahead; the client waits for each answer before the next observation
 MAX_ITEMS = 1024  # items in one list or map of a message
 MAX_VALUES = (
     10_000  # items in all lists and maps of a message: an item needs up to 100 times its message size in memory
@@ -59,59 +52,33 @@ class RobotPolicy(Protocol):
     def session(self) -> Callable[[dict], dict]: ...
 
 
-async def start_server(
-    policy: RobotPolicy,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    max_clients: int = MAX_CLIENTS,
-) -> Server:
-    """Serve until the returned server is closed. port: 0 for any free port. token: what clients must send (their `api_key`).
-    max_clients: how many are served at a time. openpi's client has no close(), so an abandoned one stays connected: a further
-    client takes the place of the one that has been idle the longest, or waits while all are in use.
+class Connection(Protocol):
+    """A websocket after its handshake. It raises ConnectionClosed once the other side is gone."""
 
-    Raises UserError for a setting out of range, OSError if the address is not available.
-    """
-    check_settings(host, port, token, max_clients)
-    if token is None and not is_local(host):
-        logger.warning("everyone who can reach %s port %d can move this robot: set a token", host, port)
-    worker = ThreadPoolExecutor(1)  # the model runs outside the event loop, one observation at a time
-    places = Places(max_clients)
+    remote_address: tuple | None
+    is_open: bool
 
-    def admit(connection: ServerConnection, request):
-        """Before the handshake: health checks, the token, and the number of connections."""
-        if request.path == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
-        given = ", ".join(request.headers.get_all("Authorization"))
-        if token is not None and not hmac.compare_digest(given.encode(), f"Api-Key {token}".encode()):
-            logger.warning("refused %s: wrong or missing token", peer(connection))
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing token\n")
-        if places.waiting >= MAX_WAITING:
-            logger.warning("refused %s: %d clients wait already", peer(connection), places.waiting)
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
-        return None
+    async def recv(self) -> bytes | str: ...
+    async def send(self, message: bytes | str) -> None: ...
+    async def close(self, code: int = 1000, reason: str = "") -> None: ...
 
-    async def handle(connection: ServerConnection) -> None:
-        client = Client(connection)
-        try:
-            if await places.enter(client):
-                logger.info("%s connected (%d of %d clients)", client.name, len(places.clients), max_clients)
-                await answer_observations(client, policy, worker)
-        except ConnectionClosed:
-            logger.info("%s disconnected", client.name)
-        finally:
-            places.leave(client)
 
-    return await serve(
-        handle,
-        host,
-        port,
-        process_request=admit,
-        origins=[None],  # browsers always send an origin: no web page can connect to a server on its visitor's machine
-        compression=None,
-        max_size=MAX_MESSAGE,
-        max_queue=MAX_QUEUE,
-    )
+Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+async def serve_connection(connection: Connection, policy: RobotPolicy, places: "Places", run: Run) -> None:
+    """Answer one client until it goes. openpi's client has no close(), so an abandoned one stays connected: a further client
+    takes the place of the one that has been idle the longest, or waits while all are in use. run: runs the policy's function
+    outside of the event loop, one at a time."""
+    client = Client(connection)
+    try:
+        if await places.enter(client):
+            logger.info("%s connected (%d of %d clients)", client.name, len(places.clients), places.most)
+            await answer_observations(client, policy, run)
+    except ConnectionClosed:
+        logger.info("%s disconnected", client.name)
+    finally:
+        places.leave(client)
 
 
 def check_settings(host: str, port: int, token: str | None, max_clients: int) -> None:
@@ -137,7 +104,7 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def peer(connection: ServerConnection) -> str:
+def peer(connection: Connection) -> str:
     """Address and port of the other side, for the log."""
     address = connection.remote_address
     return f"{address[0]}:{address[1]}" if address else "a client"
@@ -150,7 +117,7 @@ def peer(connection: ServerConnection) -> str:
 class Client:
     """A connection after its handshake. since: when it last sent something. busy: an observation of it is being answered."""
 
-    connection: ServerConnection
+    connection: Connection
     since: float = field(default_factory=time.monotonic)
     busy: bool = False
 
@@ -168,13 +135,20 @@ class Places:
         self.most, self.clients, self.waiting = most, set(), 0
         self.closing: set[asyncio.Task] = set()
 
+    @property
+    def full(self) -> bool:
+        """Whether so many clients wait already that a further one is refused."""
+        if self.waiting >= MAX_WAITING:
+            logger.warning("refused a client: %d clients wait already", self.waiting)
+        return self.waiting >= MAX_WAITING
+
     async def enter(self, client: Client) -> bool:
         """Wait for a place, which the client that has been idle the longest gives up if need be. Returns whether there is one;
         else the connection is closed."""
         self.waiting += 1
         try:
             end = time.monotonic() + WAIT_S
-            while len(self.clients) >= self.most and client.connection.state is State.OPEN:
+            while len(self.clients) >= self.most and client.connection.is_open:
                 oldest = max(self.clients, key=Client.idle_s)
                 if oldest.idle_s() >= IN_USE_S:
                     self.dismiss(oldest, client)
@@ -204,9 +178,9 @@ class Places:
         self.clients.discard(client)
 
 
-async def answer_observations(client: Client, policy: RobotPolicy, worker: ThreadPoolExecutor) -> None:
+async def answer_observations(client: Client, policy: RobotPolicy, run: Run) -> None:
     """Answer the observations of one connection, in order, until it closes."""
-    act, loop, previous_ms = policy.session(), asyncio.get_running_loop(), None
+    act, previous_ms = policy.session(), None
     connection = client.connection
     await connection.send(msgpack.packb(policy.metadata, default=pack_array))
     while True:
@@ -218,7 +192,7 @@ async def answer_observations(client: Client, policy: RobotPolicy, worker: Threa
             return await connection.close(reason=f"no observation for {IDLE_S} s")
         since, client.busy = time.perf_counter(), True
         try:
-            answer = await loop.run_in_executor(worker, answer_to, message, act, previous_ms)
+            answer = await run(partial(answer_to, message, act, previous_ms))
             await connection.send(answer)
         finally:
             client.since, client.busy = time.monotonic(), False
@@ -245,26 +219,6 @@ def answer_to(message: bytes | str, act: Callable[[dict], dict], previous_ms: fl
     except Exception:  # does not expose internal errors to the client
         logger.exception("the policy failed")
         return "internal error"
-
-
-async def serve_policy(
-    policy: RobotPolicy, host: str, port: int, token: str | None, max_clients: int = MAX_CLIENTS
-) -> None:
-    """Serve until SIGTERM or until the task is cancelled (Ctrl-C). Open connections are closed with code 1001, going away."""
-    server = await start_server(policy, host, port, token, max_clients)
-    address = ", ".join(f"ws://{name[0]}:{name[1]}" for name in (s.getsockname() for s in server.sockets))
-    print(f"serving {address}; press Ctrl-C to stop", flush=True)
-    logger.info(
-        "limits: %d clients at a time, %d MiB per message, %d s without an observation; %s",
-        max_clients, MAX_MESSAGE // 2**20, IDLE_S, "no token is required" if token is None else "a token is required",
-    )  # fmt: skip
-    with suppress(NotImplementedError):  # Windows
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
-    try:
-        await server.wait_closed()
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 # ---- msgpack with arrays ----
