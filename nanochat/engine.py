@@ -138,7 +138,7 @@ class Engine:
                 f"the cache holds {cache.max_len} tokens, and {held + len(prompt) + max_new_tokens} are needed: "
                 "make it larger"
             )
-        if images is not None and not hasattr(self.model.config, "vision_token_id"):
+        if images is not None and not hasattr(self.model, "checked_vectors"):
             raise UserError("this is a text model: it cannot read vision vectors")
         if images is not None:
             placeholders = prompt.count(self.model.config.vision_token_id)

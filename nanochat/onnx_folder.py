@@ -11,7 +11,7 @@ from pathlib import Path
 from nanochat.config import GPTConfig, MultimodalGPTConfig, RobotGPTConfig
 from nanochat.errors import UserError
 from nanochat.files import sha256, short_repr
-from nanochat.onnx_model import HEADS, OnnxModel, OnnxPolicy
+from nanochat.onnx_model import HEADS, OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.tokenizer import Tokenizer
 from nanochat.verify import CheckpointError, check_file, read_json, read_training
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(text)
 
 
-def open_export(name: str | Path) -> tuple[OnnxModel, Tokenizer, dict]:
+def open_export(name: str | Path) -> tuple[OnnxGPT, Tokenizer, dict]:
     """(model, tokenizer, training.json). Raises CheckpointError for a folder that is incomplete or altered, or that a newer
     version made."""
     folder = Path(name).expanduser().resolve()
@@ -64,7 +64,7 @@ def open_export(name: str | Path) -> tuple[OnnxModel, Tokenizer, dict]:
         raise CheckpointError(f"{folder} has no {missing[0]}.onnx, which a {kind} needs: {AGAIN}")
     if getattr(config, "action_head", "bins") not in HEADS:
         raise CheckpointError(f"{folder}: this version cannot run the action head {short_repr(config.action_head)}")
-    model = (OnnxPolicy if kind == "robot_gpt" else OnnxModel)(folder, config, encoder)
+    model = {"gpt": OnnxGPT, "multimodal_gpt": OnnxModel, "robot_gpt": OnnxPolicy}[kind](folder, config, encoder)
     return model, Tokenizer.load(folder / "tokenizer.json"), read_training(folder)
 
 

@@ -21,8 +21,10 @@ PART = 4  # pictures that go through the encoder at once: the maps of more leave
 HEADS = {"continuous": act_at_once, "bins": act_by_tokens}
 
 
-class OnnxModel:
-    """config: a `MultimodalGPTConfig` or one of its kinds. encoder: {"image_size", "antialias"}, None for a text model."""
+class OnnxGPT:
+    """A text model. config: a `GPTConfig`, or one of its kinds. encoder: {"image_size", "antialias"}, None for a text model."""
+
+    reads_more = False
 
     def __init__(self, folder: Path, config, encoder: dict | None):
         self.folder, self.config, self.encoder = folder, config, encoder
@@ -46,34 +48,6 @@ class OnnxModel:
 
     def run(self, name: str, **inputs) -> list[np.ndarray]:
         return self.session(name).run(None, inputs)
-
-    # ---- pictures
-
-    def look(self, images) -> np.ndarray:
-        """One picture or a list of B -> (B, N, D) float32. images: anything that `vision.images.open_image` takes."""
-        return self.encode(as_list(images))
-
-    def encode(self, images: Sequence, cameras: np.ndarray | None = None) -> np.ndarray:
-        size, antialias = self.encoder["image_size"], self.encoder["antialias"]
-        found = []
-        for first in range(0, len(images), PART):
-            squares = np.stack([square(image, size, antialias)[0] for image in images[first : first + PART]])
-            more = {} if cameras is None else {"cameras": cameras[first : first + PART]}
-            found += self.run("encoder", squares=squares, **more)
-        return np.concatenate(found)
-
-    def checked_vectors(self, vectors, n_places: int, n_shown: int = 0) -> np.ndarray:
-        """As `MultimodalGPT.checked_vectors`: (M, D) or (n, N, D) -> (M, D)."""
-        vectors = np.asarray(vectors, np.float32)
-        vectors = vectors.reshape(-1, vectors.shape[-1]) if vectors.ndim > 2 else vectors
-        self.config.check_vectors(vectors.shape, n_places, n_shown)
-        if not np.isfinite(vectors).all():
-            raise UserError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
-        return vectors
-
-    def one_by_one(self, vectors: np.ndarray) -> np.ndarray:
-        """(M, D) -> (n, N, D)."""
-        return vectors.reshape(-1, self.config.vision_tokens_per_image, self.config.vision_embedding_dim)
 
     # ---- what the engine needs
 
@@ -109,7 +83,43 @@ class OnnxModel:
     def row_inputs(self, rows: Sequence[Unread]) -> dict[str, np.ndarray]:
         """ids, and what stands beside the words."""
         found = {"ids": padded([row.tokens for row in rows])}
-        return found if self.crosses or not hasattr(self.config, "fusion") else found | self.beside(rows)
+        return found if self.crosses or not self.reads_more else found | self.beside(rows)
+
+
+class OnnxModel(OnnxGPT):
+    """A model that reads pictures. config: a `MultimodalGPTConfig`."""
+
+    reads_more = True
+
+    # ---- pictures
+
+    def look(self, images) -> np.ndarray:
+        """One picture or a list of B -> (B, N, D) float32. images: anything that `vision.images.open_image` takes."""
+        return self.encode(as_list(images))
+
+    def encode(self, images: Sequence, cameras: np.ndarray | None = None) -> np.ndarray:
+        size, antialias = self.encoder["image_size"], self.encoder["antialias"]
+        found = []
+        for first in range(0, len(images), PART):
+            squares = np.stack([square(image, size, antialias)[0] for image in images[first : first + PART]])
+            more = {} if cameras is None else {"cameras": cameras[first : first + PART]}
+            found += self.run("encoder", squares=squares, **more)
+        return np.concatenate(found)
+
+    def checked_vectors(self, vectors, n_places: int, n_shown: int = 0) -> np.ndarray:
+        """As `MultimodalGPT.checked_vectors`: (M, D) or (n, N, D) -> (M, D)."""
+        vectors = np.asarray(vectors, np.float32)
+        vectors = vectors.reshape(-1, vectors.shape[-1]) if vectors.ndim > 2 else vectors
+        self.config.check_vectors(vectors.shape, n_places, n_shown)
+        if not np.isfinite(vectors).all():
+            raise UserError("vision_embeddings hold NaN or infinite values: check the encoder and its input")
+        return vectors
+
+    def one_by_one(self, vectors: np.ndarray) -> np.ndarray:
+        """(M, D) -> (n, N, D)."""
+        return vectors.reshape(-1, self.config.vision_tokens_per_image, self.config.vision_embedding_dim)
+
+    # ---- what stands in the row beside the words
 
     def beside(self, rows: Sequence[Unread]) -> dict[str, np.ndarray]:
         tokens, places = [np.zeros((0, self.config.n_embd), np.float32)], []
@@ -203,7 +213,7 @@ class OnnxPolicy(Policy, OnnxModel):
 class Bound:
     """A pass of the decoder that reads and writes arrays where they are."""
 
-    def __init__(self, model: OnnxModel, cache: OnnxCache, inputs: dict[str, np.ndarray]):
+    def __init__(self, model: OnnxGPT, cache: OnnxCache, inputs: dict[str, np.ndarray]):
         from onnxruntime import OrtValue
 
         self.session, self.inputs = model.session("decoder"), inputs
@@ -229,13 +239,13 @@ class Bound:
 class Step(Bound):
     """The next token of every row of a cache, again and again."""
 
-    def __init__(self, model: OnnxModel, cache: OnnxCache):
+    def __init__(self, model: OnnxGPT, cache: OnnxCache):
         n = len(cache.lengths)
         inputs = {"ids": np.zeros((n, 1), np.int64), "last": np.zeros((n, 1), np.int64)}
         inputs |= {"lengths": np.zeros(n, np.int32), "total": np.zeros(1, np.int32)}
         if model.crosses:
             inputs |= cache.cells() | cache.visible([held - 1 for held in cache.lengths], 1)
-        elif hasattr(model.config, "fusion"):
+        elif model.reads_more:
             inputs |= model.beside([])
         super().__init__(model, cache, inputs)
 
