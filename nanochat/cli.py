@@ -19,6 +19,7 @@ from tyro.conf import HelptextFromCommentsOff, Positional, arg
 
 from nanochat import __version__
 from nanochat.cli_ask import ask, caption
+from nanochat.cli_bench import bench
 from nanochat.cli_cache import cache
 from nanochat.cli_chat import chat
 from nanochat.cli_export import export
@@ -279,6 +280,7 @@ COMMANDS = {
     "policy-server": policy_server,
     "serve": serve,
     "tokenizer": tokenizer,
+    "bench": bench,
     "import-upstream": import_upstream,
 }
 DESCRIPTION = (

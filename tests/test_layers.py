@@ -41,10 +41,11 @@ LAYERS = (
     ("evaluation", "evaluation.*"),
     ("training", "training.*"),
     ("serving", "serving.*"),
+    ("bench", "bench.*"),
     ("flags", "inputs", "heatmaps"),
     ("demo_photos",),
     ("demo", "cli_chat"),
-    ("cli_pictures", "cli_cache", "cli_export", "cli_robot", "cli_serve"),
+    ("cli_pictures", "cli_cache", "cli_bench", "cli_export", "cli_robot", "cli_serve"),
     ("cli_ask",),
     ("cli",),
     ("__main__",),
@@ -53,7 +54,7 @@ LAYERS = (
 # Who may import what, by pattern of the importer
 ONLY = {
     "nanochat.serving": ("serving", "serving.*", "cli", "cli_robot", "cli_serve", "demo", "robot.policy"),
-    "ultralytics": ("vision.yolov9*",),
+    "ultralytics": ("vision.yolov9*", "bench.peers"),
     "metaworld": ("metaworld.simulator",),
     "mujoco": ("metaworld.simulator",),
 }

@@ -1,0 +1,161 @@
+"""Which contestants race against which. The first of a race is ours, and the others' times are told as multiples of its time."""
+
+from nanochat.bench.ours import QUESTION, SHAPES
+from nanochat.bench.runner import Contestant, Race
+
+PROMPT = 16  # tokens before those that are timed
+TOKENS = {"2.1 M": 128, "10 M": 64, "134 M": 16}  # that a call generates
+RESNET = "ResNet-18 of torchvision alone, ready pixels"
+
+
+def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    sixteen, one = {"weights": weights, "n": 16}, {"weights": weights, "n": 1}
+    return [
+        Race(
+            "16 pictures of 480 x 640 to vectors of layer p5, per picture",
+            (
+                Contestant("nanochat embed, bfloat16", "ours:embed", sixteen),
+                Contestant("nanochat embed, float32", "ours:embed", sixteen | {"dtype": "float32"}),
+                Contestant("ultralytics embed", "peers:embed", sixteen),
+            ),
+            times=16,
+        ),
+        Race(
+            "one picture to a vector of layer p5",
+            (
+                Contestant("nanochat embed, bfloat16", "ours:embed", one),
+                Contestant("nanochat embed, float32", "ours:embed", one | {"dtype": "float32"}),
+                Contestant("ultralytics embed", "peers:embed", one),
+            ),
+        ),
+        Race(
+            "one picture to boxes",
+            (
+                Contestant("nanochat detect", "ours:detect", {"weights": weights}),
+                Contestant("ultralytics predict", "peers:detect", {"weights": weights}),
+            ),
+        ),
+    ]
+
+
+def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    shown = {"checkpoint": checkpoint, "picture": picture}
+    return [
+        Race(
+            "a picture's file to its caption",
+            (
+                Contestant(checkpoint, "ours:ask", shown),
+                Contestant("its encoder's part", "ours:look", shown),
+                Contestant(RESNET, "peers:resnet18", {"size": 224}),
+            ),
+        ),
+        Race(
+            "a picture's file and a question to the answer",
+            (
+                Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION}),
+                Contestant(RESNET, "peers:resnet18", {"size": 224}),
+            ),
+        ),
+        Race(
+            "a picture and a question to the first token",
+            (
+                Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
+                Contestant("SmolVLM, 256 M, one tile of 512 x 512", "peers:smolvlm", {"tiles": 1, "n_text": 20}),
+            ),
+            rounds=5,
+        ),
+    ]
+
+
+def decode(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    races = []
+    for shape in SHAPES:
+        work = {"shape": shape, "n_prompt": PROMPT, "n_tokens": TOKENS[shape]}
+        contestants = [
+            Contestant("nanochat, torch", "ours:decode", work),
+            Contestant("nanochat, ONNX Runtime, float32", "ours:decode_onnx", work | {"int8": False}),
+            Contestant("nanochat, ONNX Runtime, int8", "ours:decode_onnx", work | {"int8": True}),
+            Contestant("transformers NanoChat", "peers:decode", work | {"kind": "NanoChat"}),
+            Contestant("transformers Llama", "peers:decode", work | {"kind": "Llama"}),
+            Contestant("transformers Llama, static cache", "peers:decode", work | {"kind": "Llama", "cache": "static"}),
+        ]
+        if shape != "134 M":
+            contestants.append(Contestant("nanochat, torch, without a cache", "ours:decode_uncached", work))
+        rounds = 5 if shape == "134 M" else 1000
+        races.append(Race(f"a token of {shape} parameters, batch 1", tuple(contestants), TOKENS[shape], rounds=rounds))
+    return races
+
+
+def act(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    one = {"checkpoint": policy, "cameras": 1, "height": 128, "width": 128}
+    return [
+        Race(
+            "one camera of 128 x 128 to a chunk of actions",
+            (
+                Contestant(policy, "ours:act", one),
+                Contestant(f"{RESNET} of 128 x 128", "peers:resnet18", {"size": 128}),
+                Contestant(f"{RESNET} of 224 x 224", "peers:resnet18", {"size": 224}),
+            ),
+        ),
+        Race(
+            "two cameras of 480 x 640 to a chunk of actions, making them small included",
+            (
+                Contestant(f"the shape of {policy}", "ours:act", one | {"cameras": 2, "height": 480, "width": 640}),
+                Contestant(f"{RESNET} of 224 x 224, once", "peers:resnet18", {"size": 224}),
+            ),
+        ),
+    ]
+
+
+def train(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    races = []
+    for shape, rows in (("2.1 M", 32), ("10 M", 16)):
+        work = {"shape": shape, "rows": rows, "length": 128}
+        races.append(
+            Race(
+                f"forward and backward of {rows} rows of 128 tokens, {shape} parameters",
+                (
+                    Contestant("nanochat", "ours:train", work),
+                    Contestant("transformers NanoChat", "peers:train", work | {"kind": "NanoChat"}),
+                    Contestant("transformers Llama", "peers:train", work | {"kind": "Llama"}),
+                ),
+                rounds=5,
+            )
+        )
+    return races
+
+
+def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
+    """The table of the project's first description; its own figures are from an RTX 2080 SUPER."""
+    small = {"kind": "NanoChat", "shape": "2.1 M"}
+    return [
+        Race(
+            "YOLOv9 load (RTX 2080 SUPER: ~2 s)", (Contestant("nanochat", "ours:load_encoder", {"weights": weights}),)
+        ),
+        Race(
+            "embedding extraction (RTX 2080 SUPER: ~50 ms)",
+            (
+                Contestant("nanochat", "ours:embed", {"weights": weights, "n": 1, "dtype": "float32"}),
+                Contestant("ultralytics embed", "peers:embed", {"weights": weights, "n": 1}),
+            ),
+        ),
+        Race(
+            "forward pass, batch 1, 16 tokens (RTX 2080 SUPER: ~10 ms)",
+            (
+                Contestant("nanochat", "ours:forward", {"length": 16}),
+                Contestant("transformers NanoChat, text only", "peers:forward", small | {"length": 16}),
+            ),
+        ),
+        Race(
+            "10 tokens after a picture's vector (RTX 2080 SUPER: ~100 ms)",
+            (
+                Contestant("nanochat", "ours:generate", {"n_tokens": 10}),
+                Contestant(
+                    "transformers NanoChat, text only", "peers:decode", small | {"n_prompt": PROMPT, "n_tokens": 10}
+                ),
+            ),
+        ),
+    ]
+
+
+GROUPS = {"embed": embed, "ask": ask, "decode": decode, "act": act, "train": train, "spec": spec}

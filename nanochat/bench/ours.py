@@ -1,0 +1,227 @@
+"""The contestants of this project. Each function returns what is timed, and what is said about it."""
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+QUESTION = "what is the person wearing?"
+SHAPES = {  # decoders by their name: width, layers, heads, vocabulary
+    "2.1 M": (256, 2, 4, 1000),
+    "10 M": (320, 6, 5, 4096),
+    "134 M": (768, 12, 6, 32000),
+}
+CONTEXT = 1024
+ACTION = {"low": [-1.0] * 4, "high": [1.0] * 4}
+
+
+def pictures(n: int, height: int = 480, width: int = 640) -> list[np.ndarray]:
+    """n RGB arrays (height, width, 3) uint8, all different."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (n, height // 16, width // 16, 3), np.uint8)
+    return [np.ascontiguousarray(picture.repeat(16, 0).repeat(16, 1)) for picture in coarse]
+
+
+def prompt(n: int, vocab: int) -> list[int]:
+    return np.random.default_rng(0).integers(1, vocab - 1, n).tolist()
+
+
+# ---- encoders
+
+
+def embed(weights: str, n: int, dtype: str = "bfloat16"):
+    import torch
+
+    from nanochat.vision.encoder import open_encoder
+    from nanochat.vision.inference import computes_bfloat16, embeddings
+
+    encoder, shown = open_encoder(weights), pictures(n)
+    if dtype == "bfloat16" and not computes_bfloat16(torch.device("cpu")):
+        raise ImportError("this processor computes no bfloat16")
+    return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype)), {"dtype": dtype}
+
+
+def detect(weights: str):
+    from nanochat.vision.encoder import open_encoder
+
+    encoder, shown = open_encoder(weights), pictures(1)
+    return lambda: encoder.detect(shown), {}
+
+
+# ---- pictures to words
+
+
+def agent_of(checkpoint: str, folder: str | None = None, **export):
+    """The checkpoint, or its export for ONNX Runtime in `folder`."""
+    from nanochat.agent import Agent
+
+    return Agent.load(folder or checkpoint)
+
+
+def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None = None):
+    """From the file of a picture to the text. An empty question asks for a caption; n_tokens: 1 for the first token alone."""
+    from nanochat.agent import question_message
+    from nanochat.data.sample import CAPTION_PROMPT
+    from nanochat.engine import Engine
+
+    agent, message = agent_of(checkpoint), question_message(question or CAPTION_PROMPT, 1)
+
+    def reply() -> str:
+        vectors, ids = agent.look([picture]), agent.prompt([message])
+        stop_ids = agent.stop_ids if n_tokens is None else ()
+        rows = Engine(agent.model).generate([ids], agent.room(len(ids), n_tokens), stop_ids=stop_ids, images=[vectors])
+        return agent.tokenizer.decode(rows[0])
+
+    return reply, {"says": reply()}
+
+
+def look(checkpoint: str, picture: str):
+    agent = agent_of(checkpoint)
+    return lambda: agent.look([picture]), {}
+
+
+# ---- words
+
+
+def model_of(shape: str):
+    """A GPT with random weights, none of them zero."""
+    import torch
+
+    from nanochat.gpt import GPT, GPTConfig
+
+    width, layers, heads, vocab = SHAPES[shape]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(CONTEXT, vocab, layers, heads, heads, width))
+    model.init_weights()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, 0.0, 0.02)
+    return model.eval()
+
+
+def decode(shape: str, n_prompt: int, n_tokens: int):
+    from nanochat.engine import Engine
+
+    model = model_of(shape)
+    ids = prompt(n_prompt, model.config.vocab_size)
+    return lambda: Engine(model).generate([ids], n_tokens), {"parameters": model.num_parameters()}
+
+
+def decode_onnx(shape: str, n_prompt: int, n_tokens: int, int8: bool):
+    """The same shape on ONNX Runtime, exported by the process itself."""
+    from nanochat.engine import Engine
+    from nanochat.runtime import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_shape(shape, Path(folder), int8)
+        model = load(f"{folder}/onnx").model
+    ids = prompt(n_prompt, model.config.vocab_size)
+    return lambda: Engine(model).generate([ids], n_tokens), {}
+
+
+def export_shape(shape: str, folder: Path, int8: bool) -> None:
+    from nanochat.checkpoint import save_checkpoint
+    from nanochat.export import export
+    from nanochat.tokenizer import Tokenizer
+
+    save_checkpoint(folder / "torch", model_of(shape), Tokenizer.train(["a few words"], 300), {})
+    export(str(folder / "torch"), folder / "onnx", int8=int8)
+
+
+def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
+    """The loop of a model without a cache: every token reads the whole row again."""
+    import torch
+
+    model = model_of(shape)
+    ids = prompt(n_prompt, model.config.vocab_size)
+
+    def generate() -> None:
+        row = list(ids)
+        for _ in range(n_tokens):
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+
+    return generate, {}
+
+
+# ---- actions
+
+
+def act(checkpoint: str, cameras: int, height: int, width: int):
+    """From camera frames to a chunk of actions. A policy that has another number of cameras is made with random weights."""
+    agent = agent_of(checkpoint)
+    if cameras != len(agent.metadata["cameras"] or [""]):
+        agent = with_cameras(agent, cameras)
+    names, dim = agent.metadata["cameras"], agent.metadata["state_dim"]
+    shown = pictures(cameras, height, width)
+    seen = dict(zip(names, shown, strict=True)) if cameras > 1 else shown[0]
+    state = np.full((1, dim), 0.2, np.float32) if dim else None
+    about = {"pixels": agent.metadata["image_size"], "chunk": agent.metadata["chunk"]}
+    return lambda: agent.act([seen], state, ["open the door"]), about
+
+
+def with_cameras(agent, n: int):
+    from nanochat.agent import Agent
+    from nanochat.robot_gpt import RobotGPT
+
+    model = RobotGPT(replace(agent.model.config, cameras=[f"camera_{number}" for number in range(n)]))
+    model.init_weights()
+    model.attach_encoder(agent.model.vision_encoder)
+    return Agent(model.eval(), agent.tokenizer)
+
+
+# ---- training, and the description's table
+
+
+def train(shape: str, rows: int, length: int):
+    """Forward and backward of a batch (rows, length), without the optimiser."""
+    import torch
+
+    model = model_of(shape).train()
+    ids = torch.tensor([prompt(length + 1, model.config.vocab_size)] * rows)
+
+    @torch.enable_grad()
+    def step() -> None:
+        model(ids[:, :-1], targets=ids[:, 1:]).backward()
+        model.zero_grad()
+
+    return step, {"parameters": model.num_parameters()}
+
+
+def small_model():
+    import torch
+
+    from nanochat.config import MultimodalGPTConfig
+    from nanochat.multimodal_gpt import create_multimodal_gpt
+
+    torch.manual_seed(0)
+    shape = dict(sequence_len=512, vocab_size=1000, n_layer=2, n_head=4, n_kv_head=4, n_embd=256)
+    model = create_multimodal_gpt(MultimodalGPTConfig(**shape))
+    model.init_weights()
+    return model.eval()
+
+
+def forward(length: int):
+    import torch
+
+    model = small_model()
+    ids = torch.tensor([prompt(length, 999)])
+    return lambda: model(ids), {"parameters": model.num_parameters()}
+
+
+def generate(n_tokens: int):
+    """Tokens after a picture's vectors, as the description's `generate_with_image` makes them."""
+    import torch
+
+    model, ids = small_model(), prompt(15, 999)
+    options = dict(vision_embeddings=torch.rand(1, 1, 84), max_new_tokens=n_tokens, temperature=0.0)
+    return lambda: model.generate_with_image(ids, **options), {}
+
+
+def load_encoder(weights: str):
+    from nanochat.vision.encoder import open_encoder
+
+    since = time.perf_counter()
+    open_encoder(weights)
+    return lambda: open_encoder(weights), {"first_seconds": round(time.perf_counter() - since, 2)}

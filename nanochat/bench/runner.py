@@ -1,0 +1,128 @@
+"""Races: contestants do the same work in turn, A B A B, each in a process of its own.
+
+So other load on the machine affects all alike, and the thread pools of two runtimes do not disturb each other.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from nanochat.errors import UserError
+
+WARM_UP = 3  # calls that do not count
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """make: "module:function" of this package, called with `arguments`; returns a function to time and a dict about it. Raises
+    ImportError where what it needs is not installed: it is then left out, and that is said."""
+
+    label: str
+    make: str
+    arguments: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Race:
+    """One row: contestants that do the same work; the first is ours. times: what a call does so often, such as tokens; the
+    figures are divided by it. rounds: at most so many, for long calls."""
+
+    name: str
+    contestants: tuple[Contestant, ...]
+    times: int = 1
+    unit: str = "ms"
+    rounds: int = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds a unit of work, medians over the rounds. missing: why it did not run, else empty."""
+
+    label: str
+    wall: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    own: float = 0.0  # of the processor, all threads
+    peak: int = 0  # bytes
+    about: dict = field(default_factory=dict)
+    missing: str = ""
+
+
+class Worker:
+    """A process that runs one contestant, see worker.py."""
+
+    def __init__(self, contestant: Contestant, threads: int):
+        environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        words = [sys.executable, "-P", "-m", "nanochat.bench.worker"]
+        self.contestant, self.wall, self.own, self.peak = contestant, [], [], 0
+        self.process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.about = self.ask(json.dumps({"make": contestant.make, "arguments": contestant.arguments}))["about"]
+
+    def ask(self, line: str) -> dict:
+        """Raises ChildProcessError with the last line that the process wrote if it has ended."""
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            errors = self.process.communicate()[1].strip().splitlines() or ["it ended without a message"]
+            raise ChildProcessError(errors[-1])
+        return json.loads(answer)
+
+    def run(self, n: int, counts: bool = True) -> None:
+        found = self.ask(str(n))
+        self.peak = found["peak"]
+        if counts:
+            self.wall += found["wall"]
+            self.own += found["own"]
+
+    def close(self) -> None:
+        """Let it end, so that it deletes what it wrote."""
+        try:
+            self.process.communicate("", timeout=10)
+        except (subprocess.TimeoutExpired, OSError, ValueError):
+            self.process.kill()
+            self.process.wait()
+
+
+def run_race(
+    race: Race, threads: int, rounds: int, progress: Callable[[str], None] = lambda text: None
+) -> list[Result]:
+    """A result for each contestant, in their order. Raises UserError if ours cannot run."""
+    results: dict[str, Result] = {}
+    with ExitStack() as stack:
+        workers = []
+        for contestant in race.contestants:
+            progress(f"{race.name}: {contestant.label} starts")
+            try:
+                workers.append(Worker(contestant, threads))
+                stack.callback(workers[-1].close)
+                workers[-1].run(WARM_UP, counts=False)
+            except ChildProcessError as error:
+                if contestant is race.contestants[0]:
+                    raise UserError(f"{race.name}: {contestant.label} cannot run: {error}") from error
+                results[contestant.label] = Result(contestant.label, missing=str(error))
+                workers = [worker for worker in workers if worker.contestant is not contestant]
+        n = min(rounds, race.rounds)
+        for number in range(n):
+            progress(f"{race.name}: round {number + 1} of {n}")
+            for worker in workers:
+                worker.run(1)
+    for worker in workers:
+        results[worker.contestant.label] = summary(worker, race.times)
+    return [results[contestant.label] for contestant in race.contestants]
+
+
+def summary(worker: Worker, times: int) -> Result:
+    wall, own = ([1e3 * seconds / times for seconds in values] for values in (worker.wall, worker.own))
+    low, middle, high = statistics.quantiles(wall, n=4, method="inclusive") if len(wall) > 1 else wall * 3
+    return Result(worker.contestant.label, middle, low, high, statistics.median(own), worker.peak, worker.about)

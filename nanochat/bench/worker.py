@@ -1,0 +1,51 @@
+"""One contestant of a race in a process of its own: python -m nanochat.bench.worker
+
+Reads one line of JSON, {"make": "ours:embed", "arguments": {...}}, and prints {"about": {...}}. Then for each line with a number
+it calls the contestant so many times and prints {"wall": [...], "own": [...], "peak": ...}: seconds that passed, seconds of the
+process on all of its threads, and the most bytes that it ever had in memory. Ends with its input.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module
+
+
+def make(name: str, arguments: dict):
+    """(a function to time, what to say about it), from a function of this package by the name module:function."""
+    module, function = name.split(":")
+    return getattr(import_module(f"nanochat.bench.{module}"), function)(**arguments)
+
+
+def timed(call) -> tuple[float, float]:
+    since, own = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - since, time.process_time() - own
+
+
+def peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    with suppress(ImportError):  # the runtime needs no torch
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_grad_enabled(False)
+    task = json.loads(sys.stdin.readline())
+    call, about = make(task["make"], task["arguments"])
+    print(json.dumps({"about": about}), file=answers, flush=True)
+    for line in sys.stdin:
+        wall, own = zip(*[timed(call) for _ in range(int(line))], strict=True)
+        print(json.dumps({"wall": wall, "own": own, "peak": peak()}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""nanochat bench: how fast everything is, beside what else one would take. See cli.py."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nanochat.errors import UserError
+from nanochat.flags import check_out
+
+Group = Literal["embed", "ask", "decode", "act", "train", "spec", "growth", "all"]
+
+
+def bench(
+    group: Annotated[Positional[Group], arg(metavar="GROUP")] = "all",
+    threads: int = 1,
+    rounds: int = 15,
+    weights: str = "yolov9t.yaml",
+    checkpoint: str = "photos",
+    policy: str = "robot",
+    picture: Path | None = None,
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="PAGE.md")] = None,
+    json_out: Annotated[Path | None, arg(name="json", metavar="FILE.json")] = None,
+) -> None:
+    """Time this project beside what else one would take, in turn, each in a process of its own.
+
+    embed, ask, decode, act and train are races: against ultralytics, SmolVLM, transformers and ResNet-18. spec is the table of
+    the project's first description. growth is how time and memory grow with what you make larger. Peers that are not installed
+    (pip install transformers) are named as not measured. All of it takes about half an hour on two idle cores.
+
+    Args:
+        group: embed, ask, decode, act, train, spec, growth, or all.
+        threads: CPU threads of each process.
+        rounds: Turns that each contestant gets; long ones get fewer.
+        weights: YOLOv9 weights for embed, detect and spec: .pt, or .yaml for random ones. The time is the same.
+        checkpoint: Model that is asked.
+        policy: Model that acts.
+        picture: Picture that it is asked about; default a photograph that comes with matplotlib.
+        out: Page that gets a section for each group, such as docs/benchmarks.md; the sections of other groups stay. The plot
+            of growth is written beside it.
+        json_out: Write all figures to this file.
+    """
+    import json
+    import os
+
+    from rich.console import Console
+
+    from nanochat.bench.groups import GROUPS
+    from nanochat.bench.machine import described
+    from nanochat.bench.report import growth_table, plot_growth, race_table, roofline_lines, write_section
+    from nanochat.bench.runner import run_race
+    from nanochat.files import atomic_path
+
+    if min(threads, rounds) < 1:
+        raise UserError(f"--threads and --rounds must be at least 1, got {threads} and {rounds}")
+    for path, suffix in ((out, ".md"), (json_out, ".json")):
+        if path is not None:
+            check_out(path, suffix)
+    shown, found = str(picture or photograph()), {}
+    if not os.path.isfile(shown):
+        raise UserError(f"--picture: there is no file {shown}")
+    with Console(stderr=True).status("") as status:
+        for name in [*GROUPS, "growth"] if group == "all" else [group]:
+            head = described(threads)
+            if name == "growth":
+                curves = run_growth(threads, status.update)
+                plot, text = plot_path(out), growth_table(curves)
+                if plot is not None:
+                    plot_growth(curves, plot)
+                    text += f"\n\n![Time over size, both logarithmic, for each of the rows]({plot.name})"
+                found[name] = curves
+            else:
+                races = GROUPS[name](weights, checkpoint, policy, shown)
+                results = {race.name: run_race(race, threads, rounds, status.update) for race in races}
+                text = "\n\n".join(race_table(race, results[race.name]) for race in races)
+                found[name] = {race: [asdict(result) for result in rows] for race, rows in results.items()}
+                if name == "decode":
+                    machine = measured("machine:roofline", {}, threads)
+                    text += "\n\n" + roofline_lines(machine, results)
+                    found["machine"] = machine
+            text = f"    nanochat bench {name} --threads {threads}\n\n{head}.\n\n{text}"
+            print(f"## {name}\n\n{text}\n", flush=True)
+            if out is not None:
+                write_section(out, name, text)
+    if json_out is not None:
+        with atomic_path(json_out) as new:
+            new.write_text(json.dumps(found, indent=1))
+    for path in filter(None, (out, json_out)):
+        print(f"written to {path}", file=sys.stderr)
+
+
+def photograph() -> Path:
+    """A photograph that is at hand wherever this project is: a dependency has it."""
+    from matplotlib import cbook
+
+    return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def plot_path(out: Path | None) -> Path | None:
+    return None if out is None else out.with_suffix(".png")
+
+
+def run_growth(threads: int, progress) -> dict[str, list]:
+    from nanochat.bench.growth import CURVES
+
+    found = {}
+    for name, curve in CURVES.items():
+        progress(f"growth: {curve.name}, {curve.sizes[0]:,} to {curve.sizes[-1]:,} {curve.what}")
+        found[name] = measured("growth:grow", {"curve": name, "sizes": curve.sizes}, threads)["rows"]
+    return found
+
+
+def measured(make: str, arguments: dict, threads: int) -> dict:
+    """What a contestant that measures at once says, in a process of its own."""
+    from nanochat.bench.runner import Contestant, Worker
+
+    try:
+        worker = Worker(Contestant(make, make, arguments), threads)
+    except ChildProcessError as error:
+        raise UserError(f"{make} cannot run: {error}") from error
+    worker.close()
+    return worker.about
