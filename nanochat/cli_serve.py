@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from nanochat.errors import UserError
-from nanochat.flags import CHECKPOINT, Device
+from nanochat.flags import CHECKPOINT, Device, EncoderFlags, Runtime, load_agent
 
 Hosts = UseAppendAction[
     Annotated[
@@ -84,9 +84,11 @@ def serve(
     cors: Origins = (),
     ssl_certfile: Path | None = None,
     ssl_keyfile: Path | None = None,
+    detect: str | None = None,
     limits: OmitArgPrefixes[LimitFlags] = LimitFlags(),
     policy: OmitArgPrefixes[PolicyFlags] = PolicyFlags(),
     device: Device = "auto",
+    runtime: Runtime = "auto",
 ) -> None:
     """Serve models to OpenAI's clients and to web browsers: http://127.0.0.1:8000 has a page to ask about pictures, /docs lists
     the endpoints.
@@ -98,9 +100,10 @@ def serve(
         media_path: A folder whose pictures clients may name as file:///path; by default none.
         ssl_certfile: Certificate (.pem), to serve https: a browser gives its camera to a page of another machine only then.
         ssl_keyfile: The private key of the certificate.
+        detect: YOLO weights for /detect, such as yolov9t.pt; see `nanochat detect --help`. By default it answers with status 503.
     """
     settings = Settings(host, port, api_key, "--api-key", allow_host, media_path, cors, ssl_certfile, ssl_keyfile)
-    run_server(checkpoints or ("photos",), settings, limits, policy, device)
+    run_server(checkpoints or ("photos",), settings, limits, policy, device, runtime, detect=detect)
 
 
 def policy_server(
@@ -110,6 +113,7 @@ def policy_server(
     token: str | None = None,
     policy: OmitArgPrefixes[PolicyFlags] = PolicyFlags(),
     device: Device = "auto",
+    runtime: Runtime = "auto",
 ) -> None:
     """Serve a policy with openpi's websocket protocol, so that `openpi-client` can control a robot with it. The same server as
     `nanochat serve CHECKPOINT`.
@@ -119,7 +123,8 @@ def policy_server(
         port: Port to listen on; 0 picks a free one.
         token: The api_key that clients must send; default $NANOCHAT_API_KEY or $NANOCHAT_TOKEN. Without it, none is required.
     """
-    run_server((checkpoint,), Settings(host, port, token, "--token"), LimitFlags(), policy, device, must_act=True)
+    settings = Settings(host, port, token, "--token")
+    run_server((checkpoint,), settings, LimitFlags(), policy, device, runtime, must_act=True)
 
 
 @dataclass(frozen=True)
@@ -138,13 +143,9 @@ class Settings:
 
 
 def run_server(
-    checkpoints: Sequence[str],
-    settings: Settings,
-    limits: LimitFlags,
-    policy_flags: PolicyFlags,
-    device: str,
-    must_act: bool = False,
-) -> None:
+    checkpoints: Sequence[str], settings: Settings, limits: LimitFlags, policy_flags: PolicyFlags, device: str, runtime: str,
+    must_act: bool = False, detect: str | None = None,
+) -> None:  # fmt: skip
     """Load the models and serve them until the process is stopped. Raises UserError before that for what cannot be meant."""
     need_extra()
     from nanochat.serving.app import create_app
@@ -162,7 +163,8 @@ def run_server(
     log_to_stderr()
     if key is None and not is_local(host):
         print(f"warning: everyone who can reach {host} port {port} can use these models: set a key", file=sys.stderr)
-    agents = load_agents(checkpoints, device)
+    detector = None if detect is None else EncoderFlags(weights=detect, device=device).encoder()
+    agents = load_agents(checkpoints, device, runtime)
     acting = next(
         (name for name, agent in agents.items() if must_act or hasattr(agent.model.config, "action_dim")), None
     )
@@ -172,7 +174,7 @@ def run_server(
     app = create_app(
         models, Sources(settings.allow_hosts, settings.media_path, int(limits.max_picture_mb * 1e6)), limits,
         Entrance(key, is_local(host), settings.cors, bytes_of_body),
-        policy, None if acting is None else models.served[acting].batcher.run, policy_flags.max_clients,
+        policy, None if acting is None else models.served[acting].batcher.run, policy_flags.max_clients, detector,
     )  # fmt: skip
     serve(app, host, port, settings.certfile, settings.keyfile)
 
@@ -187,17 +189,14 @@ def need_extra() -> None:
         raise UserError(f"nanochat serve needs {error.name}: pip install 'nanochat-vision[serve]'") from error
 
 
-def load_agents(checkpoints: Sequence[str], device: str) -> dict:
+def load_agents(checkpoints: Sequence[str], device: str, runtime: str) -> dict:
     """The models by the last part of their name. Raises UserError for two of the same name."""
-    from nanochat.agent import Agent
-    from nanochat.devices import pick_device
-
     found = {}
     for checkpoint in checkpoints:
         name = Path(checkpoint).name or checkpoint
         if name in found:
             raise UserError(f"two checkpoints are called {name}: rename the folder of one")
-        found[name] = Agent.load(checkpoint, pick_device(device))
+        found[name] = load_agent(checkpoint, device, runtime)
     return found
 
 

@@ -13,10 +13,12 @@ from nanochat.serving import problems
 from nanochat.serving.actions import actions_router
 from nanochat.serving.attending import attention_router
 from nanochat.serving.chat import chat_router
+from nanochat.serving.embedding import embedding_router
 from nanochat.serving.guard import Entrance, Guard
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.models import Limits, Models
 from nanochat.serving.openpi import MAX_CLIENTS, RobotPolicy, Run
+from nanochat.serving.responses import responses_router
 from nanochat.serving.sources import Sources
 
 PAGE = Path(__file__).parent / "page"
@@ -31,15 +33,11 @@ PAGE_HEADERS = {
 
 
 def create_app(
-    models: Models,
-    sources: Sources,
-    limits: Limits,
-    entrance: Entrance,
-    policy: RobotPolicy | None = None,
-    run: Run | None = None,
-    max_clients: int = MAX_CLIENTS,
-) -> Guard:
-    """The ASGI app. Closing it (its lifespan) ends the threads of the models. policy, run: of a robot, see `actions_router`."""
+    models: Models, sources: Sources, limits: Limits, entrance: Entrance, policy: RobotPolicy | None = None,
+    run: Run | None = None, max_clients: int = MAX_CLIENTS, detector=None,
+) -> Guard:  # fmt: skip
+    """The ASGI app. Closing it (its lifespan) ends the threads of the models. policy, run: of a robot, see `actions_router`.
+    detector: see `embedding_router`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -53,6 +51,8 @@ def create_app(
     problems.install(app)
     metrics = Metrics(models)
     app.include_router(chat_router(models, sources, limits))
+    app.include_router(responses_router(models, sources, limits))
+    app.include_router(embedding_router(models, sources, limits, detector))
     app.include_router(attention_router(models, sources, limits))
     app.include_router(actions_router(policy, run, sources, limits, max_clients))
 
@@ -82,7 +82,7 @@ def create_app(
 
     @app.get("/page-settings", include_in_schema=False)
     async def page_settings():
-        return {"detects": False, "simulates": False}
+        return {"detects": detector is not None, "simulates": False}
 
     @app.get("/docs", include_in_schema=False)
     async def docs():

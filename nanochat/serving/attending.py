@@ -4,6 +4,7 @@ import asyncio
 
 from fastapi import APIRouter
 
+from nanochat.attention import attention_of_words
 from nanochat.errors import UserError
 from nanochat.serving.models import Limits, Models
 from nanochat.serving.problems import ApiError
@@ -37,10 +38,6 @@ def attention_router(models: Models, sources: Sources, limits: Limits) -> APIRou
 
 def weights_of_words(agent, prompt: list[int], answer: str, vectors) -> list[dict]:
     """[{"text": word, "pictures": [the weights of a picture's cells, row by row]}], the mean over layers and heads."""
-    try:
-        from nanochat.attention import attention_of_words
-    except ImportError as error:
-        raise ApiError(501, "this runtime does not compute attention weights") from error
     room = agent.model.config.sequence_len - len(prompt)
     if len(agent.tokenizer.encode(answer)) > room:
         raise UserError(f"the answer and its prompt do not fit the context of {agent.model.config.sequence_len} tokens")

@@ -138,6 +138,30 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+class EmbeddingsRequest(Strict):
+    """Pictures, each as a data URI, base64, a URL or an image part of a message."""
+
+    model: Annotated[str, Field(max_length=200)] | None = None
+    input: Text | ImagePart | Annotated[list[Text | ImagePart], Field(min_length=1, max_length=64)]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = None
+    user: Any = None
+
+    @field_validator("dimensions")
+    @classmethod
+    def no_dimensions(cls, value):
+        if value is not None:
+            raise ValueError("vectors are not shortened: leave it out")
+        return value
+
+
+class DetectRequest(Strict):
+    image: Text = Field(description="A data URI or base64.")
+    conf: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        0.25, description="Objects with a lower score are left out."
+    )
+
+
 class AttentionRequest(Strict):
     """Messages as in a chat, and the answer to them."""
 
@@ -190,4 +214,47 @@ class ChatRequest(Sampled):
     def with_logprobs(cls, value, info):
         if value is not None and not info.data.get("logprobs"):
             raise ValueError("it needs logprobs: true")
+        return value
+
+
+# ---- /v1/responses
+
+
+class ResponseMessage(Message):
+    type: Literal["message"] | None = "message"
+
+
+class ResponseJsonSchema(Loose):
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(max_length=64)] = "answer"
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class ResponseText(Loose):
+    format: Annotated[TextFormat | JsonObjectFormat | ResponseJsonSchema, Field(discriminator="type")] | None = None
+
+
+class ResponsesRequest(Sampled):
+    """No conversation is stored: each request carries its whole input."""
+
+    input: Text | Annotated[list[ResponseMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: ResponseText | None = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    background: bool | None = False
+    stream_options: StreamOptions | None = None
+    # without an effect here
+    reasoning: Any = None
+    truncation: Any = None
+    include: Any = None
+    top_logprobs: Any = None
+    max_tool_calls: Any = None
+
+    @field_validator("previous_response_id", "conversation", "background")
+    @classmethod
+    def nothing_stored(cls, value):
+        if value:
+            raise ValueError("this server stores no responses: send the whole input")
         return value

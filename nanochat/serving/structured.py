@@ -7,18 +7,17 @@ from functools import lru_cache
 import numpy as np
 
 from nanochat.serving.problems import ApiError
-from nanochat.serving.schema import JsonObjectFormat, JsonSchemaFormat
+from nanochat.serving.schema import JsonSchemaFormat
 
 MAX_SCHEMA = 20_000  # characters
 
 
 def schema_of(wanted) -> dict | None:
-    """The JSON schema that a response_format asks for, None for text."""
-    if isinstance(wanted, JsonObjectFormat):
-        return {"type": "object"}
-    if isinstance(wanted, JsonSchemaFormat):
-        return wanted.json_schema.schema_ or {"type": "object"}
-    return None
+    """The JSON schema that a format asks for, None for text. wanted: of chat/completions or responses."""
+    if wanted is None or wanted.type == "text":
+        return None
+    named = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
+    return getattr(named, "schema_", None) or {"type": "object"}
 
 
 def constraint(agent, schema: dict) -> "Callable[[], JsonAnswer]":
