@@ -27,6 +27,7 @@ from nanochat.data.columns import (
     read_rows,
     to_numpy,
 )
+from nanochat.data.language import EVENTS, Asked, from_events
 from nanochat.data.pictures import encode_png
 from nanochat.data.sample import check_text
 from nanochat.data.video import video_pictures
@@ -52,6 +53,7 @@ class Episode:
     extra: further values, such as {"seed": 7}: text, int or float, each of the same type in all episodes.
     frame_tasks: the instruction of each frame, T texts; empty if it is `task` for all of them.
     name: where the episode comes from, for error messages.
+    questions: about the pictures of each frame, (camera, question, answer), T lists; empty if nobody asks. See `language`.
     """
 
     task: str
@@ -60,6 +62,7 @@ class Episode:
     extra: dict = field(default_factory=dict)
     frame_tasks: list[str] = field(default_factory=list)
     name: str = field(default="", compare=False)
+    questions: list[list[Asked]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,13 @@ class RobotDataset:
         numbers = {key: self._column(table[key], key, f"{where}: {short_repr(key)}") for key in columns}
         frame_tasks = self._frame_tasks(table, info, where)
         return Episode(frame_tasks[0], numbers, images, dict(info.extra), only_if_mixed(frame_tasks), where)
+
+    def questions(self, i: int) -> list[list[Asked]]:
+        """The questions about each frame of episode `i`, none where the dataset has no column for them. Raises as `episode`."""
+        info = self.episodes[i]
+        if EVENTS not in self._layout(info.path).columns:
+            return [[] for _ in range(info.length)]
+        return from_events(self._rows(i, [EVENTS])[EVENTS], f"{info.path}: episode {i}")
 
     def pictures(self, i: int, camera: str, frames: Sequence[int]) -> Iterator[bytes | np.ndarray]:
         """The pictures of a camera in frames of episode `i`, in increasing order: encoded, or of a video (H, W, 3) uint8 RGB.

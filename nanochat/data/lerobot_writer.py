@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.data.columns import pa, pq, to_arrow, to_numpy
+from nanochat.data.language import EVENTS, FEATURE, HF_FEATURE, check_questions, to_events
 from nanochat.data.lerobot import BOOKKEEPING, EPISODE_FIELDS, EPISODES_PATH, IMAGE_TYPE, TASKS_PATH, Episode
 from nanochat.data.pictures import check_picture
 from nanochat.data.sample import check_text
@@ -89,7 +90,7 @@ class _Writer:
         row |= self.place
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        stats = {key: column_stats(to_numpy(table[key])) for key in self.features if key not in episode.images}
+        stats = {key: column_stats(to_numpy(table[key])) for key in self.features if key not in (*episode.images, EVENTS)}
         stats |= {camera: self.picture_stats(camera, pictures) for camera, pictures in episode.images.items()}
         self.rows.append(row | {f"stats/{key}/{name}": x for key, found in stats.items() for name, x in found.items()})
         self.frames += length
@@ -101,6 +102,8 @@ class _Writer:
         of_frames = ((frame / self.fps).astype(np.float32), frame, frame * 0 + len(self.rows), frame + self.frames)
         bookkeeping = dict(zip(BOOKKEEPING, (*of_frames, task_index), strict=True))  # each (T,)
         arrays = {key: to_arrow(column) for key, column in (episode.columns | bookkeeping).items()}
+        if episode.questions:
+            arrays[EVENTS] = to_events(episode.questions)
         for camera, pictures in episode.images.items():
             arrays[camera] = pa.array([{"bytes": picture, "path": None} for picture in pictures], IMAGE_TYPE)
         metadata = {"huggingface": json.dumps({"info": {"features": hf_features(self.features)}})}
@@ -138,7 +141,7 @@ class _Writer:
         pq.write_table(pa.table({key: [row.get(key) for row in self.rows] for key in keys}), self.root / EPISODES_PATH)
         pq.write_table(tasks_table(self.tasks), self.root / TASKS_PATH)
         stats = {camera: image_stats(*found) for camera, found in self.pixels.items()}
-        for key in [key for key in self.features if key not in stats]:
+        for key in [key for key in self.features if key not in (*stats, EVENTS)]:
             parts = [to_numpy(pq.ParquetFile(path).read(columns=[key])[key]) for path in self.paths]
             stats[key] = column_stats(np.concatenate(parts))
         (self.root / "meta/stats.json").write_text(json.dumps(stats, indent=4))
@@ -160,12 +163,18 @@ def check_episode(episode: Episode, camera_shape: tuple, where: str) -> int:
         raise DataError(
             f"{where}: frame_tasks must be empty or have a task for each frame, found {len(episode.frame_tasks)}"
         )
+    if episode.questions and {len(episode.questions)} != set(lengths.values()):
+        raise DataError(f"{where}: questions must be empty or a list for each frame, found {len(episode.questions)}")
+    for frame, asked in enumerate(episode.questions):
+        check_questions(asked, f"{where}: questions of frame {frame}")
+        if unknown := [camera for camera, _, _ in asked if camera not in episode.images]:
+            raise DataError(f"{where}: a question of frame {frame} is about {unknown[0]}, which is no camera of the episode")
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DataError(
             f"{where}: all columns and cameras must have the same number of frames, at least 1, found {lengths}"
         )
     for key in lengths:
-        if key in BOOKKEEPING or "/" in key or (key in episode.columns and key in episode.images):
+        if key in (*BOOKKEEPING, EVENTS) or "/" in key or (key in episode.columns and key in episode.images):
             raise DataError(f"{where}: {key!r} cannot name a column: the name is reserved, used twice, or contains a /")
     for key, column in episode.columns.items():
         if column.dtype not in WRITABLE or column.ndim not in (1, 2) or not column.size:
@@ -196,6 +205,7 @@ def features_of(episode: Episode, camera_shape: tuple, names: dict[str, list[str
             raise DataError(f"found {len(given)} names for {key!r}, which is {features.get(key, 'not a column')}")
     image = {"dtype": "image", "shape": list(camera_shape), "names": ["height", "width", "channels"]}
     features |= dict.fromkeys(episode.images, image)
+    features |= {EVENTS: FEATURE} if episode.questions else {}
     for key in BOOKKEEPING:
         features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
     return features
@@ -207,6 +217,9 @@ def hf_features(features: dict[str, dict]) -> dict[str, dict]:
     for key, feature in features.items():
         value = {"_type": "Value", "dtype": feature["dtype"]}
         rows = {"_type": "Sequence", "feature": value, "length": feature["shape"][0]}
+        if key == EVENTS:
+            found[key] = HF_FEATURE
+            continue
         found[key] = {"_type": "Image"} if feature["dtype"] == "image" else value if feature["shape"] == [1] else rows
     return found
 

@@ -18,12 +18,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from nanochat.data.language import Asked
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_object
 from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.scene import scene_questions
 from nanochat.metaworld.simulator import ACTION_DIM, CAMERA, FPS, MAX_STEPS, Arm
 from nanochat.workers import in_processes
 
@@ -63,13 +65,15 @@ def record_demonstrations(
     image_size: int,
     processes: int,
     cameras: Sequence[str] = (CAMERA,),
+    questions: bool = False,
 ) -> None:
     """Write `episodes` successful episodes of each task to the folder `out`, as a LeRobot v3.0 dataset.
 
     Resumes an earlier call with the same settings that was stopped.
 
     tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1.
-    image_size: side of the square images in pixels. cameras: names of Meta-World's, see `simulator.Arm`.
+    image_size: side of the square images in pixels. cameras: names of Meta-World's, see `simulator.Arm`. questions: write one
+    about the first camera of each frame, see `data.language`.
 
     Raises:
         FileExistsError: `out` exists.
@@ -87,6 +91,8 @@ def record_demonstrations(
     if image_size < 32 or image_size % 32:
         raise UserError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
     cameras = tuple(dict.fromkeys(cameras)) or (CAMERA,)
+    if questions and cameras[0] != CAMERA:
+        raise UserError(f"--questions are about places in the picture of {CAMERA}: name it first, --cameras {CAMERA} ...")
     Arm(tasks[0], image_size, cameras)  # raises for a camera that there is not, before anything is written
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
@@ -99,7 +105,7 @@ def record_demonstrations(
     with Progress(console=console) as progress:
         record_blocks(work, blocks, processes, progress)
         bar = progress.add_task("writing the dataset", total=episodes * len(tasks))
-        counted = (progress.advance(bar) or episode for episode in read_blocks(work, blocks))
+        counted = (progress.advance(bar) or episode for episode in read_blocks(work, blocks, questions))
         names = {"observation.state": ["x", "y", "z", "opening"], "action": ["x", "y", "z", "fingers"]}
         write_dataset(out, counted, FPS, "sawyer", (image_size, image_size, 3), names)
     shutil.rmtree(work)
@@ -189,8 +195,8 @@ def run_expert(arm: Arm, seed: int, noise: float) -> dict | None:
     return {key: value if key == "images" else np.array(value) for key, value in frames.items()}
 
 
-def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
-    """The episodes of all blocks, with LeRobot's column names."""
+def read_blocks(work: Path, blocks: list[Block], questions: bool = False) -> Iterator[Episode]:
+    """The episodes of all blocks, with LeRobot's column names. questions: see `record_demonstrations`."""
     for block in blocks:
         with np.load(work / block.name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -206,7 +212,19 @@ def read_blocks(work: Path, blocks: list[Block]) -> Iterator[Episode]:
             }
             extra = {"name": block.task, "seed": int(seed)}
             images = {CAMERA_KEY.format(camera): own[rows] for camera, own in pictures.items()}
-            yield Episode(INSTRUCTIONS[block.task][0], columns, images, extra)
+            asked = frame_questions(block, columns, int(seed)) if questions else []
+            yield Episode(INSTRUCTIONS[block.task][0], columns, images, extra, questions=asked)
+
+
+def frame_questions(block: Block, columns: dict[str, np.ndarray], seed: int) -> list[list[Asked]]:
+    """One random question about each frame of an episode, of those about one picture."""
+    rng, found = np.random.default_rng(seed), []
+    arrays = [columns[f"observation.{name}"] for name in ("environment_state", "success", "held")]
+    for frame in range(len(columns["action"])):
+        one = [asked for asked in scene_questions(block.task, *arrays, frame, frame, rng) if asked.images == 1]
+        asked = one[rng.integers(len(one))]
+        found.append([(CAMERA_KEY.format(block.cameras[0]), asked.question, asked.answer)])
+    return found
 
 
 def pictures_of(arrays: dict[str, np.ndarray], camera: str) -> list[bytes]:
