@@ -8,15 +8,24 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 venv=.venv
 what=${1:-demo}
-extras=""
-[ "$what" = test ] && extras="[dev]"
+torch="torch" # a checkpoint needs it, a folder of `nanochat export` does not
+for word in "$@"; do
+  ! grep -qs '"format": "nanochat-onnx"' "$word/manifest.json" || torch=""
+done
+more=""
 case "$what" in
-  demo | record | demos | rollout | policy-server) extras="[robot]" ;;
-  train) extras="[train,eval,photos]" ;;
-  eval) extras="[train,eval]" ;;
-  import-upstream) extras="[upstream]" ;;
+  test) torch="" more="dev" ;; # has all
+  models | cache | tokenizer) torch="" ;;
+  inspect) torch="" more="robot" ;;
+  demo | record | demos | rollout) more="robot" ;;
+  serve | policy-server) more="serve" ;;
+  train) more="train,eval,photos" ;;
+  eval) more="train,eval" ;;
+  import-upstream) more="upstream" ;;
 esac
-[ "$what ${2:-}" = "train robot" ] && extras="[train,eval,photos,robot]" # its data has tables and videos
+[ "$what ${2:-}" = "train robot" ] && more="train,eval,photos,robot" # its data has tables and videos
+extras=${torch:+$torch${more:+,}}$more
+extras=${extras:+[$extras]}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "Python 3.11 or newer is needed; found $("$python" --version). Set PYTHON to another interpreter." >&2; exit 2; }
@@ -25,7 +34,7 @@ esac
 stamp="$venv/installed-${extras:-[]}"
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-  echo "Installing nanochat-vision$extras into $venv (PyTorch is large: a few minutes the first time)"
+  echo "Installing nanochat-vision$extras into $venv (with PyTorch: a few minutes the first time)"
   # a .venv without pip was created by a Python without ensurepip (on Debian it is in python3-venv)
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"

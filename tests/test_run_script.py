@@ -1,9 +1,11 @@
 """run_multimodal.sh with a stand-in for the virtual environment: what it installs and what it starts."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,16 +35,17 @@ def run(tmp_path):
 
 
 def test_the_demo_is_the_default_and_is_installed_once(run):
-    assert run() == [INSTALL + ".[robot]", "nanochat demo"]
+    assert run() == [INSTALL + ".[torch,robot]", "nanochat demo"]
     assert run("demo", "--seed", "2") == ["nanochat demo --seed 2"]
 
 
 @pytest.mark.parametrize(
     ("command", "extras"),
     [
-        ("record", "[robot]"), ("demos", "[robot]"), ("rollout", "[robot]"), ("policy-server", "[robot]"),
-        ("train", "[train,eval,photos]"), ("eval", "[train,eval]"), ("import-upstream", "[upstream]"),
-        ("ask", ""), ("pack", ""), ("export", ""), ("models", ""), ("chat", ""),
+        ("record", "[torch,robot]"), ("demos", "[torch,robot]"), ("rollout", "[torch,robot]"), ("inspect", "[robot]"),
+        ("policy-server", "[torch,serve]"), ("serve", "[torch,serve]"), ("train", "[torch,train,eval,photos]"),
+        ("eval", "[torch,train,eval]"), ("import-upstream", "[torch,upstream]"), ("ask", "[torch]"), ("pack", "[torch]"),
+        ("export", "[torch]"), ("chat", "[torch]"), ("models", ""), ("cache", ""),
     ],
 )  # fmt: skip
 def test_a_command_installs_what_it_needs(run, command, extras):
@@ -50,7 +53,21 @@ def test_a_command_installs_what_it_needs(run, command, extras):
 
 
 def test_training_a_robot_installs_what_reads_its_data(run):
-    assert run("train", "robot", "--data", "d")[0] == f"{INSTALL}.[train,eval,photos,robot]"
+    assert run("train", "robot", "--data", "d")[0] == f"{INSTALL}.[torch,train,eval,photos,robot]"
+
+
+@pytest.mark.parametrize(("command", "extras"), [("ask", ""), ("policy-server", "[serve]")])
+def test_an_exported_model_needs_no_torch(run, tmp_path, command, extras):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/manifest.json").write_text(json.dumps({"format": "nanochat-onnx"}, indent=1))
+    assert run(command, "small")[0] == f"{INSTALL}.{extras}"
+
+
+def test_uv_takes_torch_by_default():
+    """`uv run` installs the dependency group dev."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["dependency-groups"]["dev"] == project["project"]["optional-dependencies"]["torch"]
+    assert not any("torch" in one for one in project["project"]["dependencies"])
 
 
 @pytest.mark.parametrize(
