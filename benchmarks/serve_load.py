@@ -1,0 +1,213 @@
+"""Load on `nanochat serve`, which this starts: throughput, waiting times, wrong answers, growth of memory. Needs the extras serve
+and dev. Prints a table.
+
+    python -m benchmarks.serve_load --seconds 60 --clients 16
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+from PIL import Image
+
+QUESTIONS = (
+    "what is it?",
+    "is there a dog?",
+    "what is the man doing?",
+    "Describe the image.",
+    "how many people are there?",
+)
+WARM_UP = 0.3  # of the time, before memory is measured
+
+
+def picture(seed: int, side: int = 320) -> str:
+    """A data URI of coloured noise, as no other seed gives it."""
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((side, side)).save(file, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def body(question: str, url: str | None, **options) -> dict:
+    shown = [] if url is None else [{"type": "image_url", "image_url": {"url": url}}]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+    return {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 40} | options
+
+
+async def ask(http: httpx.AsyncClient, sent: dict, stop_after: int | None = None, slow: float = 0.0) -> dict:
+    """{"status", "text", "first": seconds to the first text, "all", "tokens", "timings"}. stop_after: events, then the client goes."""
+    since, found = time.perf_counter(), {"status": 0, "text": "", "first": None, "tokens": 0, "timings": {}}
+    async with http.stream("POST", "/v1/chat/completions", json=sent) as answer:
+        found["status"] = answer.status_code
+        events = 0
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk, events = json.loads(line[6:]), events + 1
+            piece = chunk["choices"][0]["delta"].get("content") if chunk.get("choices") else None
+            if piece:
+                found["first"] = found["first"] or time.perf_counter() - since
+                found["text"] += piece
+            if chunk.get("usage"):
+                found["tokens"], found["timings"] = chunk["usage"]["completion_tokens"], chunk["timings"]
+            await asyncio.sleep(slow)
+            if stop_after is not None and events >= stop_after:
+                break
+    return found | {"all": time.perf_counter() - since}
+
+
+def resident_mb(pid: int) -> float:
+    with open(f"/proc/{pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024
+
+
+async def throughput(http: httpx.AsyncClient, clients: int, seconds: float, urls: list[str]) -> float:
+    """Tokens per second of descriptions of known pictures."""
+    end, tokens, since = time.perf_counter() + seconds, 0, time.perf_counter()
+
+    async def client(number: int) -> None:
+        nonlocal tokens
+        while time.perf_counter() < end:
+            tokens += (await ask(http, body("Describe the image.", urls[number % len(urls)])))["tokens"]
+
+    await asyncio.gather(*map(client, range(clients)))
+    return tokens / (time.perf_counter() - since)
+
+
+async def first_tokens(http: httpx.AsyncClient, beside: int, n: int, urls: list[str]) -> list[float]:
+    """Seconds to the first token of n short questions, while `beside` clients ask for long answers about new pictures."""
+    stopped = asyncio.Event()
+
+    async def client(number: int) -> None:
+        turn = 0
+        while not stopped.is_set():
+            turn += 1
+            await ask(
+                http, body("Describe the image.", picture(10_000 * number + turn), max_tokens=100, temperature=1.0)
+            )
+
+    others = [asyncio.create_task(client(number + 1)) for number in range(beside)]
+    await asyncio.sleep(1.0 if beside else 0)
+    times = []
+    for i in range(n):
+        found = await ask(http, body("is there a dog?", urls[i % len(urls)], max_tokens=4))
+        times.append(found["first"] or found["all"])
+    stopped.set()
+    await asyncio.gather(*others)
+    return times
+
+
+async def mixed(
+    http: httpx.AsyncClient, pid: int, clients: int, seconds: float, urls: list[str], expected: dict
+) -> dict:
+    """Short and long questions, known and new pictures, and clients that go in the middle."""
+    end, counts, memory = (
+        time.perf_counter() + seconds,
+        {"answers": 0, "5xx": 0, "429": 0, "wrong": 0, "cut off": 0},
+        [],
+    )
+
+    async def client(number: int) -> None:
+        rng = random.Random(number)
+        while time.perf_counter() < end:
+            question, known = rng.choice(QUESTIONS), rng.random() < 0.8
+            i = rng.randrange(len(urls))
+            url = urls[i] if known else picture(rng.getrandbits(40), rng.choice((64, 320, 1000)))
+            gone = rng.randrange(1, 6) if rng.random() < 0.1 else None
+            found = await ask(http, body(question, url), gone)
+            if found["status"] == 429:
+                counts["429"] += 1
+                await asyncio.sleep(1)
+            elif found["status"] >= 500:
+                counts["5xx"] += 1
+            elif gone is not None:
+                counts["cut off"] += 1
+            else:
+                counts["answers"] += 1
+                counts["wrong"] += known and found["text"] != expected[question, i]
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            memory.append((time.perf_counter(), resident_mb(pid)))
+            await asyncio.sleep(0.5)
+
+    start = time.perf_counter()
+    await asyncio.gather(watch(), *map(client, range(clients)))
+    later = [mb for at, mb in memory if at - start > WARM_UP * seconds]
+    return counts | {"MB after warm-up": later[0], "MB at the end": statistics.median(later[-5:])}
+
+
+async def vanishing(http: httpx.AsyncClient, urls: list[str]) -> tuple[float, float]:
+    """(seconds of a good request alone, while 200 clients vanish in the middle and 50 read slowly)."""
+    question = body("Describe the image.", urls[0])
+    alone = (await ask(http, question))["all"]
+    others = [ask(http, body(QUESTIONS[i % 5], urls[i % len(urls)], temperature=1.0), stop_after=2) for i in range(200)]
+    others += [ask(http, body("Describe the image.", urls[i % len(urls)]), slow=0.2) for i in range(50)]
+    running = asyncio.gather(*others)
+    await asyncio.sleep(0.5)
+    beside = (await ask(http, question))["all"]
+    await running
+    return alone, beside
+
+
+async def measure(address: str, pid: int, clients: int, seconds: float) -> dict[str, str]:
+    limits = httpx.Limits(max_connections=1000)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
+        urls = [picture(seed) for seed in range(8)]
+        first = [(await ask(http, body("is there a dog?", url)))["all"] for url in urls]
+        second = [(await ask(http, body("is there a man?", url)))["all"] for url in urls]
+        expected = {(q, i): (await ask(http, body(q, url)))["text"] for q in QUESTIONS for i, url in enumerate(urls)}
+        rows = {"the same picture: first and second question": f"{1e3 * statistics.median(first):.0f} and "
+                f"{1e3 * statistics.median(second):.0f} ms, {statistics.median(first) / statistics.median(second):.1f}x"}  # fmt: skip
+        one = await throughput(http, 1, seconds / 6, urls)
+        many = await throughput(http, clients, seconds / 6, urls)
+        rows[f"tokens per second of 1 and {clients} clients"] = f"{one:.0f} and {many:.0f}, {many / one:.1f}x"
+        alone = np.percentile(await first_tokens(http, 0, 60, urls), 99)
+        beside = np.percentile(await first_tokens(http, 8, 60, urls), 99)
+        rows["p99 to the first token, alone and beside 8 long ones"] = (
+            f"{1e3 * alone:.0f} and {1e3 * beside:.0f} ms, {beside / alone:.1f}x"
+        )
+        good, crowded = await vanishing(http, urls)
+        rows["a good request, alone and beside 200 that vanish and 50 slow readers"] = f"{good:.2f} and {crowded:.2f} s"
+        counts = await mixed(http, pid, clients * 4, seconds, urls, expected)
+        growth = counts["MB at the end"] / counts["MB after warm-up"] - 1
+        rows[f"mixed, {clients * 4} clients, {seconds:.0f} s"] = (
+            ", ".join(
+                f"{name} {value:.0f}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in counts.items()
+            )
+            + f" ({100 * growth:+.1f} %)"
+        )
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60, help="of the mixed load; the others take about as long")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--model", default="photos")
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "nanochat", "serve", options.model, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.search(r"(http://\S+?);", next(line for line in server.stdout if "serving" in line))[1]
+            print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+            for name, value in asyncio.run(measure(address, server.pid, options.clients, options.seconds)).items():
+                print(f"| {name} | {value} |", flush=True)
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
