@@ -21,6 +21,7 @@ DATA = sorted(f"nanochat.data.{path.stem}" for path in (ROOT / "nanochat/data").
 MODULES = [
     "nanochat.files", "nanochat.sampling", "nanochat.tokenizer", "nanochat.actions", "nanochat.conversation",
     "nanochat.engine", "nanochat.beams", "nanochat.agent", "nanochat.config", "nanochat.acting",
+    "nanochat.attention", "nanochat.runtime", "nanochat.onnx_cache", "nanochat.onnx_model", "nanochat.onnx_folder",
     "nanochat.safety", "nanochat.cameras", "nanochat.vision", "nanochat.vision.images", "nanochat.vision.detections",
     "nanochat.chunk_player", "nanochat.data", *DATA,
     "nanochat.metaworld.instructions", "nanochat.metaworld.scene", "nanochat.serving.policy", "nanochat.serving.openpi",
