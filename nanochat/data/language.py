@@ -1,8 +1,8 @@
 """Questions about the pictures of a robot dataset, as LeRobot 0.6 keeps them: rows of style "vqa" in the column `language_events`.
 
 A frame has a list of rows {role, content, style, camera, tool_calls}; a question is a row of the role "user", followed by its
-answer, a row of the role "assistant" about the same camera. There is at most one question about a frame of a camera. The column's
-dtype in meta/info.json is "language", which LeRobot before 0.6 does not know. The answers here are plain text, where LeRobot's own
+answer, a row of the role "assistant" about the same camera. There is at most one question about a frame of a camera. The dtype in
+meta/info.json is "language", which LeRobot before 0.6 does not know. The answers here are plain text, where LeRobot's own
 annotation pipeline writes JSON.
 """
 
@@ -61,10 +61,14 @@ def from_events(column: pa.ChunkedArray, where: str) -> list[list[Asked]]:
     for frame, rows in enumerate(frames):
         place = f"{where}: {EVENTS} of frame {frame}"
         if not all(isinstance(row, dict) for row in rows or []):
-            raise DataError(f"{place} must be a list of rows with role, content, style and camera, found {short_repr(rows)}")
+            raise DataError(
+                f"{place} must be a list of rows with role, content, style and camera, found {short_repr(rows)}"
+            )
         asked = [row for row in rows or [] if row.get("style") == VQA]
         if [row.get("role") for row in asked] != ["user", "assistant"] * (len(asked) // 2):
-            raise DataError(f"{place} must have an answer (assistant) after each question (user), found {short_repr(asked)}")
+            raise DataError(
+                f"{place} must have an answer (assistant) after each question (user), found {short_repr(asked)}"
+            )
         pairs = list(zip(asked[::2], asked[1::2], strict=True))
         if any(question.get("camera") != answer.get("camera") for question, answer in pairs):
             raise DataError(f"{place}: an answer must be about the camera of its question, found {short_repr(asked)}")
@@ -80,4 +84,6 @@ def check_questions(asked: Sequence[Asked], where: str) -> None:
         for name, text in zip(("the camera", "the question", "the answer"), values, strict=True):
             check_text(text, name, where)
     if twice := [camera for camera, n in Counter(camera for camera, _, _ in asked).items() if n > 1]:
-        raise DataError(f"{where}: LeRobot keeps one question about a frame of a camera, found more about {', '.join(twice)}")
+        raise DataError(
+            f"{where}: LeRobot keeps one question about a frame of a camera, found more about {', '.join(twice)}"
+        )

@@ -90,7 +90,9 @@ class _Writer:
         row |= self.place
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        stats = {key: column_stats(to_numpy(table[key])) for key in self.features if key not in (*episode.images, EVENTS)}
+        stats = {
+            key: column_stats(to_numpy(table[key])) for key in self.features if key not in (*episode.images, EVENTS)
+        }
         stats |= {camera: self.picture_stats(camera, pictures) for camera, pictures in episode.images.items()}
         self.rows.append(row | {f"stats/{key}/{name}": x for key, found in stats.items() for name, x in found.items()})
         self.frames += length
@@ -168,7 +170,9 @@ def check_episode(episode: Episode, camera_shape: tuple, where: str) -> int:
     for frame, asked in enumerate(episode.questions):
         check_questions(asked, f"{where}: questions of frame {frame}")
         if unknown := [camera for camera, _, _ in asked if camera not in episode.images]:
-            raise DataError(f"{where}: a question of frame {frame} is about {unknown[0]}, which is no camera of the episode")
+            raise DataError(
+                f"{where}: a question of frame {frame} is about {unknown[0]}, which is no camera of the episode"
+            )
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DataError(
             f"{where}: all columns and cameras must have the same number of frames, at least 1, found {lengths}"
