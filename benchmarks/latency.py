@@ -1,24 +1,18 @@
-"""Time from a picture's file to its caption, and to the answer of a question about it, one picture at a time.
+"""Times from a picture to the text that a model says about it, for ablations.py. `nanochat bench ask` times the model that ships.
 
-    python benchmarks/latency.py [CHECKPOINT ...] [--pictures photo.jpg ...] [--threads 1] [--rounds 30]
-
-Float32 on the CPU. A time begins with the file and ends with the text: opening, letterbox, encoder, prompt, every token. In each
-round the model and a peer take turns, so that other load on the machine affects both: torchvision's ResNet-18 with random
-weights, which only encodes 224 x 224 pixels. Medians. The printed texts show what was timed.
+Float32 on the CPU. In each round the model and a peer take turns, so that other load on the machine affects both: torchvision's
+ResNet-18 with random weights, which only encodes 224 x 224 pixels.
 """
 
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 import tyro
-from matplotlib import cbook
 
 from nanochat.agent import Agent, question_message
 from nanochat.data import CAPTION_PROMPT
@@ -34,25 +28,6 @@ class Prompt(NamedTuple):
 
     question: str
     n_tokens: int | None = None
-
-
-@dataclass
-class Args:
-    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ("default",)
-    "Checkpoint folders, shipped models or hub names."
-    pictures: tuple[str, ...] = ()
-    "Picture files, taken in turn; default a photograph that comes with matplotlib."
-    question: str = "what is the person wearing?"
-    "Question to answer. Models that learnt captions only are not asked it, and those without captions make none."
-    threads: int = 1
-    "CPU threads."
-    rounds: int = 30
-    "How often each time is measured."
-
-
-def photograph() -> Path:
-    """A photograph that is at hand wherever this project is: a dependency has it."""
-    return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def reply(agent: Agent, picture, prompt: Prompt) -> str:
@@ -91,22 +66,6 @@ def timed(call: Callable) -> float:
     return 1e3 * (time.perf_counter() - since)
 
 
-def main(args: Args) -> None:
-    if min(args.threads, args.rounds) < 1:
-        raise UserError(f"threads and rounds must be at least 1, got {args.threads} and {args.rounds}")
-    torch.set_num_threads(args.threads)
-    pictures = args.pictures or (str(photograph()),)
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds; ms, median (25 % .. 75 %)")
-    for name in args.checkpoints:
-        agent = Agent.load(name)
-        size, prompts = agent.model.config.vision_image_size, prompts_of(agent, args.question)
-        print(f"{name}: {agent.model.num_parameters():,} parameters, {size} pixels")
-        for kind, times in measure(agent, pictures, prompts, args.rounds).items():
-            low, middle, high = np.quantile(times, (0.25, 0.5, 0.75))
-            said = f"  {reply(agent, pictures[0], prompts[kind])!r}" if kind in prompts else ""
-            print(f"  {kind:16s} {middle:7.1f}  ({low:.1f} .. {high:.1f}){said}")
-
-
 def command(function: Callable, arguments: type) -> None:
     """Run a benchmark as a command. What the user can mend is one line and exit code 2; the rest is a bug with its traceback."""
     try:
@@ -117,7 +76,3 @@ def command(function: Callable, arguments: type) -> None:
     except (UserError, OSError, ImportError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    command(main, Args)

@@ -140,7 +140,7 @@ def test_the_command(monkeypatch, nanochat, tmp_path):
     monkeypatch.setattr(runner, "run_race", race)
     page, found = tmp_path / "page.md", tmp_path / "found.json"
     printed = nanochat("bench", "act", "--threads", "2", "-o", page, "--json", found).out
-    assert "| ResNet-18 of torchvision alone, ready pixels of 128 x 128 | 2.00 (1.00 .. 3.00) | 2.00 |" in printed
+    assert "| ResNet-18 of torchvision alone, ready pixels of 128 x 128 | 4.00 (1.00 .. 3.00) | 4.00 |" in printed
     assert "nanochat bench act --threads 2" in page.read_text() and "2 threads" in page.read_text()
     assert json.loads(found.read_text())["act"]["one camera of 128 x 128 to a chunk of actions"][0]["label"] == "robot"
 

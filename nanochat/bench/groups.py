@@ -8,6 +8,14 @@ TOKENS = {"2.1 M": 128, "10 M": 64, "134 M": 16}  # that a call generates
 RESNET = "ResNet-18 of torchvision alone, ready pixels"
 
 
+def on_onnx(name: str, make: str, arguments: dict) -> tuple[Contestant, ...]:
+    """The same on ONNX Runtime, in float32 and with 8-bit weights and products."""
+    return tuple(
+        Contestant(f"{name}, ONNX Runtime, {label}", make, arguments | {"runtime": runtime})
+        for label, runtime in (("float32", "onnx"), ("int8", "int8"))
+    )
+
+
 def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     sixteen, one = {"weights": weights, "n": 16}, {"weights": weights, "n": 1}
     return [
@@ -16,6 +24,8 @@ def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race
             (
                 Contestant("nanochat embed, bfloat16", "ours:embed", sixteen),
                 Contestant("nanochat embed, float32", "ours:embed", sixteen | {"dtype": "float32"}),
+                Contestant("ONNX Runtime, float32", "ours:embed_onnx", sixteen | {"int8": False}),
+                Contestant("ONNX Runtime, int8", "ours:embed_onnx", sixteen | {"int8": True}),
                 Contestant("ultralytics embed", "peers:embed", sixteen),
             ),
             times=16,
@@ -45,7 +55,8 @@ def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
             "a picture's file to its caption",
             (
                 Contestant(checkpoint, "ours:ask", shown),
-                Contestant("its encoder's part", "ours:look", shown),
+                Contestant(f"{checkpoint}, its encoder's part", "ours:look", shown),
+                *on_onnx(checkpoint, "ours:ask", shown),
                 Contestant(RESNET, "peers:resnet18", {"size": 224}),
             ),
         ),
@@ -53,6 +64,7 @@ def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
             "a picture's file and a question to the answer",
             (
                 Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION}),
+                *on_onnx(checkpoint, "ours:ask", shown | {"question": QUESTION}),
                 Contestant(RESNET, "peers:resnet18", {"size": 224}),
             ),
         ),
@@ -60,6 +72,7 @@ def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
             "a picture and a question to the first token",
             (
                 Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
+                *on_onnx(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
                 Contestant("SmolVLM, 256 M, one tile of 512 x 512", "peers:smolvlm", {"tiles": 1, "n_text": 20}),
             ),
             rounds=5,
@@ -93,6 +106,7 @@ def act(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
             "one camera of 128 x 128 to a chunk of actions",
             (
                 Contestant(policy, "ours:act", one),
+                *on_onnx(policy, "ours:act", one),
                 Contestant(f"{RESNET} of 128 x 128", "peers:resnet18", {"size": 128}),
                 Contestant(f"{RESNET} of 224 x 224", "peers:resnet18", {"size": 224}),
             ),

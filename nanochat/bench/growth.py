@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nanochat.bench.ours import CONTEXT, pictures, prompt
 from nanochat.bench.worker import peak
@@ -46,6 +47,7 @@ WIDTHS = {1: (160, 3, 1500), 10: (320, 6, 4096), 34: (512, 8, 8192), 134: (768, 
 
 def grow(curve: str, sizes: list[int]):
     """A contestant of worker.py that measures at once: {"rows": [[size, seconds, most bytes so far], ...]}, sizes rising."""
+    torch.set_grad_enabled(False)
     rows = []
     for size in sizes:
         call, units = globals()[curve](size)
@@ -71,8 +73,6 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
 
 
 def decoder(width: int = 320, layers: int = 6, vocab: int = 4096, context: int = CONTEXT):
-    import torch
-
     from nanochat.gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -84,8 +84,6 @@ def decoder(width: int = 320, layers: int = 6, vocab: int = 4096, context: int =
 
 
 def prefill(n: int) -> tuple[Callable, int]:
-    import torch
-
     from nanochat.gpt import Inputs
 
     model, ids = decoder(), torch.tensor([prompt(n, 4096)])
@@ -94,8 +92,6 @@ def prefill(n: int) -> tuple[Callable, int]:
 
 def position(n: int) -> tuple[Callable, int]:
     """Tokens n to n + 32. The cache is rewound, so that every call does the same."""
-    import torch
-
     from nanochat.gpt import Inputs
 
     model = decoder()
@@ -120,8 +116,6 @@ def batch(n: int) -> tuple[Callable, int]:
 
 def shown(n: int) -> tuple[Callable, int]:
     """n photographs of 224 x 224 and a question: encoder, prompt, first token. Random weights, 49 cells, cross-attention."""
-    import torch
-
     from nanochat.config import MultimodalGPTConfig
     from nanochat.engine import Engine
     from nanochat.multimodal_gpt import MultimodalGPT

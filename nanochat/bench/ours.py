@@ -1,5 +1,9 @@
 """The contestants of this project. Each function returns what is timed, and what is said about it."""
 
+import atexit
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -43,6 +47,28 @@ def embed(weights: str, n: int, dtype: str = "bfloat16"):
     return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype)), {"dtype": dtype}
 
 
+def embed_onnx(weights: str, n: int, int8: bool):
+    """The same by a model on ONNX Runtime that has this encoder: a picture's vector is the mean of its map, as above."""
+    agent, shown = agent_of(exported("export_encoder", weights, int8)), pictures(n)
+    return lambda: agent.look(shown), {}
+
+
+def export_encoder(folder: str, weights: str, int8: bool) -> None:
+    from nanochat.checkpoint import save_checkpoint
+    from nanochat.config import MultimodalGPTConfig
+    from nanochat.multimodal_gpt import MultimodalGPT
+    from nanochat.tokenizer import Tokenizer
+    from nanochat.vision.encoder import open_encoder
+
+    encoder = open_encoder(weights)
+    vision = dict(vision_embedding_dim=encoder.channels("p5"), vision_layer="p5", vision_image_size=640)
+    model = MultimodalGPT(MultimodalGPTConfig(64, 300, n_layer=1, n_head=2, n_kv_head=2, n_embd=64, **vision))
+    model.init_weights()
+    model.attach_encoder(encoder)
+    save_checkpoint(f"{folder}/torch", model, Tokenizer.train(["a few words"], 300), {})
+    export_checkpoint(folder, f"{folder}/torch", int8)
+
+
 def detect(weights: str):
     from nanochat.vision.encoder import open_encoder
 
@@ -53,20 +79,48 @@ def detect(weights: str):
 # ---- pictures to words
 
 
-def agent_of(checkpoint: str, folder: str | None = None, **export):
-    """The checkpoint, or its export for ONNX Runtime in `folder`."""
+def agent_of(checkpoint: str, runtime: str = "torch"):
+    """runtime: torch, or onnx or int8 for the checkpoint's export to ONNX Runtime. An export runs as it is."""
     from nanochat.agent import Agent
 
-    return Agent.load(folder or checkpoint)
+    return Agent.load(
+        checkpoint if runtime == "torch" else exported("export_checkpoint", checkpoint, runtime == "int8")
+    )
 
 
-def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None = None):
+def exported(function: str, *arguments) -> str:
+    """The folder of an export that another process made, so that this one needs no torch. It is deleted when this one ends."""
+    folder = tempfile.mkdtemp(prefix="nanochat-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    code = f"from nanochat.bench import ours; ours.{function}(*{(folder, *arguments)!r})"
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if ran.returncode:
+        raise ImportError(f"no export: {(ran.stderr.strip().splitlines() or ['it ended'])[-1]}")
+    return f"{folder}/onnx"
+
+
+def export_checkpoint(folder: str, checkpoint: str, int8: bool) -> None:
+    from PIL import Image
+
+    from nanochat.export import export
+
+    calibrate = Path(folder, "pictures") if int8 else None
+    if calibrate is not None:
+        calibrate.mkdir()
+        for number, picture in enumerate(pictures(8)):
+            Image.fromarray(picture).save(calibrate / f"{number}.png")
+    export(checkpoint, f"{folder}/onnx", int8=int8, calibrate=calibrate)
+
+
+def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None = None, runtime: str = "torch"):
     """From the file of a picture to the text. An empty question asks for a caption; n_tokens: 1 for the first token alone."""
     from nanochat.agent import question_message
     from nanochat.data.sample import CAPTION_PROMPT
     from nanochat.engine import Engine
 
-    agent, message = agent_of(checkpoint), question_message(question or CAPTION_PROMPT, 1)
+    agent, message = agent_of(checkpoint, runtime), question_message(question or CAPTION_PROMPT, 1)
 
     def reply() -> str:
         vectors, ids = agent.look([picture]), agent.prompt([message])
@@ -77,8 +131,8 @@ def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None 
     return reply, {"says": reply()}
 
 
-def look(checkpoint: str, picture: str):
-    agent = agent_of(checkpoint)
+def look(checkpoint: str, picture: str, runtime: str = "torch"):
+    agent = agent_of(checkpoint, runtime)
     return lambda: agent.look([picture]), {}
 
 
@@ -110,24 +164,22 @@ def decode(shape: str, n_prompt: int, n_tokens: int):
 
 
 def decode_onnx(shape: str, n_prompt: int, n_tokens: int, int8: bool):
-    """The same shape on ONNX Runtime, exported by the process itself."""
+    """The same shape on ONNX Runtime."""
     from nanochat.engine import Engine
     from nanochat.runtime import load
 
-    with tempfile.TemporaryDirectory() as folder:
-        export_shape(shape, Path(folder), int8)
-        model = load(f"{folder}/onnx").model
+    model = load(exported("export_shape", shape, int8)).model
     ids = prompt(n_prompt, model.config.vocab_size)
     return lambda: Engine(model).generate([ids], n_tokens), {}
 
 
-def export_shape(shape: str, folder: Path, int8: bool) -> None:
+def export_shape(folder: str, shape: str, int8: bool) -> None:
     from nanochat.checkpoint import save_checkpoint
     from nanochat.export import export
     from nanochat.tokenizer import Tokenizer
 
-    save_checkpoint(folder / "torch", model_of(shape), Tokenizer.train(["a few words"], 300), {})
-    export(str(folder / "torch"), folder / "onnx", int8=int8)
+    save_checkpoint(f"{folder}/torch", model_of(shape), Tokenizer.train(["a few words"], 300), {})
+    export(f"{folder}/torch", f"{folder}/onnx", int8=int8)
 
 
 def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
@@ -148,9 +200,9 @@ def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
 # ---- actions
 
 
-def act(checkpoint: str, cameras: int, height: int, width: int):
+def act(checkpoint: str, cameras: int, height: int, width: int, runtime: str = "torch"):
     """From camera frames to a chunk of actions. A policy that has another number of cameras is made with random weights."""
-    agent = agent_of(checkpoint)
+    agent = agent_of(checkpoint, runtime)
     if cameras != len(agent.metadata["cameras"] or [""]):
         agent = with_cameras(agent, cameras)
     names, dim = agent.metadata["cameras"], agent.metadata["state_dim"]

@@ -10,7 +10,6 @@ import os
 import resource
 import sys
 import time
-from contextlib import suppress
 from importlib import import_module
 
 
@@ -34,13 +33,10 @@ def peak() -> int:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    with suppress(ImportError):  # the runtime needs no torch
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        torch.set_grad_enabled(False)
     task = json.loads(sys.stdin.readline())
     call, about = make(task["make"], task["arguments"])
+    if "torch" in sys.modules:  # the runtime needs none
+        sys.modules["torch"].set_grad_enabled(False)
     print(json.dumps({"about": about}), file=answers, flush=True)
     for line in sys.stdin:
         wall, own = zip(*[timed(call) for _ in range(int(line))], strict=True)
