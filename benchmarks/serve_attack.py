@@ -1,5 +1,5 @@
-"""Wrong requests to `nanochat serve`, which this starts: mutated bodies, mutated pictures, and schemathesis over /openapi.json. No
-answer may have a status of 500, and none may take more than two seconds. Needs the extras serve and dev.
+"""Wrong requests to `nanochat serve`, which this starts: mutated bodies, mutated pictures, and schemathesis over /openapi.json.
+No answer may have a status of 500, and none may take more than two seconds. Needs the extras serve and dev.
 
     python -m benchmarks.serve_attack --requests 10000
 """

@@ -201,9 +201,15 @@ def load_agents(checkpoints: Sequence[str], device: str, runtime: str) -> dict:
 
 
 def serve_agents(agents: dict, limits: LimitFlags):
+    """Each model behind a batcher of its own, warm: the first picture of a process takes several times as long."""
+    from PIL import Image
+
     from nanochat.serving.batching import Batcher
     from nanochat.serving.models import Models, Served
 
+    for agent in agents.values():
+        if agent.places_per_image:
+            agent.look(Image.new("RGB", (64, 64)))
     return Models(
         {
             name: Served(name, agent, Batcher(agent, limits.max_rows, limits.max_queue, limits.max_pixels))

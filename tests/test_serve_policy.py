@@ -1,5 +1,7 @@
 """A policy behind the HTTP server: one observation as JSON, and openpi's websocket on the same port."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ pytest.importorskip("websockets")
 import httpx
 
 from nanochat.cli_serve import PolicyFlags, safe_policy
+from nanochat.metaworld.simulator import Scene
+from nanochat.serving import simulation
 from nanochat.serving.client import PolicyClient
 from nanochat.serving.policy import SafePolicy
 from tests.serving import data_uri, make_agent, running
@@ -94,6 +98,63 @@ def test_a_server_without_a_policy_says_so():
     with running({"tiny": make_agent()}) as address, httpx.Client(base_url=address) as http:
         answer = http.post("/act", json=observation())
         assert answer.status_code == 503 and "nanochat serve robot" in answer.json()["error"]["message"]
+
+
+class Sawyer:
+    """Succeeds after seven steps."""
+
+    def __init__(self, task, image_size, cameras):
+        self.cameras, self.steps, self.shape = cameras, 0, (image_size, image_size, 3)
+
+    def reset(self, seed):
+        return Scene(np.array([0, 0.6, 0.2, 1], np.float32), np.zeros(39, np.float32), False, False)
+
+    def step(self, action):
+        assert action.shape == (4,)
+        self.steps += 1
+        return Scene(np.array([0, 0.6, 0.2, 1], np.float32), np.zeros(39, np.float32), self.steps == 7, False)
+
+    def images(self):
+        return {camera: np.zeros(self.shape, np.uint8) for camera in self.cameras}
+
+    def close(self):
+        pass
+
+
+class Driver(Arm):
+    metadata = {"chunk": 10, "action_dim": 4, "state_dim": 4, "targets": "relative", "cameras": [], "image_size": 16}
+    action_range = ([-1.0] * 4, [1.0] * 4)
+
+    def act(self, images, states, instructions):
+        assert images[0].shape == (16, 16, 3) and instructions == ["shut it"]
+        return np.full((1, 10, 4), 0.5, np.float32)
+
+
+def test_the_arm_of_the_page_drives_until_success(monkeypatch):
+    monkeypatch.setattr(simulation, "Arm", Sawyer)
+    monkeypatch.setattr(simulation, "find_spec", lambda name: name)
+
+    async def run(function):
+        return function()
+
+    with running({}, policy=SafePolicy(Driver()), run=run) as address, httpx.Client(base_url=address) as http:
+        assert http.get("/page-settings").json()["simulates"] is True
+        assert {"name": "door-open", "instruction": "open the door by its handle"} in http.get("/simulator").json()[
+            "tasks"
+        ]
+        lines = http.post("/simulator", json={"task": "door-close", "instruction": "shut it"}).text.splitlines()
+        frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert [(frame["step"], frame["success"]) for frame in frames] == [(0, False), (5, False), (7, True)]
+        assert (
+            np.shape(frames[0]["path"]) == (6, 2)
+            and frames[0]["actions"][0] == [0.5] * 4
+            and frames[2]["actions"] == []
+        )
+        assert http.post("/simulator", json={"task": "juggle"}).status_code == 404
+
+
+def test_a_policy_of_another_robot_is_not_simulated(http):
+    assert http.get("/page-settings").json()["simulates"] is False and http.get("/simulator").status_code == 404
 
 
 def test_the_flags_of_a_policy(capsys):

@@ -19,6 +19,7 @@ from nanochat.serving.metrics import Metrics
 from nanochat.serving.models import Limits, Models
 from nanochat.serving.openpi import MAX_CLIENTS, RobotPolicy, Run
 from nanochat.serving.responses import responses_router
+from nanochat.serving.simulation import can_simulate, simulation_router
 from nanochat.serving.sources import Sources
 
 PAGE = Path(__file__).parent / "page"
@@ -56,6 +57,9 @@ def create_app(
     app.include_router(attention_router(models, sources, limits))
     app.include_router(actions_router(policy, run, sources, limits, max_clients))
 
+    if can_simulate(policy):
+        app.include_router(simulation_router(policy, run))
+
     @app.get("/v1/models", tags=["models"], summary="The models that are served, and what each can do")
     async def list_models():
         return {"object": "list", "data": [served.described() for served in models.served.values()]}
@@ -82,7 +86,7 @@ def create_app(
 
     @app.get("/page-settings", include_in_schema=False)
     async def page_settings():
-        return {"detects": detector is not None, "simulates": False}
+        return {"detects": detector is not None, "simulates": can_simulate(policy)}
 
     @app.get("/docs", include_in_schema=False)
     async def docs():

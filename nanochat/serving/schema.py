@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 MAX_MESSAGES = 256
 Text = Annotated[str, Field(max_length=30_000_000)]  # a picture as base64 is text; its own limit is in bytes
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Unread = Annotated[Any, Field(description="Accepted, without an effect.")]
 
 
 class Strict(BaseModel):
@@ -91,15 +92,15 @@ class Sampled(Strict):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     stream: bool | None = False
     # of OpenAI, without an effect here
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-    tool_choice: Any = None
+    user: Unread = None
+    metadata: Unread = None
+    store: Unread = None
+    service_tier: Unread = None
+    safety_identifier: Unread = None
+    prompt_cache_key: Unread = None
+    prompt_cache_retention: Unread = None
+    parallel_tool_calls: Unread = None
+    tool_choice: Unread = None
     # of OpenAI, refused where they ask for something
     tools: list[Any] | None = None
 
@@ -145,7 +146,7 @@ class EmbeddingsRequest(Strict):
     input: Text | ImagePart | Annotated[list[Text | ImagePart], Field(min_length=1, max_length=64)]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = None
-    user: Any = None
+    user: Unread = None
 
     @field_validator("dimensions")
     @classmethod
@@ -160,6 +161,14 @@ class DetectRequest(Strict):
     conf: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         0.25, description="Objects with a lower score are left out."
     )
+
+
+class SimulatorRequest(Strict):
+    task: Annotated[str, Field(max_length=60)]
+    instruction: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
+        None, description="Default: the task's."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description="Of the layout.")
 
 
 class AttentionRequest(Strict):
@@ -192,8 +201,8 @@ class ChatRequest(Sampled):
     presence_penalty: Number | None = 0.0
     logit_bias: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
+    reasoning_effort: Unread = None
+    verbosity: Unread = None
 
     @field_validator("frequency_penalty", "presence_penalty")
     @classmethod
@@ -246,11 +255,11 @@ class ResponsesRequest(Sampled):
     background: bool | None = False
     stream_options: StreamOptions | None = None
     # without an effect here
-    reasoning: Any = None
-    truncation: Any = None
-    include: Any = None
-    top_logprobs: Any = None
-    max_tool_calls: Any = None
+    reasoning: Unread = None
+    truncation: Unread = None
+    include: Unread = None
+    top_logprobs: Unread = None
+    max_tool_calls: Unread = None
 
     @field_validator("previous_response_id", "conversation", "background")
     @classmethod

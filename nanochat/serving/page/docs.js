@@ -24,7 +24,9 @@ function kind(schema) {
 
 function fields(schema) {
   const table = element("table"), required = schema.required ?? [];
-  for (const [name, field] of Object.entries(schema.properties ?? {})) {
+  const rank = (name, field) => (required.includes(name) ? 0 : field.description?.includes("without an effect") ? 2 : 1);
+  const sorted = Object.entries(schema.properties ?? {}).sort((a, b) => rank(...a) - rank(...b));
+  for (const [name, field] of sorted) {
     const row = element("tr"), head = element("th", name + (required.includes(name) ? " *" : ""));
     head.scope = "row";
     const about = [field.description, field.default !== undefined && field.default !== null ? `default ${JSON.stringify(field.default)}` : ""];
