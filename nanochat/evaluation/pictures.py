@@ -187,7 +187,7 @@ def answer_dataset(
 def look(agent: Agent, pictures: Sequence[tuple[ImageSource, str]]) -> torch.Tensor:
     """The vision vectors (n, N, D) of (image, its row). Raises DataError naming the row of an image that cannot be decoded."""
     try:
-        return agent.look([image for image, _ in pictures])
+        return torch.as_tensor(agent.look([image for image, _ in pictures]))
     except ImageError:
         check_decodable(pictures)
         raise

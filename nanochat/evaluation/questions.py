@@ -127,7 +127,7 @@ def answer_questions(
     row_of = {frame: row for row, frame in enumerate(numbers)}
     starts = range(0, len(numbers), batch_size)
     looked = [
-        agent.look(list(data.images(numbers[start : start + batch_size])))
+        torch.as_tensor(agent.look(list(data.images(numbers[start : start + batch_size]))))
         for start in progress(starts, description="encoding pictures")
     ]
     shown = conditions(torch.cat(looked), [int(data.episode[frame]) for frame in numbers])  # (frames, N, D) each
