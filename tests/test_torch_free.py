@@ -25,7 +25,7 @@ MODULES = [
     "nanochat.safety", "nanochat.cameras", "nanochat.vision", "nanochat.vision.images", "nanochat.vision.detections",
     "nanochat.chunk_player", "nanochat.data", *DATA,
     "nanochat.metaworld.instructions", "nanochat.metaworld.scene", "nanochat.serving.policy", "nanochat.serving.openpi",
-    "nanochat.serving.client",
+    "nanochat.serving.client", "nanochat.serving.app", "nanochat.cli_serve",
     "nanochat.flags", "nanochat.training.recipes", "nanochat.cli",
 ]  # fmt: skip
 
@@ -36,6 +36,8 @@ def run_blocked(*words):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_without_torch(module):
+    if module == "nanochat.serving.app":
+        pytest.importorskip("fastapi")
     if module in ("nanochat.serving.openpi", "nanochat.serving.client"):
         pytest.importorskip("websockets")
     done = run_blocked(module)
