@@ -60,7 +60,7 @@ def export_encoder(folder: str, weights: str, int8: bool) -> None:
     from nanochat.tokenizer import Tokenizer
     from nanochat.vision.encoder import open_encoder
 
-    encoder = open_encoder(weights)
+    encoder = open_encoder(weights).truncate("p5")
     vision = dict(vision_embedding_dim=encoder.channels("p5"), vision_layer="p5", vision_image_size=640)
     model = MultimodalGPT(MultimodalGPTConfig(64, 300, n_layer=1, n_head=2, n_kv_head=2, n_embd=64, **vision))
     model.init_weights()
