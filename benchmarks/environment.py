@@ -23,7 +23,7 @@ start = time.perf_counter()
 from nanochat.runtime import load
 agent = load(sys.argv[1])
 loaded = time.perf_counter()
-answer = "".join(agent.ask("describe the picture.", agent.look(sys.argv[2])))
+answer = "".join(agent.ask("Describe the image.", agent.look(sys.argv[2])))
 answered = time.perf_counter()
 unit = 1 if sys.platform == "darwin" else 1024
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

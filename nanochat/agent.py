@@ -13,8 +13,7 @@ import numpy as np
 
 from nanochat.beams import beam_search, beam_search_all
 from nanochat.cameras import by_camera
-from nanochat.conversation import action_message, render, user_message
-from nanochat.data.sample import CAPTION_PROMPT
+from nanochat.conversation import CAPTION_PROMPT, action_message, render, user_message
 from nanochat.engine import Cache, Engine
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling

@@ -12,6 +12,7 @@ from nanochat.errors import UserError
 from nanochat.files import short_repr
 
 IMAGE = "<|image|>"
+CAPTION_PROMPT = "Describe the image."
 
 
 def user_message(question: str, n_images: int = 0) -> dict:

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nanochat.conversation import CAPTION_PROMPT as CAPTION_PROMPT  # others import it from here
 from nanochat.errors import UserError
 from nanochat.files import DataError, short_repr
 from nanochat.vision.images import ImageSource
-
-CAPTION_PROMPT = "Describe the image."
 
 
 @dataclass(frozen=True)
