@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -33,12 +34,10 @@ def best(call, n: int = 7) -> float:
 
 def described(threads: int) -> str:
     """The machine and the versions, for the head of a report."""
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         f"{processor()}, {cores} cores, {threads} thread{'s' * (threads > 1)}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {time.strftime('%d %B %Y')}; load of the machine before: {os.getloadavg()[0]:.1f}"
+        f"{version('torch')}; {time.strftime('%d %B %Y')}; load of the machine before: {os.getloadavg()[0]:.1f}"
     )
 
 
