@@ -18,7 +18,7 @@ from nanochat.errors import UserError
 from nanochat.previous_actions import completed, motions
 from nanochat.sampling import Sampling
 
-STILL_LEFT = 0.6  # of what a chunk differs by from the committed actions, a step later
+RETURN = 0.4  # the rate r of `joined`: so fast a chunk comes back to its own way from the committed actions
 
 
 class Policy:
@@ -182,11 +182,14 @@ def act_by_tokens(
 
 
 def joined(chunks: np.ndarray, committed: np.ndarray) -> np.ndarray:
-    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what the last of them differs by from
-    the chunk's own action is added to the next ones, less in each step."""
+    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what these differ by from the chunk's own
+    actions dies away as a critically damped spring does, x_k = (x + (v - x ln r) k) r^k in the k-th step, x the last difference
+    and v its change from the one before. So neither the action nor its change jumps."""
     d = committed.shape[1]
     if d == 0:
         return chunks
-    left = STILL_LEFT ** np.arange(1, chunks.shape[1] - d + 1, dtype=np.float32)[:, None]  # (n - d, 1)
-    rest = chunks[:, d:] + left * (committed[:, -1:] - chunks[:, d - 1 : d])
+    k = np.arange(1, chunks.shape[1] - d + 1, dtype=np.float32)[:, None]  # (n - d, 1)
+    differs = (committed - chunks[:, :d])[:, -2:]
+    x, v = differs[:, -1:], differs[:, -1:] - differs[:, :1]  # v is 0 where a single action is committed
+    rest = chunks[:, d:] + (x + (v - x * np.log(RETURN, dtype=np.float32)) * k) * RETURN**k
     return np.concatenate([committed, rest], 1)

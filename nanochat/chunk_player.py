@@ -37,12 +37,21 @@ class ChunkPlayer:
         request in every step (execute 1); the greater m is, the less the newer ones count.
     committed: the most actions that a request may carry, `metadata["committed"]` of the policy; 0 for one that was trained
         without.
+    rest: (D,), the action of a robot that stands still, zeros for relative ones: it is committed before the first chunk, so that the
+        robot does not start with a jerk. None if it is unknown.
     previous: how many of the last actions a request carries, `metadata["previous"]`; 0 for a policy that does not read them.
 
     Raises UserError for settings out of range.
     """
 
-    def __init__(self, execute: int = 1, ensemble: float | None = None, committed: int = 0, previous: int = 0):
+    def __init__(
+        self,
+        execute: int = 1,
+        ensemble: float | None = None,
+        committed: int = 0,
+        previous: int = 0,
+        rest: np.ndarray | None = None,
+    ):
         if execute < 1:
             raise UserError(f"execute must be at least 1 step, got {execute}")
         if ensemble is not None and not (np.isfinite(ensemble) and ensemble >= 0):
@@ -52,6 +61,7 @@ class ChunkPlayer:
         if previous < 0:
             raise UserError(f"previous must be at least 0 actions, got {previous}")
         self.execute, self.ensemble, self.committed = execute, ensemble, committed
+        self.rest = rest
         self.sent: deque[np.ndarray] = deque(maxlen=previous)
         self.delays: deque[int] = deque(maxlen=REMEMBERED_DELAYS)
         self.reset()
@@ -83,7 +93,10 @@ class ChunkPlayer:
         """An observation of this step is sent. Returns the actions (d, D) that will be carried out before its answer is expected,
         to be sent along; None where there is nothing to send."""
         self.asked = self.last_asked = self.step
-        planned = self.planned(min(self.delay, self.committed))
+        n = min(self.delay, self.committed)
+        planned = self.planned(n)
+        if n and not len(planned) and self.rest is not None:
+            return np.repeat(np.asarray(self.rest)[None], n, axis=0)
         return planned if len(planned) else None
 
     def receive(self, chunk: np.ndarray) -> None:

@@ -144,3 +144,17 @@ def test_what_is_no_chunk_is_refused(chunk):
     player.ask()
     with pytest.raises(UserError, match="4 numbers as before"):
         player.receive(chunk)
+
+
+def test_a_robot_that_rests_commits_its_rest_before_the_first_chunk():
+    player = ChunkPlayer(execute=3, committed=4, rest=np.zeros(2))
+    assert player.ask() is None  # no delay is known yet
+    player.receive(chunk_of(0))
+    player.reset()
+    player.delays.append(2)
+    np.testing.assert_array_equal(player.ask(), np.zeros((2, 2)))
+    player.play()
+    player.play()
+    assert player.previous() is None  # nothing was sent
+    player.receive(chunk_of(0))
+    assert player.play()[0] == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.acting import joined, known_rows
+from nanochat.acting import RETURN, joined, known_rows
 from nanochat.action_heads import ActionBatch
 from nanochat.agent import Agent
 from nanochat.checkpoint import save_checkpoint
@@ -69,11 +69,19 @@ def test_an_old_policy_that_gets_the_ability_to_learn_them_acts_as_before():
 
 
 def test_a_difference_from_the_last_committed_action_dies_away():
-    chunks, given = np.zeros((1, 5, 2)), np.array([[[9.0, 9.0], [1.0, -2.0]]])
-    chunks[0, 1] = 0.5  # what the chunk itself would have done in the last committed step
-    expected = np.array([[9, 9], [1, -2], [0.3, -1.5], [0.18, -0.9], [0.108, -0.54]])
-    np.testing.assert_allclose(joined(chunks, given)[0], expected, atol=1e-6)
+    """Against the equation of motion: x'' = 2 ln(r) x' - ln(r)^2 x, integrated in small steps."""
+    chunks, given = np.zeros((1, 7, 2)), np.array([[[9.0, 9.0], [0.7, 0.2], [1.0, -2.0]]])
+    chunks[0, 2] = 0.5  # what the chunk itself would have done in the last committed step
+    found, n = joined(chunks, given)[0], 20_000
+    np.testing.assert_array_equal(found[:3], given[0])
+    x, v, rate = found[2] - 0.5, found[2] - 0.5 - found[1], np.log(RETURN)
+    for step in range(3, 7):
+        for _ in range(n):
+            x, v = x + v / n, v + (2 * rate * v - rate**2 * x) / n
+        np.testing.assert_allclose(found[step], x, atol=1e-3)
     np.testing.assert_array_equal(joined(chunks, given[:, :0]), chunks)
+    one = joined(chunks, given[:, 2:])  # one action: its change is unknown, so the difference begins level
+    np.testing.assert_allclose(one[0, 1], given[0, 2] * (1 - rate) * RETURN, atol=1e-6)
     agreeing = np.random.default_rng(0).normal(size=(1, 5, 2))
     np.testing.assert_allclose(joined(agreeing, agreeing[:, :3]), agreeing)  # nothing to agree on
 

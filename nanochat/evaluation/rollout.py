@@ -204,7 +204,7 @@ class Episode:
             self.scene = self.arm.step(np.zeros(ACTION_DIM))
             self.last_step += 1
         self.looks, self.film, self.motions = 0, [], []
-        self.player = ChunkPlayer(job.execute, job.ensemble, job.committed)
+        self.player = ChunkPlayer(job.execute, job.ensemble, job.committed, rest=np.zeros(ACTION_DIM))
         self.player.delays.append(job.delay)  # known from the start, so that all episodes of a job commit alike
 
     @property
