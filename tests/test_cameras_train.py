@@ -80,7 +80,7 @@ def test_dropout_hides_single_cameras():
 def test_a_step_teaches_every_camera_and_shows_all_in_one_pass(folder, tmp_path):
     recipe = Robot(data=str(folder), out=str(tmp_path / "run"), decoder_gradient=1.0, scene_loss=0.0, **FAST)
     run = Run(recipe)
-    set_training(run.model, recipe)
+    set_training(run.model, run.task.recipe)
     passes, maps = [], run.model.vision_encoder.maps
     run.model.vision_encoder.maps = lambda pixels, layers: passes.append(len(pixels)) or maps(pixels, layers)
     torch.nn.init.normal_(run.model.action_head.weight)  # it starts at zero, and lets no gradient pass

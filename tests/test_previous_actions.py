@@ -21,7 +21,7 @@ from nanochat.robot_gpt import RobotGPTConfig
 from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch, previous_actions
-from nanochat.training.robot_data import default_steps
+from nanochat.training.robot_data import suited
 from nanochat.training.robot_models import adopted, fields_of_deltas
 from tests.tiny_policy import make_policy, make_tokenizer, policy_like
 
@@ -181,10 +181,13 @@ def test_where_there_is_nothing_to_go_on_from_that_is_said(recipe, targets, mess
         fields_of_deltas(recipe, 5, targets, DATA, DATA)
 
 
-def test_a_short_recording_gets_fewer_steps():
-    assert default_steps(Robot(), DATA) == 300 and default_steps(Robot(steps=7), DATA) == 7
-    assert default_steps(Robot(images_per_step=1), DATA) == 13 * len(DATA)
-    assert default_steps(Robot(images_per_step=1), recording(9, 60)) == 4500
+def test_a_short_recording_gets_fewer_steps_and_is_not_learnt_by_heart():
+    short, asked = suited(Robot(), DATA), suited(Robot(steps=7, blind_share=0.2), DATA)
+    assert (short.steps, short.blind_share, short.dropout, short.weight_decay) == (300, 0.9, 0.1, 0.1)
+    assert (asked.steps, asked.blind_share, asked.dropout) == (7, 0.2, 0.1)
+    assert suited(Robot(images_per_step=1), DATA).steps == 13 * len(DATA)
+    long = suited(Robot(images_per_step=1), recording(9, 60))
+    assert (long.steps, long.blind_share, long.dropout, long.weight_decay) == (4500, 0.03, 0.0, 0.0)
 
 
 # ---- who sends them

@@ -76,7 +76,7 @@ def built(folder):
     torch.manual_seed(0)
     models = {}
     for head in ("continuous", "bins"):
-        task.recipe = Robot(data=str(folder), action_head=head, **TINY)
+        task.recipe = replace(task.recipe, action_head=head)
         models[head], tokenizer = task.new_model()
     return task.data, tokenizer, models
 
@@ -255,7 +255,7 @@ def test_the_positions_of_objects_teach_the_encoder(folder, tmp_path):
     for scene_loss in (1.0, 0.0):
         recipe = Robot(data=str(folder), out=str(tmp_path / "run"), scene_loss=scene_loss, decoder_gradient=0.0, **TINY)
         run = Run(recipe)
-        set_training(run.model, recipe)
+        set_training(run.model, run.task.recipe)
         run.task.backward(0)
         gradients.append(
             sum(p.grad.abs().sum().item() for p in run.model.vision_encoder.parameters() if p.grad is not None)

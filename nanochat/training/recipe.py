@@ -133,7 +133,7 @@ class Recipe:
                 if value is not None and not (math.isfinite(value) and value >= least):
                     raise UserError(f"{name} must be at least {least}, got {value}")
         for name in SHARES:
-            if not 0 <= getattr(self, name, 0) <= 1:
+            if not 0 <= (getattr(self, name, 0) or 0) <= 1:
                 raise UserError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
         if self.train_encoder_from and not self.train_encoder:
             raise UserError(f"train_encoder_from={self.train_encoder_from} needs --train-encoder")

@@ -159,7 +159,12 @@ class Robot(Recipe):
     "Frames per optimiser step whose actions are learnt."
     encoder_lr: float = 2e-3
     decoder_gradient: float = 0.05
-    blind_share: float = 0.03
+    blind_share: float | None = None
+    "Share of the training rows whose picture is masked; default 0.03, and 0.9 for a short recording (docs/ROBOT.md)."
+    dropout: float | None = None
+    "Share of the decoder's activations that are dropped in training; default 0, and 0.1 for a short recording."
+    weight_decay: float | None = None
+    "Weight decay of the decoder's matrices; default 0, and 0.1 for a short recording."
     steps: int | None = None
     "Optimiser steps; default 4,500, fewer for a short recording, which would be learnt by heart."
     save_every: int = 300

@@ -1,5 +1,6 @@
 """The demonstrations that a recipe names: which columns, cameras and frames are read, and how long a chunk of them is."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SCENE_CHUNK = 10  # steps, where data come from the simulator
 RECORDING_SECONDS = 1.0  # of a chunk, where they are a recording
 MAX_CHUNK = 1000
 STEPS, LEAST_STEPS = 4500, 300
+LONG = {"blind_share": 0.03, "dropout": 0.0, "weight_decay": 0.0}
+SHORT = {"blind_share": 0.9, "dropout": 0.1, "weight_decay": 0.1}
 PASSES = 13  # over the frames of a recording, at most: a short one is learnt by heart (dev/LOG.md)
 
 
@@ -67,12 +70,13 @@ def describe_columns(folder: DemonstrationFolder) -> list[str]:
     return lines
 
 
-def default_steps(recipe: Robot, data: Demonstrations) -> int:
-    """Optimiser steps: --steps, or what suits the data."""
-    if recipe.steps is not None:
-        return recipe.steps
-    passes = STEPS if has_scene(data) else round(PASSES * len(data) / recipe.images_per_step)
-    return min(STEPS, max(LEAST_STEPS, passes))
+def suited(recipe: Robot, data: Demonstrations) -> Robot:
+    """The recipe with numbers for what it leaves to the data: steps, and what keeps a short recording from being learnt by heart. A
+    recording is short if the steps are more than PASSES over its frames."""
+    fitting = round(PASSES * len(data) / recipe.images_per_step)
+    short = fitting < STEPS and not has_scene(data)
+    defaults = {"steps": max(LEAST_STEPS, fitting) if short else STEPS} | (SHORT if short else LONG)
+    return replace(recipe, **{name: value for name, value in defaults.items() if getattr(recipe, name) is None})
 
 
 def chunk_length(recipe: Robot, data: Demonstrations) -> int:

@@ -3,7 +3,7 @@
 from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
 from nanochat.training.recipes import Robot
-from nanochat.training.robot_data import check_rate, chunk_length, default_steps, describe_columns, open_recipe_data
+from nanochat.training.robot_data import check_rate, chunk_length, describe_columns, open_recipe_data, suited
 from nanochat.training.robot_models import fields_of_deltas
 
 
@@ -21,7 +21,7 @@ def training_plan(recipe: Robot) -> list[str]:
         check_rate(data, targets)
         chunk = chunk_length(recipe, data)
         lines.append(fields_of_deltas(recipe, chunk, targets, data, held_out)[1])
-        lines.append(f"chunks of {chunk} actions, {chunk / folder.fps:.2g} s; {default_steps(recipe, data):,} steps")
+        lines.append(f"chunks of {chunk} actions, {chunk / folder.fps:.2g} s; {suited(recipe, data).steps:,} steps")
         size, n_pictures = recipe.image_size, (len(data) + len(held_out)) * len(folder.cameras)
         lines.append(f"{n_pictures:,} pictures of {size} pixels, {n_pictures * size**2 * 3 / 1e9:.2g} GB in the cache")
     except (UserError, OSError) as error:

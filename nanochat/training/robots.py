@@ -48,7 +48,7 @@ from nanochat.training.robot_batches import (
     question_batch,
     shift_pictures,
 )
-from nanochat.training.robot_data import check_rate, chunk_length, default_steps, read_data
+from nanochat.training.robot_data import check_rate, chunk_length, read_data, suited
 from nanochat.training.robot_models import (
     adopted,
     check_cameras,
@@ -84,8 +84,8 @@ class RobotTask(Task):
         super().__init__(recipe)
         with first_goes_first():
             self.data, self.val = read_data(recipe)
-        chunk, steps = chunk_length(recipe, self.data), default_steps(recipe, self.data)
-        self.recipe = recipe = replace(recipe, chunk=chunk, chunk_seconds=None, steps=steps)
+        recipe = replace(suited(recipe, self.data), chunk=chunk_length(recipe, self.data), chunk_seconds=None)
+        self.recipe = recipe
         self.targets, reason = find_targets(self.data)
         if recipe.targets != "auto":
             self.targets, reason = recipe.targets, "--targets"
