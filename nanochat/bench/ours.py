@@ -60,12 +60,13 @@ def export_encoder(folder: str, weights: str, int8: bool) -> None:
     from nanochat.tokenizer import Tokenizer
     from nanochat.vision.encoder import open_encoder
 
-    encoder = open_encoder(weights).truncate("p5")
+    encoder, tokenizer = open_encoder(weights).truncate("p5"), Tokenizer.train(["a few words"], 300)
     vision = dict(vision_embedding_dim=encoder.channels("p5"), vision_layer="p5", vision_image_size=640)
+    vision["vision_token_id"] = tokenizer.special("<|image|>")
     model = MultimodalGPT(MultimodalGPTConfig(64, 300, n_layer=1, n_head=2, n_kv_head=2, n_embd=64, **vision))
     model.init_weights()
     model.attach_encoder(encoder)
-    save_checkpoint(f"{folder}/torch", model, Tokenizer.train(["a few words"], 300), {})
+    save_checkpoint(f"{folder}/torch", model, tokenizer, {})
     export_checkpoint(folder, f"{folder}/torch", int8)
 
 
