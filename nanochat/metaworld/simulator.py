@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -157,6 +158,10 @@ class Arm:
 def arm_limits() -> SafeActions:
     """The limits of the actions that may be sent to an `Arm`."""
     return SafeActions([-1] * ACTION_DIM, [1] * ACTION_DIM, hold_still(ACTION_DIM))
+
+
+def is_installed() -> bool:
+    return find_spec("metaworld") is not None
 
 
 def import_metaworld():

@@ -8,7 +8,6 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 from fastapi import APIRouter
@@ -17,7 +16,7 @@ from PIL import Image
 
 from nanochat.metaworld.instructions import INSTRUCTIONS, task_list
 from nanochat.metaworld.scene import project
-from nanochat.metaworld.simulator import ACTION_DIM, CAMERA, MAX_STEPS, STATE_DIM, Arm
+from nanochat.metaworld.simulator import ACTION_DIM, CAMERA, MAX_STEPS, STATE_DIM, Arm, is_installed
 from nanochat.serving.chat import SSE, sse
 from nanochat.serving.openpi import RobotPolicy, Run
 from nanochat.serving.problems import ApiError
@@ -30,7 +29,7 @@ METRES = 0.01  # that an action of 1 moves the hand in Meta-World
 
 def can_simulate(policy: RobotPolicy | None) -> bool:
     """Whether the policy is one for Meta-World's arm, and Meta-World is installed."""
-    if policy is None or find_spec("metaworld") is None:
+    if policy is None or not is_installed():
         return False
     return (policy.metadata["action_dim"], policy.metadata["state_dim"]) == (ACTION_DIM, STATE_DIM)
 
