@@ -45,9 +45,9 @@ CURVES = {
 WIDTHS = {1: (160, 3, 1500), 10: (320, 6, 4096), 34: (512, 8, 8192), 134: (768, 12, 32000)}  # width, layers, vocabulary
 
 
+@torch.no_grad()
 def grow(curve: str, sizes: list[int]):
     """A contestant of worker.py that measures at once: {"rows": [[size, seconds, most bytes so far], ...]}, sizes rising."""
-    torch.set_grad_enabled(False)
     rows = []
     for size in sizes:
         call, units = globals()[curve](size)
