@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -100,17 +101,9 @@ def main() -> None:
             with httpx.Client(base_url=address, timeout=60) as http:
                 attack(http, options.requests)
             if options.examples:
-                words = [
-                    "run",
-                    f"{address}/openapi.json",
-                    "--checks",
-                    "not_a_server_error",
-                    "--max-examples",
-                    str(options.examples),
-                ]
-                subprocess.run(
-                    [sys.executable, "-m", "schemathesis.cli", *words, "--exclude-path", "/detect"], check=False
-                )
+                schemathesis = Path(sys.executable).with_name("schemathesis")
+                words = ["run", f"{address}/openapi.json", "--checks", "not_a_server_error", "--exclude-path", "/detect"]
+                subprocess.run([schemathesis, *words, "--max-examples", str(options.examples)], check=False)
         finally:
             server.terminate()
 

@@ -80,7 +80,8 @@ async def throughput(http: httpx.AsyncClient, clients: int, seconds: float, urls
     async def client(number: int) -> None:
         nonlocal tokens
         while time.perf_counter() < end:
-            tokens += (await ask(http, body("Describe the image.", urls[number % len(urls)])))["tokens"]
+            found = await ask(http, body("Describe the image.", urls[number % len(urls)]))
+            tokens += found["tokens"]  # not in one line: `tokens` would be read before the wait, and what others add lost
 
     await asyncio.gather(*map(client, range(clients)))
     return tokens / (time.perf_counter() - since)

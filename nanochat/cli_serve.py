@@ -148,6 +148,7 @@ def run_server(
 ) -> None:  # fmt: skip
     """Load the models and serve them until the process is stopped. Raises UserError before that for what cannot be meant."""
     need_extra()
+    share_the_cores(must_act)
     from nanochat.serving.app import create_app
     from nanochat.serving.guard import Entrance
     from nanochat.serving.http import check_tls, serve
@@ -187,6 +188,18 @@ def need_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"nanochat serve needs {error.name}: pip install 'nanochat-vision[serve]'") from error
+
+
+def share_the_cores(alone: bool) -> None:
+    """Settings of OpenMP, unless the user made them, before torch or ONNX Runtime is loaded.
+
+    A thread that waits must sleep: one that spins takes the core that the others wait for, which makes a step up to a hundred times
+    slower where the engine, the encoder and other processes share few cores. So the engine and the encoder count with one thread
+    each. alone: a policy has no encoder beside it, and keeps all cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not alone:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def load_agents(checkpoints: Sequence[str], device: str, runtime: str) -> dict:
