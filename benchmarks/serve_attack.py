@@ -102,7 +102,14 @@ def main() -> None:
                 attack(http, options.requests)
             if options.examples:
                 schemathesis = Path(sys.executable).with_name("schemathesis")
-                words = ["run", f"{address}/openapi.json", "--checks", "not_a_server_error", "--exclude-path", "/detect"]
+                words = [
+                    "run",
+                    f"{address}/openapi.json",
+                    "--checks",
+                    "not_a_server_error",
+                    "--exclude-path",
+                    "/detect",
+                ]
                 subprocess.run([schemathesis, *words, "--max-examples", str(options.examples)], check=False)
         finally:
             server.terminate()

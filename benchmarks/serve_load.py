@@ -81,7 +81,7 @@ async def throughput(http: httpx.AsyncClient, clients: int, seconds: float, urls
         nonlocal tokens
         while time.perf_counter() < end:
             found = await ask(http, body("Describe the image.", urls[number % len(urls)]))
-            tokens += found["tokens"]  # not in one line: `tokens` would be read before the wait, and what others add lost
+            tokens += found["tokens"]  # after the wait: `tokens += await ...` loses what others add meanwhile
 
     await asyncio.gather(*map(client, range(clients)))
     return tokens / (time.perf_counter() - since)

@@ -193,8 +193,8 @@ def need_extra() -> None:
 def share_the_cores(alone: bool) -> None:
     """Settings of OpenMP, unless the user made them, before torch or ONNX Runtime is loaded.
 
-    A thread that waits must sleep: one that spins takes the core that the others wait for, which makes a step up to a hundred times
-    slower where the engine, the encoder and other processes share few cores. So the engine and the encoder count with one thread
+    A thread that waits must sleep: one that spins takes the core that others wait for, so that where the engine, the encoder and
+    other processes share few cores, a step takes up to a hundred times as long. So the engine and the encoder have one thread
     each. alone: a policy has no encoder beside it, and keeps all cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -98,6 +98,27 @@ def test_the_second_question_about_a_picture_does_not_encode_it(agent, batcher):
     assert agent.looked == before + 1 and (first[2].cached_pictures, second[2].cached_pictures) == (0, 1)
 
 
+def test_a_known_picture_does_not_wait_behind_a_new_one(agent, batcher, monkeypatch):
+    def ask(colour):
+        return collected(batcher, Request(prompt_of(agent, "what is it?", 1), [png(colour)], 3))
+
+    async def both():
+        await ask("navy")
+        encoding, go_on = threading.Event(), threading.Event()
+        look = batcher.seen.look
+        monkeypatch.setattr(batcher.seen, "look", lambda images: (encoding.set(), go_on.wait(20), look(images))[-1])
+        new = asyncio.create_task(ask("olive"))
+        await asyncio.to_thread(encoding.wait, 20)
+        try:
+            assert (await asyncio.wait_for(ask("navy"), 10))[2].cached_pictures == 1
+            assert not new.done()
+        finally:
+            go_on.set()
+        assert (await new)[2].cached_pictures == 0
+
+    asyncio.run(both())
+
+
 def test_a_full_queue_refuses_and_a_cancelled_request_leaves(agent, batcher):
     go = threading.Event()
     batcher.call(lambda: go.wait(10))  # the engine's thread is busy

@@ -145,11 +145,14 @@ class Batcher:
         if not 1 <= request.n <= self.max_rows:
             raise UserError(f"n must lie in 1..{self.max_rows}, the answers that run at a time, got {request.n}")
         ticket = Ticket(request, send, only_look)
+        if request.pictures and not only_look and (vectors := self.seen.known(request.pictures)) is not None:
+            ticket.vectors, ticket.cached = vectors, len(request.pictures)  # it does not queue behind new pictures
+        to_look = bool(request.pictures) and ticket.vectors is None
         with self.changed:
             if self.queued >= self.max_queue or self.closing:
                 seconds = max(1, round(self.seconds_each * self.queued / self.max_rows))
                 raise Busy(f"{self.queued} requests wait already: try again in {seconds} s", seconds)
-            (self.unseen if request.pictures else self.waiting).append(ticket)
+            (self.unseen if to_look else self.waiting).append(ticket)
             self.changed.notify_all()
         return ticket
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,30 +16,44 @@ MOST_BYTES = 256 * 2**20  # of vectors that are kept
 
 
 class Seen:
-    """look: [picture, ...] -> (n, N, D) vectors, of torch or numpy. The least recently used vectors are forgotten. Used by one
-    thread."""
+    """look: [picture, ...] -> (n, N, D) vectors, of torch or numpy. The least recently used vectors are forgotten. `vectors`
+    is for one thread, `known` for all."""
 
     def __init__(self, look: Callable[[list], Any], max_pixels: int, most_bytes: int = MOST_BYTES):
         self.look, self.max_pixels, self.most_bytes = look, max_pixels, most_bytes
         self.found: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
+        self.lock = threading.Lock()  # guards `found`
 
     def vectors(self, pictures: Sequence[bytes]) -> tuple[Any, int]:
         """((n, N, D) vectors of encoded image files, how many of them were known). Pictures that are shown together are kept
         together. Raises ImageError for what is no picture, or has too many pixels."""
-        key = tuple(hashlib.sha256(data).digest() for data in pictures)
-        if key in self.found:
-            self.found.move_to_end(key)
-            self.hits += 1
-            return self.found[key], len(key)
+        if (vectors := self.known(pictures)) is not None:
+            return vectors, len(pictures)
         self.misses += 1
         names = ["the picture"] if len(pictures) == 1 else [f"picture {i}" for i in range(1, len(pictures) + 1)]
         images = [opened(data, name, self.max_pixels) for data, name in zip(pictures, names, strict=True)]
-        self.found[key] = self.look(images)
-        self.bytes += self.found[key].nbytes
-        while self.bytes > self.most_bytes and len(self.found) > 1:
-            self.bytes -= self.found.popitem(last=False)[1].nbytes
-        return self.found[key], 0
+        vectors = self.look(images)
+        with self.lock:
+            self.found[key_of(pictures)] = vectors
+            self.bytes += vectors.nbytes
+            while self.bytes > self.most_bytes and len(self.found) > 1:
+                self.bytes -= self.found.popitem(last=False)[1].nbytes
+        return vectors, 0
+
+    def known(self, pictures: Sequence[bytes]) -> Any:
+        """The vectors of pictures that were shown together before, else None."""
+        key = key_of(pictures)
+        with self.lock:
+            if key not in self.found:
+                return None
+            self.found.move_to_end(key)
+            self.hits += 1
+            return self.found[key]
+
+
+def key_of(pictures: Sequence[bytes]) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(data).digest() for data in pictures)
 
 
 def opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
