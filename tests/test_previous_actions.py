@@ -20,7 +20,7 @@ from nanochat.previous_actions import MOTION_STEPS, PREVIOUS, completed, motions
 from nanochat.robot_gpt import RobotGPTConfig
 from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
-from nanochat.training.robot_batches import action_batch, previous_actions
+from nanochat.training.robot_batches import action_batch, noisy_states, previous_actions
 from nanochat.training.robot_data import suited
 from nanochat.training.robot_models import adopted, fields_of_deltas
 from tests.tiny_policy import make_policy, make_tokenizer, policy_like
@@ -155,6 +155,15 @@ def test_training_hides_them_in_a_share_of_the_rows(model):
     assert len(previous_actions(DATA, [20], model, None)[0]) == PREVIOUS
 
 
+def test_noise_is_on_the_states_alone(model):
+    batch = action_batch(DATA, list(range(100)), model, TOKENIZER, None)
+    noisy = noisy_states(batch, 0.5, np.random.default_rng(0))
+    added = noisy.inputs.states - batch.inputs.states
+    assert added.std().item() == pytest.approx(0.5, rel=0.1) and abs(added.mean().item()) < 0.1
+    assert torch.equal(noisy.chunks, batch.chunks) and torch.equal(noisy.inputs.committed, batch.inputs.committed)
+    assert noisy_states(batch, 0.0, np.random.default_rng(0)) is batch
+
+
 def test_recordings_of_an_arm_that_follows_late_go_on_from_the_last_action():
     follows, scale, last, still = from_last(DATA, 5)
     assert follows == [0, 1, 2] and last < 0.8 * still
@@ -183,11 +192,23 @@ def test_where_there_is_nothing_to_go_on_from_that_is_said(recipe, targets, mess
 
 def test_a_short_recording_gets_fewer_steps_and_is_not_learnt_by_heart():
     short, asked = suited(Robot(), DATA), suited(Robot(steps=7, blind_share=0.2), DATA)
-    assert (short.steps, short.blind_share, short.dropout, short.weight_decay) == (300, 0.9, 0.1, 0.1)
+    assert (short.steps, short.blind_share, short.dropout, short.weight_decay, short.state_noise) == (
+        300,
+        0.9,
+        0.1,
+        0.1,
+        0.6,
+    )
     assert (asked.steps, asked.blind_share, asked.dropout) == (7, 0.2, 0.1)
     assert suited(Robot(images_per_step=1), DATA).steps == 13 * len(DATA)
     long = suited(Robot(images_per_step=1), recording(9, 60))
-    assert (long.steps, long.blind_share, long.dropout, long.weight_decay) == (4500, 0.03, 0.0, 0.0)
+    assert (long.steps, long.blind_share, long.dropout, long.weight_decay, long.state_noise) == (
+        4500,
+        0.03,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 # ---- who sends them

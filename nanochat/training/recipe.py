@@ -18,7 +18,7 @@ AT_LEAST = {
     0: (
         "seed", "reward_steps", "warmup_steps", "word_loss", "weight_decay", "encoder_decay", "matrix_lr", "projector_lr",
         "embedding_lr", "head_lr", "encoder_lr", "reward_lr", "questions_per_step", "question_loss", "scene_loss", "shift",
-        "picture_memory",
+        "picture_memory", "state_noise",
     ),
 }  # fmt: skip
 SHARES = (

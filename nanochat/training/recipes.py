@@ -165,6 +165,8 @@ class Robot(Recipe):
     "Share of the decoder's activations that are dropped in training; default 0, and 0.1 for a short recording."
     weight_decay: float | None = None
     "Weight decay of the decoder's matrices; default 0, and 0.1 for a short recording."
+    state_noise: float | None = None
+    "Standard deviation of noise on training states, in half ranges; default 0, and 0.6 for a short recording."
     steps: int | None = None
     "Optimiser steps; default 4,500, fewer for a short recording, which would be learnt by heart."
     save_every: int = 300

@@ -65,6 +65,16 @@ def give_known(
     return replace(batch, inputs=replace(batch.inputs, committed=known), inside=batch.inside & learnt)
 
 
+def noisy_states(batch: ActionBatch, noise: float, rng: np.random.Generator) -> ActionBatch:
+    """The same batch with normal noise on the normalised states: what is learnt changes little between states that are near to
+    each other. noise: its standard deviation."""
+    states = batch.inputs.states
+    if not noise or states is None:
+        return batch
+    drawn = torch.from_numpy(rng.normal(0, noise, tuple(states.shape)).astype(np.float32)).to(states.device)
+    return replace(batch, inputs=replace(batch.inputs, states=states + drawn))
+
+
 def previous_actions(
     data: Demonstrations, frames: Sequence[int], model: RobotGPT, rng: np.random.Generator | None
 ) -> list[np.ndarray]:

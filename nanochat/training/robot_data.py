@@ -17,8 +17,8 @@ SCENE_CHUNK = 10  # steps, where data come from the simulator
 RECORDING_SECONDS = 1.0  # of a chunk, where they are a recording
 MAX_CHUNK = 1000
 STEPS, LEAST_STEPS = 4500, 300
-LONG = {"blind_share": 0.03, "dropout": 0.0, "weight_decay": 0.0}
-SHORT = {"blind_share": 0.9, "dropout": 0.1, "weight_decay": 0.1}
+LONG = {"blind_share": 0.03, "dropout": 0.0, "weight_decay": 0.0, "state_noise": 0.0}
+SHORT = {"blind_share": 0.9, "dropout": 0.1, "weight_decay": 0.1, "state_noise": 0.6}
 PASSES = 13  # over the frames of a recording, at most: a short one is learnt by heart (dev/LOG.md)
 
 

@@ -45,6 +45,7 @@ from nanochat.training.robot_batches import (
     check_questions,
     join_cameras,
     mask_cameras,
+    noisy_states,
     question_batch,
     shift_pictures,
 )
@@ -202,6 +203,7 @@ class RobotTask(Task):
         recipe, model, data = self.recipe, self.model, self.data
         share = len(frames) / recipe.images_per_step
         actions = action_batch(data, frames, model, self.tokenizer, rng)
+        actions = noisy_states(actions, recipe.state_noise, rng)
         tokens, about, questions = actions.targets.numel(), [], None
         if asked:
             questions = question_batch(data, asked, model, self.tokenizer, rng)
