@@ -182,9 +182,9 @@ def act_by_tokens(
 
 
 def joined(chunks: np.ndarray, committed: np.ndarray) -> np.ndarray:
-    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what these differ by from the chunk's own
-    actions dies away as a critically damped spring does, x_k = (x + (v - x ln r) k) r^k in the k-th step, x the last difference
-    and v its change from the one before. So neither the action nor its change jumps."""
+    """Chunks (B, n, D) that begin with the committed actions (B, d, D) and go on from them: what these differ by from the chunk's
+    own actions dies away as a critically damped spring does, x_k = (x + (v - x ln r) k) r^k in the k-th step, x the last
+    difference and v its change from the one before. So neither the action nor its change jumps."""
     d = committed.shape[1]
     if d == 0:
         return chunks

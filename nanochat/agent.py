@@ -43,9 +43,13 @@ class Agent:
 
         exported = is_export(name)
         if runtime == "torch" and exported:
-            raise UserError(f"{name} was exported for ONNX Runtime: name the checkpoint it was made from, or use --runtime onnx")
+            raise UserError(
+                f"{name} was exported for ONNX Runtime: name the checkpoint it was made from, or use --runtime onnx"
+            )
         if runtime == "onnx" and not exported:
-            raise UserError(f"{name} is no exported model: nanochat export {name} FOLDER makes one, then name that folder")
+            raise UserError(
+                f"{name} is no exported model: nanochat export {name} FOLDER makes one, then name that folder"
+            )
         if exported:
             return cls(*open_export(name))
         from nanochat.checkpoint import load_checkpoint

@@ -37,8 +37,8 @@ class ChunkPlayer:
         request in every step (execute 1); the greater m is, the less the newer ones count.
     committed: the most actions that a request may carry, `metadata["committed"]` of the policy; 0 for one that was trained
         without.
-    rest: (D,), the action of a robot that stands still, zeros for relative ones: it is committed before the first chunk, so that the
-        robot does not start with a jerk. None if it is unknown.
+    rest: (D,), the action of a robot that stands still, zeros for relative ones: it is committed before the first chunk, so that
+        the robot does not start with a jerk. None if it is unknown.
     previous: how many of the last actions a request carries, `metadata["previous"]`; 0 for a policy that does not read them.
 
     Raises UserError for settings out of range.

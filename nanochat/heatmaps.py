@@ -107,7 +107,5 @@ def panels(answer: Drawn, number: int) -> list[list[tuple[str, Image.Image]]]:
     for word in words:
         mean = np.asarray(word.mean)
         cells = (mean[number] - mean.min()) / max(mean.max() - mean.min(), 1e-9)
-        found.append(
-            (word.text, with_heat(image, heat(cells, answer.fits[number], answer.image_size, image.size)))
-        )
+        found.append((word.text, with_heat(image, heat(cells, answer.fits[number], answer.image_size, image.size))))
     return [found[start : start + PER_LINE] for start in range(0, len(found), PER_LINE)]

@@ -54,7 +54,9 @@ def test_maps_of_several_layers_from_one_pass(encoder):
     for layer, found in maps.items():
         assert found.shape[:2] == (4, encoder.channels(layer))
         assert_distinct(found)
-        torch.testing.assert_close(found, encoder.extract_features(PICTURES, layer), rtol=0.0, atol=0.05)  # merged BatchNorm
+        torch.testing.assert_close(
+            found, encoder.extract_features(PICTURES, layer), rtol=0.0, atol=0.05
+        )  # merged BatchNorm
 
 
 def test_maps_are_differentiable(encoder):

@@ -200,6 +200,9 @@ def test_what_training_would_use(tmp_path):
     assert split == "2 episodes to learn from, 1 held out to validate with"
     assert targets == "actions are relative (they do not follow observation.state)"
     assert predicts == "the network predicts the actions as they are: they are relative"
-    assert (chunk, pictures) == ("chunks of 20 actions, 2 s; 300 steps", "15 pictures of 128 pixels, 0.00074 GB in the cache")
+    assert (chunk, pictures) == (
+        "chunks of 20 actions, 2 s; 300 steps",
+        "15 pictures of 128 pixels, 0.00074 GB in the cache",
+    )
     (refused,) = training_plan(Robot(data=str(tmp_path / "none")))
     assert refused.startswith("it would be refused: ") and "no such folder" in refused

@@ -92,7 +92,9 @@ def record_demonstrations(
         raise UserError(f"image_size must be a positive multiple of 32, as the encoder needs it, found {image_size}")
     cameras = tuple(dict.fromkeys(cameras)) or (CAMERA,)
     if questions and cameras[0] != CAMERA:
-        raise UserError(f"--questions are about places in the picture of {CAMERA}: name it first, --cameras {CAMERA} ...")
+        raise UserError(
+            f"--questions are about places in the picture of {CAMERA}: name it first, --cameras {CAMERA} ..."
+        )
     Arm(tasks[0], image_size, cameras)  # raises for a camera that there is not, before anything is written
     work = out.with_name(f".{out.name}.blocks")
     blocks = [

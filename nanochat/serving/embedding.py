@@ -48,7 +48,8 @@ def embedding_router(models: Models, sources: Sources, limits: Limits, detector:
 
         def found() -> list[dict]:
             return [
-                asdict(each) for each in detector.detect(opened(data, "the picture", limits.max_pixels), conf=body.conf or 0.25)
+                asdict(each)
+                for each in detector.detect(opened(data, "the picture", limits.max_pixels), conf=body.conf or 0.25)
             ]
 
         return {"objects": await asyncio.get_running_loop().run_in_executor(worker, found)}

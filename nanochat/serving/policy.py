@@ -25,7 +25,8 @@ class ActingAgent(Protocol):
     metadata: sent to every client; has at least "chunk", "action_dim" and "state_dim"
         (0 for a policy that reads no state). May have "targets", relative (the default) or absolute, "state_range",
         (low, high) of the training data's states, "committed", how many actions of a chunk may be given (0), "previous", how
-        many actions before are read (0), "cameras", their names (none for one camera without a name), and "camera_dropout", above 0 if single cameras may be missing.
+        many actions before are read (0), "cameras", their names (none for one camera without a name), and "camera_dropout",
+        above 0 if single cameras may be missing.
     action_range: (low, high), the limits of each action dimension in the training data, action_dim numbers each.
     act: B pictures, or B dicts camera -> picture (None: masked) where the cameras have names, (B, state_dim) states, B
         instructions -> (B, chunk, action_dim) float32, not limited yet. committed: (B, d, action_dim), with which the chunks

@@ -195,7 +195,7 @@ class ChatRequest(Sampled):
     # as llama-server and vLLM have them
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     # of OpenAI
     frequency_penalty: Number | None = 0.0
     presence_penalty: Number | None = 0.0

@@ -316,8 +316,8 @@ class PictureTask(Task):
 
 
 def drop_features(vectors: torch.Tensor, groups: Sequence, share: float) -> torch.Tensor:
-    """Dropout of the vectors (U, N, D) of distinct pictures. Pictures of one group, those that a row shows together, lose the same
-    numbers: what differs between them is to come from the pictures."""
+    """Dropout of the vectors (U, N, D) of distinct pictures. Pictures of one group, those that a row shows together, lose the
+    same numbers: what differs between them is to come from the pictures."""
     if not share:
         return vectors
     mask_of = {group: mask for mask, group in enumerate(dict.fromkeys(groups))}

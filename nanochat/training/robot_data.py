@@ -71,8 +71,8 @@ def describe_columns(folder: DemonstrationFolder) -> list[str]:
 
 
 def suited(recipe: Robot, data: Demonstrations) -> Robot:
-    """The recipe with numbers for what it leaves to the data: steps, and what keeps a short recording from being learnt by heart. A
-    recording is short if the steps are more than PASSES over its frames."""
+    """The recipe with numbers for what it leaves to the data: steps, and what keeps a short recording from being learnt by heart.
+    A recording is short if the steps are more than PASSES over its frames."""
     fitting = round(PASSES * len(data) / recipe.images_per_step)
     short = fitting < STEPS and not has_scene(data)
     defaults = {"steps": max(LEAST_STEPS, fitting) if short else STEPS} | (SHORT if short else LONG)
