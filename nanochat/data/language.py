@@ -1,4 +1,4 @@
-"""Questions about the pictures of a robot dataset, in the manner of LeRobot 0.6: rows of style "vqa" in the column `language_events`.
+"""Questions about the pictures of a robot dataset, as LeRobot 0.6 has them: rows of style "vqa" in the column `language_events`.
 
 A frame has a list of rows {role, content, style, camera, tool_calls}; a question is a row of the role "user", followed by its
 answer, a row of the role "assistant" about the same camera. There is at most one question about a frame of a camera. The dtype in
