@@ -95,7 +95,10 @@ def weights(tmp_path_factory):
 def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
     monkeypatch.setattr(cli_pictures, "EMBED_BATCH", 2)
     names = [str(ROOT / f"nanochat/assets/pictures/{i}.png") for i in (0, 1, 2, 0, 1)]
-    out, options = tmp_path / "e.npz", ("--layer", "p4", "--weights", weights, "--image-size", "64")
+    out, options = (
+        tmp_path / "e.npz",
+        ("--layer", "p4", "--weights", weights, "--image-size", "64", "--dtype", "float32"),
+    )
     assert "5 x 96 embeddings" in nanochat("embed", *names, "-o", out, *options).out
     expected = YOLOv9Plus(weights, image_size=64).get_image_embeddings(names, layer="p4")
     assert expected[:3].std(0).max() > 0.01  # three different pictures
@@ -124,9 +127,9 @@ def test_detect(nanochat, tmp_path, weights):
 
 
 def test_embed_with_the_encoder_of_a_checkpoint(nanochat, tmp_path):
-    words = ("-o", tmp_path / "e.npz", "--weights")
-    nanochat("embed", PICTURE, *words, "shapes", "--layer", "4")
-    nanochat("embed", PICTURE, "-o", tmp_path / "f.npz", "--weights", SHIPPED["shapes"], "--layer", "4")
+    for name, weights in (("e.npz", "shapes"), ("f.npz", SHIPPED["shapes"])):
+        words = ("-o", tmp_path / name, "--weights", weights, "--layer", "4", "--dtype", "float32")
+        nanochat("embed", PICTURE, *words)
     vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
     seen = Agent.load("shapes").model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
     assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)

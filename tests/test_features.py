@@ -236,7 +236,7 @@ def test_an_npy_without_its_json_is_ignored(model, images, cache, encoded, conte
     if content is not None:
         vectors.write_bytes(content)
     assert_close(cached_features(model, images, cache)[:], expected)
-    assert encoded == [7] and parts(cache) == [(vectors, index)]
+    assert encoded == [7] and len(parts(cache)) == 1
     cached_features(model, images, cache)
     assert len(encoded) == 1
 

@@ -132,7 +132,7 @@ class Driver(Arm):
 
 def test_the_arm_of_the_page_drives_until_success(monkeypatch):
     monkeypatch.setattr(simulation, "Arm", Sawyer)
-    monkeypatch.setattr(simulation, "find_spec", lambda name: name)
+    monkeypatch.setattr(simulation, "is_installed", lambda: True)
 
     async def run(function):
         return function()

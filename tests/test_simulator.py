@@ -186,7 +186,7 @@ def test_a_stopped_recording_goes_on(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "nanochat.metaworld.record.read_blocks",
-        lambda folder, blocks: seen.append((folder / block.name).stat().st_mtime_ns) or read_blocks(folder, blocks),
+        lambda folder, *rest: seen.append((folder / block.name).stat().st_mtime_ns) or read_blocks(folder, *rest),
     )
     record_demonstrations(["reach"], 2, out, 1_000_000, 0.0, 32, 1)
     assert seen == [stamp]  # the block was there already

@@ -31,7 +31,7 @@ def can_simulate(policy: RobotPolicy | None) -> bool:
     """Whether the policy is one for Meta-World's arm, and Meta-World is installed."""
     if policy is None or not is_installed():
         return False
-    return (policy.metadata["action_dim"], policy.metadata["state_dim"]) == (ACTION_DIM, STATE_DIM)
+    return (policy.metadata.get("action_dim"), policy.metadata.get("state_dim")) == (ACTION_DIM, STATE_DIM)
 
 
 def simulation_router(policy: RobotPolicy, run: Run) -> APIRouter:
