@@ -81,9 +81,7 @@ def save_checkpoint(
         write_files(new, model, tokenizer, training, resume, dtype, extra or {})
         if folder.exists():
             keep_foreign_files(folder, new)
-            os.rename(folder, old)
-        os.rename(new, folder)
-        sync(folder.parent)  # the renames are on the disk before the old one is deleted
+        put_in_place(new, folder)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         recover(folder)
@@ -143,6 +141,14 @@ def link(old: str | Path, new: str | Path) -> None:
         os.link(old, new, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(old, new, follow_symlinks=False)
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Give the folder `new` the name `folder`. What was there is next to it then, as "old", for the caller to delete."""
+    if folder.exists():
+        os.rename(folder, sibling(folder, "old"))
+    os.rename(new, folder)
+    sync(folder.parent)  # the renames are on the disk before the old one is deleted
 
 
 def sibling(folder: Path, state: str) -> Path:

@@ -92,7 +92,7 @@ def bench(
 
 
 def photograph() -> Path:
-    """A photograph that is at hand wherever this project is: a dependency has it."""
+    """A photograph that comes with a dependency, so it is always there."""
     from matplotlib import cbook
 
     return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))

@@ -17,7 +17,8 @@ import torch
 
 from nanochat.agent import Agent
 from nanochat.cache import cache_folder, make_folder
-from nanochat.checkpoint import load_checkpoint, locate
+from nanochat.checkpoint import load_checkpoint, locate, put_in_place, sibling
+from nanochat.conversation import user_message
 from nanochat.data.image_files import SUFFIXES
 from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.engine import Unread
@@ -74,9 +75,8 @@ def export(name: str, out: str | Path, int8: bool = False, calibrate: str | Path
                 f"the exported model differs from torch by {report.logits:.2g} in a logit, at most {CLOSE:g} is rounding: "
                 "nothing was written; please report it"
             )
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(new, out)
+        put_in_place(new, out)
+        shutil.rmtree(sibling(out, "old"), ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return report
@@ -202,15 +202,7 @@ def compare(one: Agent, other: Agent, pictures: Sequence[np.ndarray]) -> Report:
     """one: on torch. other: the exported one, which reads the tokens that the first one says."""
     folder, differences, same = other.model.folder, [0.0], []
     for picture in pictures[:8] or [None]:
-        prompt = one.prompt(
-            [
-                {
-                    "role": "user",
-                    "content": ([{"type": "image"}] if picture is not None else [])
-                    + [{"type": "text", "text": CAPTION_PROMPT}],
-                }
-            ]
-        )
+        prompt = one.prompt([user_message(CAPTION_PROMPT, int(picture is not None))])
         rows, caches = [], []
         for agent in (one, other):
             images = None

@@ -13,7 +13,7 @@ from nanochat.errors import UserError
 from nanochat.files import sha256, short_repr
 from nanochat.onnx_model import HEADS, OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.tokenizer import Tokenizer
-from nanochat.verify import CheckpointError, check_file, read_json, read_training
+from nanochat.verify import CheckpointError, check_entry, check_file, listed_files, read_json, read_training
 
 FORMAT, VERSION = "nanochat-onnx", 1
 TEXTS = ("config.json", "tokenizer.json", "training.json")
@@ -71,20 +71,9 @@ def open_export(name: str | Path) -> tuple[OnnxGPT, Tokenizer, dict]:
 def check(folder: Path) -> None:
     """Raises CheckpointError unless every file is as the manifest says."""
     path = folder / "manifest.json"
-    manifest = read_json(path)
-    version, files = manifest.get("format_version"), manifest.get("files")
-    if not isinstance(version, int) or not isinstance(files, dict):
-        raise CheckpointError(f"{path} is damaged: {AGAIN}")
-    if version > VERSION:
-        raise CheckpointError(
-            f"{folder} has format {version}, this version reads up to {VERSION}: upgrade nanochat-vision"
-        )
-    for name in TEXTS:
-        if name not in files:
-            raise CheckpointError(f"{path} does not list {name}: {AGAIN}")
+    files = listed_files(path, VERSION, TEXTS, AGAIN)
     for name, expected in files.items():
-        if Path(name).name != name or not isinstance(expected, dict) or not {"size", "sha256"} <= expected.keys():
-            raise CheckpointError(f"{path} is damaged at {short_repr(name)}: {AGAIN}")
+        check_entry(path, short_repr(name), expected if Path(name).name == name else None, AGAIN)
         check_file(folder, name, expected)
     if strangers := sorted({one.name for one in folder.glob("*.onnx")} - set(files)):
         raise CheckpointError(f"{folder} has a file {strangers[0]} that manifest.json does not list: {AGAIN}")

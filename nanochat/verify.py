@@ -10,6 +10,7 @@ from nanochat.files import DataError, json_object, json_value, sha256, short_rep
 
 FORMAT_VERSION = 1
 RESUME = "resume.safetensors"
+COPY_AGAIN = "copy the checkpoint again"
 REQUIRED = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
 MAX_JSON = 64_000_000  # bytes of a JSON file; config.json and manifest.json have a few thousand
 MAX_HEADER = 8_000_000  # bytes of the list of tensors in a safetensors file; YOLOv9-e with a large GPT has 300,000
@@ -35,26 +36,38 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     if not manifest_path.is_file():
         found = "no such folder" if not folder.exists() else "it has no manifest.json"
         raise CheckpointError(f"{folder} is no checkpoint: {found}")
-    manifest = read_json(manifest_path)
-    version, files = manifest.get("format_version"), manifest.get("files")
-    if not isinstance(version, int) or not isinstance(files, dict):
-        raise CheckpointError(f"{manifest_path} is damaged: copy the checkpoint again")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade nanochat-vision"
-        )
-    for name in REQUIRED:
-        if name not in files:
-            raise CheckpointError(f"{manifest_path} does not list {name}: copy the checkpoint again")
+    files = listed_files(manifest_path, FORMAT_VERSION, REQUIRED, COPY_AGAIN)
     for name, entry in files.items():
         if name not in (*REQUIRED, RESUME):  # such as ../../secret: not even its size is looked at
             raise CheckpointError(
                 f"{manifest_path} lists {short_repr(name)}, expected {', '.join((*REQUIRED, RESUME))} only: "
                 "do not use this checkpoint unless you know who made it"
             )
-        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-            raise CheckpointError(f"{manifest_path} is damaged at {name}: copy the checkpoint again")
+        check_entry(manifest_path, name, entry, COPY_AGAIN)
     return files
+
+
+def listed_files(manifest_path: Path, newest: int, required: Collection[str], remedy: str) -> dict:
+    """File name -> its entry, not checked yet, of a manifest.json whose format is at most `newest`. Raises CheckpointError, which
+    says `remedy`, where a required file is not listed."""
+    manifest = read_json(manifest_path)
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if not isinstance(version, int) or not isinstance(files, dict):
+        raise CheckpointError(f"{manifest_path} is damaged: {remedy}")
+    if version > newest:
+        raise CheckpointError(
+            f"{manifest_path.parent} has format {version}, this version reads up to {newest}: upgrade nanochat-vision"
+        )
+    for name in required:
+        if name not in files:
+            raise CheckpointError(f"{manifest_path} does not list {name}: {remedy}")
+    return files
+
+
+def check_entry(manifest_path: Path, shown: str, entry: object, remedy: str) -> None:
+    """Raises CheckpointError for an entry that is not {"size", "sha256"}. shown: the file's name as the message has it."""
+    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        raise CheckpointError(f"{manifest_path} is damaged at {shown}: {remedy}")
 
 
 def check_file(folder: Path, name: str, expected: dict) -> None:

@@ -58,3 +58,20 @@ def nanochat(monkeypatch, capsys):
         return capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    """OpenAI's client of the server at `address`, which the module starts."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def http(address):
+    import httpx
+
+    with httpx.Client(base_url=address, timeout=20) as found:
+        yield found

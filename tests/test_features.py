@@ -227,8 +227,12 @@ def parts(cache):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a part"])
-def test_an_npy_without_its_json_is_ignored(model, images, cache, encoded, content):
-    """What a kill leaves between the two files of a part."""
+def test_an_npy_without_its_json_is_ignored(model, images, tmp_path, encoded, content):
+    """What a kill leaves between the two files of a part. The cache is filled with the hook of `encoded` in place, since an
+    encoder with hooks runs itself and not its fast copy, and names of parts depend on every bit."""
+    cache = tmp_path / "cache"
+    cached_features(model, images, cache)
+    encoded.clear()
     expected = cached_features(model, images, cache)[:]
     assert encoded == []
     ((vectors, index),) = parts(cache)
@@ -236,7 +240,7 @@ def test_an_npy_without_its_json_is_ignored(model, images, cache, encoded, conte
     if content is not None:
         vectors.write_bytes(content)
     assert_close(cached_features(model, images, cache)[:], expected)
-    assert encoded == [7] and len(parts(cache)) == 1
+    assert encoded == [7] and parts(cache) == [(vectors, index)]
     cached_features(model, images, cache)
     assert len(encoded) == 1
 

@@ -34,18 +34,6 @@ def address(agent, media):
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def http(address):
-    with httpx.Client(base_url=address, timeout=20) as found:
-        yield found
-
-
 def test_the_models_and_what_they_can_do(client):
     models = {model.id: model for model in client.models.list()}
     assert list(models) == ["tiny", "talks"] and client.models.retrieve("tiny").id == "tiny"

@@ -33,18 +33,6 @@ def address(agent):
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def http(address):
-    with httpx.Client(base_url=address, timeout=20) as found:
-        yield found
-
-
 def shown(*colours, question="what is it?"):
     pictures = [{"type": "input_image", "image_url": data_uri(colour)} for colour in colours]
     return [{"role": "user", "content": [*pictures, {"type": "input_text", "text": question}]}]

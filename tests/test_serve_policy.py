@@ -37,12 +37,6 @@ def address():
         yield found
 
 
-@pytest.fixture(scope="module")
-def http(address):
-    with httpx.Client(base_url=address) as found:
-        yield found
-
-
 def observation(**changes):
     whole = {"observation/image": data_uri("red"), "observation/state": [0.5, 0.0], "prompt": "open the door"}
     return {key: value for key, value in (whole | changes).items() if value is not None}

@@ -371,7 +371,7 @@ class Batcher:
 
 
 class RecordingEngine(Engine):
-    """logits: row -> (V,) float32 that its next token is chosen from, of the step at hand."""
+    """logits: row -> (V,) float32 that its next token is chosen from, of the last step."""
 
     def __init__(self, model):
         super().__init__(model)

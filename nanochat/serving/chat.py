@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from nanochat.sampling import Sampling
-from nanochat.serving import structured
 from nanochat.serving.answers import Likely
 from nanochat.serving.models import Limits, Models, Served
 from nanochat.serving.problems import ApiError, as_api_error, error_body
@@ -21,6 +20,7 @@ from nanochat.serving.requests import Done, Event, Finished, Piece
 from nanochat.serving.requests import Request as Asked
 from nanochat.serving.schema import ChatRequest
 from nanochat.serving.sources import Sources
+from nanochat.serving.structured import constraint_for
 
 SSE = "text/event-stream"
 
@@ -52,8 +52,7 @@ async def read_request(body: ChatRequest, served: Served, sources: Sources, limi
         repetition_penalty=body.repetition_penalty or 1.0,
     )  # fmt: skip
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    schema = structured.schema_of(body.response_format)
-    constraint = None if schema is None else await asyncio.to_thread(structured.constraint, served.agent, schema)
+    constraint = await constraint_for(served.agent, body.response_format)
     asked = Asked(
         prompt.ids, prompt.pictures, body.max_completion_tokens or body.max_tokens, body.n or 1, sampling, stops,
         (body.top_logprobs or 0) if body.logprobs else None, constraint, limits.max_seconds,

@@ -1,6 +1,5 @@
 """POST /v1/responses: OpenAI's newer API in the same words, whole or as named events. Nothing is stored. No torch."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -11,7 +10,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from nanochat.sampling import Sampling
-from nanochat.serving import structured
 from nanochat.serving.chat import SSE, chained, started, timings_of, unless_gone
 from nanochat.serving.models import Limits, Models
 from nanochat.serving.problems import as_api_error
@@ -20,6 +18,7 @@ from nanochat.serving.requests import Done, Event, Finished, Piece
 from nanochat.serving.requests import Request as Asked
 from nanochat.serving.schema import Message, ResponsesRequest
 from nanochat.serving.sources import Sources
+from nanochat.serving.structured import constraint_for
 
 
 def responses_router(models: Models, sources: Sources, limits: Limits) -> APIRouter:
@@ -32,8 +31,7 @@ def responses_router(models: Models, sources: Sources, limits: Limits) -> APIRou
         if body.instructions:
             messages.insert(0, Message(role="system", content=body.instructions))
         prompt = await read_prompt(served.agent, messages, sources, limits.max_pictures)
-        schema = structured.schema_of(body.text.format if body.text else None)
-        constraint = None if schema is None else await asyncio.to_thread(structured.constraint, served.agent, schema)
+        constraint = await constraint_for(served.agent, body.text.format if body.text else None)
         sampling = Sampling(temperature=body.temperature or 0.0, top_p=body.top_p, seed=secrets.randbits(32))
         asked = Asked(
             prompt.ids, prompt.pictures, body.max_output_tokens, sampling=sampling, constraint=constraint,

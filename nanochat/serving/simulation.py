@@ -62,7 +62,7 @@ class Simulator:
     async def episode(self, task: str, instruction: str, seed: int) -> AsyncIterator[dict]:
         """Frames until success, or until the steps are used up. Closing the iterator stops the arm. Raises Busy."""
         if not self.driving.acquire(blocking=False):
-            raise Busy("the simulator drives for somebody else: try again in 10 s", 10)
+            raise Busy("the simulator is in use by another client: try again in 10 s", 10)
         loop, arm = asyncio.get_running_loop(), None
         try:
             metadata, act = self.policy.metadata, self.policy.session()

@@ -1,5 +1,6 @@
 """Answers that are JSON and fit a schema: llguidance says which tokens may come next (https://github.com/guidance-ai/llguidance)."""
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -18,6 +19,12 @@ def schema_of(wanted) -> dict | None:
         return None
     named = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
     return getattr(named, "schema_", None) or {"type": "object"}
+
+
+async def constraint_for(agent, wanted) -> "Callable[[], JsonAnswer] | None":
+    """The constraint of a format, see `constraint`; None for text. wanted: as for `schema_of`."""
+    schema = schema_of(wanted)
+    return None if schema is None else await asyncio.to_thread(constraint, agent, schema)
 
 
 def constraint(agent, schema: dict) -> "Callable[[], JsonAnswer]":

@@ -81,7 +81,7 @@ def adopted(model: RobotGPT, config: RobotGPTConfig) -> RobotGPT:
         kept = {name: tensor for name, tensor in kept.items() if not name.startswith("action_head.")}
     for name in [name for name in kept if name.startswith("glances.")]:
         kept[name] = of_cameras(kept[name], model.config.cameras, config.cameras)
-    if config.known_rows != model.config.known_rows:  # other numbers: it learns them anew
+    if config.known_rows != model.config.known_rows:  # other numbers: the layer is a new one
         kept.pop("committed_projector.weight", None)
     new.load_state_dict(new.state_dict() | kept)
     return new

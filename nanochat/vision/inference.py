@@ -42,7 +42,7 @@ def infer(
     """What `compute(encoder, pixels)` says of pictures, {name: (B, ...)}, with the encoder's fast copy, in evaluation mode.
 
     squares: (B, S, S, 3) uint8. dtype: of weights and pixels; None for the encoder's own one. An encoder whose modules
-    have hooks is run itself, and on all pictures at once, since somebody watches it.
+    have hooks is run itself, and on all pictures at once, since the hooks are there to see it.
     """
     weight = next(encoder.parameters())
     dtype = dtype or weight.dtype
