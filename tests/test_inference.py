@@ -57,6 +57,16 @@ def norms_of(module):
 
 @pytest.mark.parametrize(("make", "layer"), [(timm_encoder, "p4"), (yolo, "p3")])
 @torch.no_grad()
+def test_in_float64_the_copy_differs_by_rounding_alone(make, layer):
+    """In float32, rounding errors grow through a random network; what is left in float64 is a wrong formula."""
+    encoder = make().to(torch.float64)
+    expected = encoder.maps(to_pixels(SQUARES, "cpu", torch.float64), [layer])[layer]
+    found = inference_maps(encoder, SQUARES, [layer])[layer]
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("make", "layer"), [(timm_encoder, "p4"), (yolo, "p3")])
+@torch.no_grad()
 def test_the_copy_has_the_same_maps_without_batchnorm(make, layer):
     encoder = make()
     expected = encoder.maps(pixels(), [layer])[layer]
