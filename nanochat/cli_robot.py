@@ -88,7 +88,7 @@ def record(
     tasks: tuple[str, ...] = ("mt10",),
     episodes: int = 50,
     seed: int = 1_000_000,
-    noise: float = 0.25,
+    noise: float | None = None,
     image_size: int = 128,
     cameras: tuple[str, ...] = ("corner2",),
     questions: bool = False,
@@ -101,6 +101,7 @@ def record(
         episodes: Episodes per task; only successful ones are kept.
         seed: Seed of the first episode; evaluation uses small seeds, so that its layouts are not in the training data.
         noise: Standard deviation of the noise that is added to the executed actions (in -1..1); the expert corrects it.
+            Default 0.25, and 0.1 in every second episode of tasks whose experts fail or wander when they are disturbed.
         image_size: Side of the recorded images in pixels, a multiple of 32.
         cameras: Meta-World's cameras: corner2 looks at the whole scene, gripperPOV past the fingers at what they hold; also
             topview, corner, corner3, corner4, behindGripper.

@@ -11,13 +11,16 @@ from PIL import Image
 
 from nanochat.data.lerobot import RobotDataset
 from nanochat.metaworld import simulator
+from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.record import (
     CAMERA_KEY,
+    EASILY_DISTURBED,
     Block,
     open_work,
     read_blocks,
     record_block,
     record_demonstrations,
+    record_episode,
     run_expert,
 )
 from nanochat.metaworld.simulator import Arm, SimulatorError
@@ -171,6 +174,18 @@ def test_noise_moves_the_arm_but_not_the_recorded_actions():
     for seen, action in zip(noisy["environment_state"], noisy["action"], strict=True):
         answer = np.clip(policy.get_action(seen.astype(np.float64)), -1, 1)
         np.testing.assert_allclose(action, answer, atol=1e-3)
+
+
+@needs_simulator
+def test_a_task_whose_expert_is_easily_disturbed_has_less_noise_in_every_second_episode(monkeypatch):
+    found = []
+    monkeypatch.setattr("nanochat.metaworld.record.run_expert", lambda arm, seed, noise: found.append(noise) or {})
+    for task in ("reach", "shelf-place"):
+        for noise in (None, 0.3):
+            for number in (0, 1):
+                record_episode(Arm(task, 32), Block(task, 0, 2, 0, noise, 32), number)
+    assert found == [0.25, 0.25, 0.3, 0.3, 0.25, 0.1, 0.3, 0.3]
+    assert set(INSTRUCTIONS) > EASILY_DISTURBED
 
 
 @needs_simulator
