@@ -41,7 +41,7 @@ def make_pictures(folder: Path) -> None:
 
 
 def command(folder: Path, out: Path, steps: int) -> list[str]:
-    words = [sys.executable, "-m", "nanochat.cli", "train", "folder", "--data", str(folder), "--out", str(out)]
+    words = [sys.executable, "-m", "nanochat", "train", "folder", "--data", str(folder), "--out", str(out)]
     return [*words, "--steps", str(steps), *SETTINGS, *(["--resume"] if has_checkpoint(out) else [])]
 
 

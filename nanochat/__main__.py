@@ -1,6 +1,6 @@
 """python -m nanochat"""
 
-from nanochat.cli import main
+from nanochat.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -39,7 +39,7 @@ class Agent:
         CheckpointError for one that is damaged, missing or of a newer format.
 
         device: for torch: auto, cpu, cuda or cuda:N, or a torch.device."""
-        from nanochat.onnx_folder import is_export, open_export
+        from nanochat.onnx.folder import is_export, open_export
 
         exported = is_export(name)
         if runtime == "torch" and exported:

@@ -62,7 +62,7 @@ Runtime = Annotated[
 def load_agent(name: str, device: str, runtime: str):
     """An `agent.Agent` from the flags --checkpoint, --device and --runtime."""
     from nanochat.agent import Agent
-    from nanochat.onnx_folder import is_export
+    from nanochat.onnx.folder import is_export
 
     if runtime == "onnx" and not is_export(name):
         from nanochat.export import cached_export

@@ -45,7 +45,7 @@ def model():
 @pytest.fixture
 def nanochat(monkeypatch, capsys):
     """A function that runs a command in this process and returns (stdout, stderr). code: the exit code that it must have."""
-    from nanochat import cli
+    from nanochat.cli import main as cli
 
     def call(*words, code=0):
         monkeypatch.setattr(sys, "argv", ["nanochat", *map(str, words)])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nanochat.agent import Agent
-from nanochat.cli_serve import LimitFlags
+from nanochat.cli.serve import LimitFlags
 from nanochat.serving.app import create_app
 from nanochat.serving.batching import Batcher
 from nanochat.serving.guard import Entrance

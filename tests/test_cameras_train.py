@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat import cli
 from nanochat.agent import Agent
+from nanochat.cli import main as cli
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat import cli, cli_pictures
 from nanochat.agent import Agent
 from nanochat.checkpoint import SHIPPED
+from nanochat.cli import main as cli
+from nanochat.cli import pictures
 from nanochat.metaworld.simulator import SimulatorError
 from nanochat.training.recipes import RECIPES
 from nanochat.vision import YOLOv9Plus
@@ -93,7 +94,7 @@ def weights(tmp_path_factory):
 
 
 def test_embed_in_batches(nanochat, tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(cli_pictures, "EMBED_BATCH", 2)
+    monkeypatch.setattr(pictures, "EMBED_BATCH", 2)
     names = [str(ROOT / f"nanochat/assets/pictures/{i}.png") for i in (0, 1, 2, 0, 1)]
     out, options = (
         tmp_path / "e.npz",
@@ -403,7 +404,7 @@ def test_a_closed_pipe_is_not_an_error():
     os.close(reader)
     for words in (["ask", PICTURE, QUESTION], ["push", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-m", "nanochat.cli", *words],
+            [sys.executable, "-m", "nanochat", *words],
             stdout=writer, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.stderr == ""
@@ -430,7 +431,7 @@ def help_of_flags(text):
 )
 def test_every_flag_has_a_help_line(words):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    command = [sys.executable, "-m", "nanochat.cli", *words, "--help"]
+    command = [sys.executable, "-m", "nanochat", *words, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "usage: nanochat" in done.stdout
     flags = help_of_flags(done.stdout)
@@ -455,7 +456,7 @@ def test_a_gpu_is_the_default_where_there_is_one():
 
 def test_unknown_commands_exit_with_2():
     done = subprocess.run(
-        [sys.executable, "-m", "nanochat.cli", "fly"],
+        [sys.executable, "-m", "nanochat", "fly"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from nanochat import cli_chat
 from nanochat.agent import Chat
+from nanochat.cli import chat
 from tests.test_cli import PICTURE, QUESTION, ROOT, SHAPES, Terminal, picture
 
 
@@ -34,7 +34,7 @@ def test_image_changes_the_picture(nanochat, monkeypatch, tmp_path, terminal):
 
 def test_help_lists_the_commands(nanochat, monkeypatch):
     out = say(nanochat, monkeypatch, "/help", "/quit").out
-    assert all(command in out for command in cli_chat.COMMANDS)
+    assert all(command in out for command in chat.COMMANDS)
 
 
 def test_an_error_does_not_end_a_chat_at_a_terminal(nanochat, monkeypatch):
@@ -152,4 +152,4 @@ def test_completions(tmp_path, monkeypatch):
     (tmp_path / "photo.png").touch()
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert cli_chat.completions("/i") == ["/image"] and cli_chat.completions("pho") == ["photo.png", "photos/"]
+    assert chat.completions("/i") == ["/image"] and chat.completions("pho") == ["photo.png", "photos/"]

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from nanochat import __version__, cli, cli_serve
+from nanochat import __version__
 from nanochat.checkpoint import SHIPPED, load_checkpoint
+from nanochat.cli import main as cli
+from nanochat.cli import serve
 from tests.test_cli import PICTURE, QUESTION, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,11 +144,11 @@ def test_zero_and_empty_are_not_the_default(nanochat, tmp_path, words, message):
 def test_an_empty_token_in_the_environment_is_refused(nanochat, monkeypatch):
     monkeypatch.setenv("NANOCHAT_TOKEN", "")
     assert "$NANOCHAT_TOKEN is empty" in nanochat("policy-server", "robot", code=2).err
-    assert cli_serve.read_key("sesame") == "sesame"
+    assert serve.read_key("sesame") == "sesame"
     monkeypatch.setenv("NANOCHAT_TOKEN", "open")
-    assert cli_serve.read_key(None) == "open"
+    assert serve.read_key(None) == "open"
     monkeypatch.delenv("NANOCHAT_TOKEN")
-    assert cli_serve.read_key(None) is None
+    assert serve.read_key(None) is None
 
 
 def test_output_that_the_terminal_cannot_show_is_no_bug(tmp_path):
@@ -161,7 +162,7 @@ def test_output_that_the_terminal_cannot_show_is_no_bug(tmp_path):
 
 
 def test_the_texts_of_models_name_their_folders():
-    texts = json.loads((Path(cli.__file__).parent / "assets/models.json").read_text())
+    texts = json.loads((ROOT / "nanochat/assets/models.json").read_text())
     assert {name: about["folder"] for name, about in texts.items()} == {
         name: path.name for name, path in SHIPPED.items()
     }

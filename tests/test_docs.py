@@ -24,9 +24,9 @@ import pytest
 import tyro
 from matplotlib import cbook
 
-from nanochat import cli
 from nanochat.action_heads import HEADS
 from nanochat.checkpoint import ASSETS
+from nanochat.cli import main as cli
 from nanochat.training.recipes import RECIPES
 from tests.test_clips import write_clip
 
@@ -237,7 +237,7 @@ def test_the_readme_has_commands():
     ],
 )
 def test_an_unknown_name_is_found(command, problem):
-    page = f"# Page\n\n```sh\n{command}  # comment\n```\n\nText about `{command}`, and `nanochat/cli.py`.\n\n    {command}\n"
+    page = f"# Page\n\n```sh\n{command}  # comment\n```\n\nText about `{command}`, and `nanochat/cli/main.py`.\n\n    {command}\n"
     assert commands(page) == [command.split()] * 2 and mentioned(page) == [command.split()]
     assert unknown(command.split()) == problem
 

@@ -19,12 +19,12 @@ from nanochat.config import GPTConfig, MultimodalGPTConfig
 from nanochat.engine import Engine, Unread
 from nanochat.errors import UserError
 from nanochat.export import export
-from nanochat.export_decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export_graph import BLOCK, Weights, quantized
+from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
+from nanochat.export.graph import BLOCK, Weights, quantized
 from nanochat.gpt import GPT
 from nanochat.multimodal_gpt import MultimodalGPT
-from nanochat.onnx_folder import write_manifest
-from nanochat.onnx_model import OnnxGPT, OnnxModel, OnnxPolicy
+from nanochat.onnx.folder import write_manifest
+from nanochat.onnx.model import OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.robot_gpt import RobotGPT
 from nanochat.runtime import load
 from nanochat.sampling import Sampling
@@ -323,7 +323,7 @@ agent = load(sys.argv[1])
 seen = agent.look(np.zeros((48, 64, 3), np.uint8))
 print(repr("".join(agent.ask("what is it?", seen))))
 print(agent.act([np.zeros((48, 64, 3), np.uint8)], [[0.5] * 4], ["open"]).shape)
-from nanochat.cli import main
+from nanochat.cli.main import main
 sys.argv = ["nanochat", "ask", sys.argv[2], "what is it?", "--checkpoint", sys.argv[1]]
 main()
 sys.argv[-1] = "shapes"

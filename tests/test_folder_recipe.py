@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nanochat.checkpoint import CheckpointError, load_checkpoint
-from nanochat.cli import train
+from nanochat.cli.main import train
 from nanochat.errors import UserError
 from nanochat.training.folder import folder_from_photos, other_shape
 from nanochat.training.recipes import Folder, Photos

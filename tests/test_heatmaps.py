@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nanochat import cli_ask
 from nanochat.attention import WordAttention
+from nanochat.cli import ask
 from nanochat.heatmaps import Drawn, draw_attention, heat, panels, shown_words, with_heat
 from nanochat.vision.images import square
 from tests.test_cli import PICTURE, QUESTION, picture
@@ -118,7 +118,7 @@ def test_show(nanochat, tmp_path):
     ],
 )
 def test_show_that_cannot_be(nanochat, tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(cli_ask, "MAX_DRAWN", 2)
+    monkeypatch.setattr(ask, "MAX_DRAWN", 2)
     for number in range(3):
         shutil.copy(PICTURE, tmp_path / f"{number}.png")
     at = {"P": str(tmp_path / "0.png")}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.cli import is_recording
+from nanochat.cli.main import is_recording
 from nanochat.data.demonstrations import Demonstrations, open_demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset

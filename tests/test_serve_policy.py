@@ -9,7 +9,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("websockets")
 import httpx
 
-from nanochat.cli_serve import PolicyFlags, safe_policy
+from nanochat.cli.serve import PolicyFlags, safe_policy
 from nanochat.metaworld.simulator import Scene
 from nanochat.serving import simulation
 from nanochat.serving.client import PolicyClient

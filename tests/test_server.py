@@ -382,7 +382,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, message):
 SERVES = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job SIGINT is ignored
-from nanochat.cli_serve import LimitFlags
+from nanochat.cli.serve import LimitFlags
 from nanochat.serving.app import create_app
 from nanochat.serving.guard import Entrance
 from nanochat.serving.http import serve

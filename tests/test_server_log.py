@@ -13,7 +13,7 @@ pytest.importorskip("websockets")
 from nanochat.serving import log
 
 SERVES = """
-from nanochat.cli_serve import LimitFlags
+from nanochat.cli.serve import LimitFlags
 from nanochat.serving.app import create_app
 from nanochat.serving.guard import Entrance
 from nanochat.serving.http import serve

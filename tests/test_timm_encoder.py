@@ -515,7 +515,7 @@ class Block:
         if name.split(".")[0] == "ultralytics":
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-from nanochat.cli import main
+from nanochat.cli.main import main
 from nanochat.training.recipes import Folder
 from nanochat.training.run import Run
 folder = sys.argv.pop()

@@ -257,7 +257,7 @@ def test_a_panic_of_the_library_is_one_line(monkeypatch):
 
 
 def test_one_bad_text_file_of_several_is_named(tmp_path):
-    from nanochat.cli import tokenizer
+    from nanochat.cli.main import tokenizer
 
     (tmp_path / "a.txt").write_text("fine\n")
     (tmp_path / "b.txt").write_bytes(b"first\nsec\xffond\n")

@@ -21,12 +21,12 @@ DATA = sorted(f"nanochat.data.{path.stem}" for path in (ROOT / "nanochat/data").
 MODULES = [
     "nanochat.files", "nanochat.sampling", "nanochat.tokenizer", "nanochat.actions", "nanochat.conversation",
     "nanochat.engine", "nanochat.beams", "nanochat.agent", "nanochat.config", "nanochat.acting",
-    "nanochat.attention", "nanochat.runtime", "nanochat.onnx_cache", "nanochat.onnx_model", "nanochat.onnx_folder",
+    "nanochat.attention", "nanochat.runtime", "nanochat.onnx.cache", "nanochat.onnx.model", "nanochat.onnx.folder",
     "nanochat.safety", "nanochat.cameras", "nanochat.vision", "nanochat.vision.images", "nanochat.vision.detections",
     "nanochat.chunk_player", "nanochat.data", *DATA,
     "nanochat.metaworld.instructions", "nanochat.metaworld.scene", "nanochat.serving.policy", "nanochat.serving.openpi",
-    "nanochat.serving.client", "nanochat.serving.app", "nanochat.cli_serve",
-    "nanochat.flags", "nanochat.training.recipes", "nanochat.cli",
+    "nanochat.serving.client", "nanochat.serving.app", "nanochat.cli.serve",
+    "nanochat.flags", "nanochat.training.recipes", "nanochat.cli.main",
 ]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_the_block_works(module):
 @pytest.mark.parametrize("words", [["--help"], ["ask", "--help"], ["train", "--help"], ["train", "robot", "--help"]])
 def test_help_loads_no_torch(words):
     code = BLOCKED.replace(
-        "for name in", f"sys.argv = ['nanochat', *{words!r}]\nfrom nanochat.cli import main\nmain()\nfor name in"
+        "for name in", f"sys.argv = ['nanochat', *{words!r}]\nfrom nanochat.cli.main import main\nmain()\nfor name in"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: nanochat" in done.stdout, done.stderr

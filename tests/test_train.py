@@ -407,7 +407,7 @@ def command(recipe):
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")
         flags += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
-    return [sys.executable, "-m", "nanochat.cli", "train", "folder", *flags]
+    return [sys.executable, "-m", "nanochat", "train", "folder", *flags]
 
 
 def heed_ctrl_c():

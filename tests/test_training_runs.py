@@ -410,7 +410,7 @@ def test_a_run_ends_with_advice_and_the_next_commands(pictures, tmp_path, capsys
     assert [words[1] for words in commands] == ["ask", "eval"]
     for words in commands:
         done = subprocess.run(
-            [sys.executable, "-m", "nanochat.cli", *words[1:]], env=ENVIRONMENT, capture_output=True, text=True
+            [sys.executable, "-m", "nanochat", *words[1:]], env=ENVIRONMENT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
 

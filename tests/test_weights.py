@@ -304,7 +304,7 @@ def test_import_and_build_touch_neither_home_nor_network_nor_stdout(tmp_path):
         "import socket\n"
         "def refuse(*a, **k): raise SystemExit('network!')\n"
         "socket.socket.connect = refuse\n"
-        "import nanochat.cli, nanochat.vision, sys\n"
+        "import nanochat.cli.main, nanochat.vision, sys\n"
         "assert 'ultralytics' not in sys.modules\n"
         "nanochat.vision.YOLOv9Plus('yolov9t.yaml', image_size=64)\n"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nanochat import cli
+from nanochat.cli import main as cli
 from nanochat.training import distributed
 from nanochat.training.recipes import Distill, Folder, Robot
 from nanochat.training.run import Run

@@ -82,9 +82,10 @@ def record_demonstrations(
 
     Resumes an earlier call with the same settings that was stopped.
 
-    tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1;
-    None is NOISE, and LESS_NOISE in every second episode of the tasks that are EASILY_DISTURBED. image_size: side of the square images in pixels. cameras: names of Meta-World's, see `simulator.Arm`. questions: write one
-    about the first camera of each frame, see `data.language`.
+    tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1; None is
+    NOISE, and LESS_NOISE in every second episode of the tasks that are EASILY_DISTURBED. image_size: side of the square images in
+    pixels. cameras: names of Meta-World's, see `simulator.Arm`. questions: write one about the first camera of each frame, see
+    `data.language`.
 
     Raises:
         FileExistsError: `out` exists.

@@ -10,7 +10,7 @@ from nanochat.serving.problems import ApiError
 
 
 class Limits(Protocol):
-    """Of one request, see `cli_serve.LimitFlags`."""
+    """Of one request, see `cli.serve.LimitFlags`."""
 
     max_pixels: int
     max_pictures: int

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from nanochat.export_graph import OPSET
+from nanochat.export.graph import OPSET
 from nanochat.vision.inference import make_copy
 from nanochat.vision.pixels import scaled
 

@@ -1,4 +1,4 @@
-"""nanochat chat: many questions about one or several pictures, with line editing, history and commands. See cli.py."""
+"""nanochat chat: many questions about one or several pictures, with line editing, history and commands."""
 
 import glob
 import os

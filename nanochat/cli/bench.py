@@ -1,4 +1,4 @@
-"""nanochat bench: how fast everything is, beside what else one would take. See cli.py."""
+"""nanochat bench: how fast everything is, beside what else one would take."""
 
 import sys
 from dataclasses import asdict

@@ -1,6 +1,6 @@
 """The folder that `nanochat export` makes: what is in it, and how it is opened. No torch.
 
-encoder.onnx decoder.onnx ...   the graphs, see `export_decoder` and `export_encoder`     weights.bin   what they share
+encoder.onnx decoder.onnx ...   the graphs, see `export.decoder` and `export.encoder`     weights.bin   what they share
 config.json   shapes            tokenizer.json     training.json     README.md            manifest.json   SHA-256 of each file
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from nanochat.config import GPTConfig, MultimodalGPTConfig, RobotGPTConfig
 from nanochat.errors import UserError
 from nanochat.files import sha256, short_repr
-from nanochat.onnx_model import HEADS, OnnxGPT, OnnxModel, OnnxPolicy
+from nanochat.onnx.model import HEADS, OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.tokenizer import Tokenizer
 from nanochat.verify import CheckpointError, check_entry, check_file, listed_files, read_json, read_training
 

@@ -1,4 +1,4 @@
-"""The commands that read pictures and give no text: embed and detect; and --json of all that read pictures. See cli.py."""
+"""The commands that read pictures and give no text: embed and detect; and --json of all that read pictures."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The commands of robots: demo, inspect, record and rollout. See cli.py."""
+"""The commands of robots: demo, inspect, record and rollout."""
 
 import shlex
 from pathlib import Path

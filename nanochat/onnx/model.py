@@ -1,7 +1,7 @@
 """Models that run on ONNX Runtime, from a folder that `nanochat export` made. No torch.
 
 They have what `engine.Engine`, `agent.Agent` and `acting.Policy` need, so prompts, sampling, beams, safety and servers are the
-same code for both runtimes. Vision vectors are numpy arrays. The graphs are described in `export_decoder` and `export_encoder`.
+same code for both runtimes. Vision vectors are numpy arrays. The graphs are described in `export.decoder` and `export.encoder`.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from nanochat.acting import Policy, act_at_once, act_by_tokens
 from nanochat.engine import Unread
 from nanochat.errors import UserError
-from nanochat.onnx_cache import OnnxCache, Picture
+from nanochat.onnx.cache import OnnxCache, Picture
 from nanochat.vision.images import as_list, square
 
 PART = 4  # pictures that go through the encoder at once: the maps of more leave a processor's caches

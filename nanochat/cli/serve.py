@@ -1,4 +1,4 @@
-"""nanochat serve: an endpoint that OpenAI's clients and robots speak to, and a page; nanochat policy-server. See cli.py."""
+"""nanochat serve: an endpoint that OpenAI's clients and robots speak to, and a page; nanochat policy-server."""
 
 import os
 import sys

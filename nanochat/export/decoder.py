@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.export_graph import MICROSOFT, TYPES, Graph, Weights
+from nanochat.export.graph import MICROSOFT, TYPES, Graph, Weights
 from nanochat.fusion import MATCH_SHARPNESS
 from nanochat.gpt import LOGIT_CAP
 from nanochat.robot_gpt import FREQUENCIES, STATE_LIMIT

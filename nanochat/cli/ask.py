@@ -1,4 +1,4 @@
-"""The commands that answer in text about pictures: ask and caption. See cli.py."""
+"""The commands that answer in text about pictures: ask and caption."""
 
 import glob
 import os
@@ -8,8 +8,8 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from nanochat.cli_chat import print_stream
-from nanochat.cli_pictures import check_keeps, written_rows
+from nanochat.cli.chat import print_stream
+from nanochat.cli.pictures import check_keeps, written_rows
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Camera, Frames, JsonRows, Pictures, SamplingFlags, check_out
 

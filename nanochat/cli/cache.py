@@ -1,4 +1,4 @@
-"""The command cache. See cli.py."""
+"""The command cache."""
 
 import time
 from pathlib import Path

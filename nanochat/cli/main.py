@@ -1,7 +1,7 @@
 """The command line. Each command is a function: its parameters are the flags, its docstring is the help.
 
-Heavy imports wait until a command runs, so that --help is fast. The other commands are in cli_ask.py, cli_pictures.py,
-cli_cache.py, cli_chat.py, cli_export.py, cli_robot.py and cli_serve.py.
+Heavy imports wait until a command runs, so that --help is fast. The commands that are
+not here are in the other modules of this folder.
 """
 
 import inspect
@@ -18,14 +18,14 @@ import tyro
 from tyro.conf import HelptextFromCommentsOff, Positional, arg
 
 from nanochat import __version__
-from nanochat.cli_ask import ask, caption
-from nanochat.cli_bench import bench
-from nanochat.cli_cache import cache
-from nanochat.cli_chat import chat
-from nanochat.cli_export import export
-from nanochat.cli_pictures import detect, embed, written_rows
-from nanochat.cli_robot import demo, inspect_data, record, rollout
-from nanochat.cli_serve import policy_server, serve
+from nanochat.cli.ask import ask, caption
+from nanochat.cli.bench import bench
+from nanochat.cli.cache import cache
+from nanochat.cli.chat import chat
+from nanochat.cli.export import export
+from nanochat.cli.pictures import detect, embed, written_rows
+from nanochat.cli.robot import demo, inspect_data, record, rollout
+from nanochat.cli.serve import policy_server, serve
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape

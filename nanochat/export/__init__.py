@@ -23,12 +23,12 @@ from nanochat.data.image_files import SUFFIXES
 from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.engine import Unread
 from nanochat.errors import UserError
-from nanochat.export_decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export_encoder import export_encoder, quantize_encoder
-from nanochat.export_graph import Weights
+from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
+from nanochat.export.encoder import export_encoder, quantize_encoder
+from nanochat.export.graph import Weights
 from nanochat.files import sha256, short_repr
-from nanochat.onnx_folder import is_export, open_export, write_manifest
-from nanochat.onnx_model import HEADS
+from nanochat.onnx.folder import is_export, open_export, write_manifest
+from nanochat.onnx.model import HEADS
 from nanochat.vision.images import square
 from nanochat.vision.inference import probe_picture
 
