@@ -21,6 +21,8 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling, choose
 
+LITTLE = 32  # tokens: rows that read no more are read together
+
 
 class Cache(Protocol):
     """What a model remembers of B rows of tokens. lengths: the tokens of each row that it holds. max_len: the most of a row."""
@@ -35,9 +37,16 @@ class Cache(Protocol):
         """Pictures that the row has been shown, if the model looks at them by cross-attention, else 0."""
         ...
 
+    @property
+    def nbytes(self) -> int: ...
+
+    def branch(self, row: int, length: int, max_len: int) -> "Cache":
+        """A new cache of one row: the first `length` tokens of a row, with room for max_len."""
+        ...
+
     @classmethod
-    def joined(cls, first: "Cache", second: "Cache") -> "Cache":
-        """A new cache with the rows of both, `first` in front."""
+    def joined(cls, *caches: "Cache") -> "Cache":
+        """A new cache with the rows of all, in this order."""
         ...
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -63,6 +72,9 @@ class Model(Protocol):
     """What the engine needs of a model. One that reads pictures has `checked_vectors` too, see `MultimodalGPT`."""
 
     config: Any
+    continues_many: (
+        bool  # whether `read` takes several rows at once that continue what the cache holds by several tokens
+    )
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
         """A cache of empty rows; by default with room for the whole context."""
@@ -166,10 +178,12 @@ class Engine:
         """One token for every row: {row: token id}. Rows that hit a stop id are left out; ended rows leave `rows`."""
         logits = self.read(self.lines, self.cache) if self.lines else {}
         waiting = [number for number in self.rows if number not in self.lines]
+        caches = [self.cache] if self.lines else []
         for numbers, cache in self.prefills(waiting):
             logits |= self.read(numbers, cache)
-            self.cache = cache if self.cache is None else type(cache).joined(self.cache, cache)
             self.lines = [*self.lines, *numbers]
+            caches.append(cache)
+        self.cache = joined(caches)
         said, ended = {}, []
         for number, line in logits.items():
             row = self.rows[number]
@@ -185,14 +199,22 @@ class Engine:
         return said
 
     def prefills(self, waiting: list[int]) -> Iterator[tuple[list[int], Cache]]:
-        """Rows that are read together, and their cache: new rows in one batch, a row that continues a cache on its own."""
+        """Rows that are read together, and their cache: new rows in one batch; of those that continue a cache, the ones with
+        little to read in another one, if the model can do so."""
         new = [number for number in waiting if self.rows[number].cache is None]
         if new:
             longest = max(len(self.rows[number].unread.tokens) + self.rows[number].left for number in new)
             yield new, self.new_cache(len(new), longest)
-        for number in waiting:
-            if self.rows[number].cache is not None:
-                yield [number], self.rows[number].cache
+        others = [number for number in waiting if self.rows[number].cache is not None]
+        together = [number for number in others if len(self.rows[number].unread.tokens) <= LITTLE]
+        caches = [self.rows[number].cache for number in together]
+        # padding follows the longest row: it must fit too
+        fits = together and max(cache.longest for cache in caches) + LITTLE <= max(cache.max_len for cache in caches)
+        if fits and self.model.continues_many:
+            yield together, joined(caches)
+            others = [number for number in others if number not in together]
+        for number in others:
+            yield [number], self.rows[number].cache
 
     def read(self, numbers: list[int], cache: Cache) -> dict[int, np.ndarray]:
         """Read what is unread of the rows, line by line of the cache. Returns the logits after each row's last token, (V,)."""
@@ -247,3 +269,8 @@ class Engine:
             for row, token in said.items():
                 rows[row].append(token)
         return rows
+
+
+def joined(caches: Sequence[Cache]) -> Cache | None:
+    """A cache with the rows of all: the only one itself, else a new one."""
+    return type(caches[0]).joined(*caches) if len(caches) > 1 else next(iter(caches), None)

@@ -137,6 +137,7 @@ class GPT(nn.Module):
 
     kind = "gpt"  # as config.json of a checkpoint names it
     config_class = GPTConfig
+    continues_many = True  # see `engine.Model`
     later_weights = ()  # names of weights that older checkpoints lack: their layers start without an effect
 
     def __init__(self, config: GPTConfig):

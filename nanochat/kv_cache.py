@@ -1,6 +1,6 @@
 """What a row of tokens leaves behind for the next pass: keys and values of its tokens, and of the pictures beside it. For GPT and
-its kind; a model on another runtime has a cache of its own with the same `lengths`, `max_len`, `longest`, `n_pictures`, `joined`,
-`rewind` and `keep_rows`, which is all that `engine` knows of one.
+its kind; a model on another runtime has a cache of its own with the same `lengths`, `max_len`, `longest`, `nbytes`, `n_pictures`,
+`branch`, `joined`, `rewind` and `keep_rows`, which is all that `engine` knows of one.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,33 @@ class KVCache:
         self.lengths = [0] * batch_size
 
     @classmethod
-    def joined(cls, first: "KVCache", second: "KVCache") -> "KVCache":
-        """A new cache with the rows of both, `first` in front."""
+    def joined(cls, *caches: "KVCache") -> "KVCache":
+        """A new cache with the rows of all, in this order."""
         whole = object.__new__(cls)
-        whole.max_len = max(first.max_len, second.max_len)
-        whole.lengths = [*first.lengths, *second.lengths]
+        whole.max_len = max(cache.max_len for cache in caches)
+        whole.lengths = [length for cache in caches for length in cache.lengths]
         whole.k, whole.v = (
             torch.cat([F.pad(part, (0, 0, 0, whole.max_len - part.size(3))) for part in parts], dim=1)
-            for parts in ((first.k, second.k), (first.v, second.v))
+            for parts in ([cache.k for cache in caches], [cache.v for cache in caches])
         )
-        whole.pictures = None if first.pictures is None else Pictures.joined(first.pictures, second.pictures)
+        crosses = caches[0].pictures is not None
+        whole.pictures = Pictures.joined(*(cache.pictures for cache in caches)) if crosses else None
         return whole
+
+    def branch(self, row: int, length: int, max_len: int) -> "KVCache":
+        """A new cache of one row: the first `length` tokens of a row, with room for max_len."""
+        new = object.__new__(type(self))
+        new.max_len, new.lengths = max_len, [length]
+        new.k, new.v = (
+            F.pad(part[:, row : row + 1, :, :length], (0, 0, 0, max_len - length)) for part in (self.k, self.v)
+        )
+        new.pictures = None if self.pictures is None else self.pictures.of_row(row, length)
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, those of the pictures too."""
+        return self.k.nbytes + self.v.nbytes + (0 if self.pictures is None else self.pictures.nbytes)
 
     def n_pictures(self, row: int) -> int:
         """Pictures that the row has been shown, if the model looks at them by cross-attention, else 0."""
@@ -143,13 +159,13 @@ class Pictures:
         return cls(nothing, nothing, cells, torch.zeros((n_rows, 0), dtype=torch.long, device=device))
 
     @classmethod
-    def joined(cls, first: "Pictures", second: "Pictures") -> "Pictures":
-        """The rows of both, `first` in front."""
-        width = max(first.positions.size(1), second.positions.size(1))
-        parts = (first.widened(width), second.widened(width))
+    def joined(cls, *pictures: "Pictures") -> "Pictures":
+        """The rows of all, in this order."""
+        width = max(each.positions.size(1) for each in pictures)
+        parts = [each.widened(width) for each in pictures]
         return cls(
-            [torch.cat(pair) for pair in zip(*(part.keys for part in parts), strict=True)],
-            [torch.cat(pair) for pair in zip(*(part.values for part in parts), strict=True)],
+            [torch.cat(rows) for rows in zip(*(part.keys for part in parts), strict=True)],
+            [torch.cat(rows) for rows in zip(*(part.values for part in parts), strict=True)],
             torch.cat([part.cells for part in parts]),
             torch.cat([part.positions for part in parts]),
         )
@@ -206,6 +222,20 @@ class Pictures:
             self.cells[rows],
             self.positions[rows],
         )
+
+    def of_row(self, row: int, length: int) -> "Pictures":
+        """A copy of the pictures of one row whose place is before `length`."""
+        n = int((self.positions[row] < length).sum())
+        return Pictures(
+            [keys[row : row + 1, :n].clone() for keys in self.keys],
+            [values[row : row + 1, :n].clone() for values in self.values],
+            self.cells[row : row + 1, :n].clone(),
+            self.positions[row : row + 1, :n].clone(),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (*self.keys, *self.values, self.cells, self.positions))
 
     def seen(self, query: torch.Tensor) -> Seen:
         """As tokens at the positions `query` (B or 1, T) see them."""

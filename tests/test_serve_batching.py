@@ -12,7 +12,7 @@ from nanochat.serving import batching
 from nanochat.serving.answers import AnswerText, likely
 from nanochat.serving.batching import Batcher
 from nanochat.serving.requests import Busy, Done, Finished, Piece, Request
-from nanochat.serving.seen import Seen, TooLarge
+from nanochat.serving.seen import Seen, TooLarge, key_of
 from nanochat.tokenizer import StreamDecoder
 from nanochat.vision.images import ImageError, open_image
 from tests.serving import make_agent, png
@@ -214,11 +214,15 @@ def test_the_oldest_pictures_are_forgotten():
     import numpy as np
 
     seen = Seen(lambda images: np.zeros((len(images), 4, 4), np.float32), max_pixels=1000, most_bytes=150)
+
+    def vectors_of(*pictures):
+        return seen.vectors(key_of(pictures), pictures)
+
     for colour in ("red", "blue", "green"):
-        seen.vectors([png(colour)])
+        vectors_of(png(colour))
     assert seen.bytes == 128 and len(seen.found) == 2
-    assert seen.vectors([png("green")])[1] == 1 and seen.vectors([png("red")])[1] == 0
+    assert vectors_of(png("green"))[1] == 1 and vectors_of(png("red"))[1] == 0
     with pytest.raises(TooLarge, match="40 x 30 pixels, the limit of this server is 1,000"):
-        seen.vectors([png("red", (40, 30))])
+        vectors_of(png("red", (40, 30)))
     with pytest.raises(ImageError, match="picture 2 is empty"):
-        seen.vectors([png("red"), b""])
+        vectors_of(png("red"), b"")

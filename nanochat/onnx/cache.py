@@ -35,15 +35,30 @@ class OnnxCache:
         self.bound = None
 
     @classmethod
-    def joined(cls, first: "OnnxCache", second: "OnnxCache") -> "OnnxCache":
-        """A new cache with the rows of both, `first` in front."""
-        n = len(first.lengths)
-        whole = cls(first.config, n + len(second.lengths), max(first.max_len, second.max_len))
-        whole.store[:, :, :n, :, : first.max_len] = first.store
-        whole.store[:, :, n:, :, : second.max_len] = second.store
-        whole.lengths = [*first.lengths, *second.lengths]
-        whole.pictures = [list(row) for row in (*first.pictures, *second.pictures)]
+    def joined(cls, *caches: "OnnxCache") -> "OnnxCache":
+        """A new cache with the rows of all, in this order."""
+        lengths = [length for cache in caches for length in cache.lengths]
+        whole, at = cls(caches[0].config, len(lengths), max(cache.max_len for cache in caches)), 0
+        for cache in caches:
+            whole.store[:, :, at : at + len(cache.lengths), :, : cache.max_len] = cache.store
+            at += len(cache.lengths)
+        whole.lengths = lengths
+        whole.pictures = [list(row) for cache in caches for row in cache.pictures]
         return whole
+
+    def branch(self, row: int, length: int, max_len: int) -> "OnnxCache":
+        """A new cache of one row: the first `length` tokens of a row, with room for max_len."""
+        new = OnnxCache(self.config, 1, max_len)
+        new.store[:, :, 0, :, :length] = self.store[:, :, row, :, :length]
+        new.lengths = [length]
+        new.pictures = [[one for one in self.pictures[row] if one.position < length]]
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, those of the pictures too."""
+        shown = [array for row in self.pictures for one in row for array in (one.vectors, *one.keys, *one.values)]
+        return self.store.nbytes + sum(array.nbytes for array in shown)
 
     @property
     def longest(self) -> int:

@@ -25,6 +25,7 @@ class OnnxGPT:
     """A text model. config: a `GPTConfig`, or one of its kinds. encoder: {"image_size", "antialias"}, None for a text model."""
 
     reads_more = False
+    continues_many = False  # ONNX Runtime continues one row of several tokens at a time
 
     def __init__(self, folder: Path, config, encoder: dict | None):
         self.folder, self.config, self.encoder = folder, config, encoder

@@ -25,11 +25,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.agent import DEFAULT_NEW_TOKENS
-from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.serving.answers import AnswerText, likely
+from nanochat.serving.prefixes import Named, Prefixes, RememberingEngine, named
 from nanochat.serving.requests import Busy, Constraint, Done, Event, Finished, Piece, Request
-from nanochat.serving.seen import Seen
+from nanochat.serving.seen import Key, Seen, key_of
 from nanochat.tokenizer import StreamDecoder
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,10 @@ class Line:
     parts: list[list[int]]
     text: AnswerText
     constraint: Constraint | None
+    vectors: Any = None  # of the pictures in the first part
+    cache: Any = None  # of a prompt whose beginning is known, or that has several parts
     number: int | None = None
     row: Any = None
-    cache: Any = None  # of a prompt in several parts
 
 
 @dataclass(eq=False)
@@ -59,6 +60,8 @@ class Ticket:
     arrived: float = field(default_factory=time.monotonic)
     gone: bool = False  # the client does not wait any more
     ended: bool = False
+    key: Key = ()  # of the pictures
+    named: Named | None = None  # the prompt, see `prefixes.named`
     vectors: Any = None
     cached: int = 0  # pictures whose vectors were known
     cached_tokens: int = 0  # of the prompt, whose keys and values were known
@@ -79,14 +82,15 @@ class Batcher:
     def __init__(self, agent, max_rows: int = 32, max_queue: int = 128, max_pixels: int = 25_000_000):
         self.agent, self.max_rows, self.max_queue = agent, max_rows, max_queue
         self.seen = Seen(agent.look, max_pixels)
-        self.engine = RecordingEngine(agent.model)
+        self.place = getattr(agent.model.config, "vision_token_id", None)
+        self.engine = RememberingEngine(agent.model, Prefixes())
         self.changed = threading.Condition()  # guards what follows
         self.unseen: deque[Ticket] = deque()  # wait for the encoder
         self.waiting: deque[Ticket] = deque()  # wait for a place in the batch
         self.jobs: deque[tuple[Callable[[], Any], Future]] = deque()
         self.closing = False
         self.running: dict[int, tuple[Ticket, Line]] = {}  # row -> whose it is; the engine's thread only
-        self.prompt_tokens = self.new_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.new_tokens = 0
         self.seconds_each = 1.0  # a request took about this long lately
         self.threads = [
             threading.Thread(target=work, name=f"nanochat-{work.__name__}", daemon=True)
@@ -144,8 +148,8 @@ class Batcher:
         """Put a request into the queue. Raises Busy where that is full."""
         if not 1 <= request.n <= self.max_rows:
             raise UserError(f"n must lie in 1..{self.max_rows}, the answers that run at a time, got {request.n}")
-        ticket = Ticket(request, send, only_look)
-        if request.pictures and not only_look and (vectors := self.seen.known(request.pictures)) is not None:
+        ticket = Ticket(request, send, only_look, key=key_of(request.pictures))
+        if request.pictures and not only_look and (vectors := self.seen.known(ticket.key)) is not None:
             ticket.vectors, ticket.cached = vectors, len(request.pictures)  # it does not queue behind new pictures
         to_look = bool(request.pictures) and ticket.vectors is None
         with self.changed:
@@ -189,7 +193,7 @@ class Batcher:
                 ticket = self.unseen[0]  # it leaves when it has been looked at, so that it counts as queued
             try:
                 if not (ticket.gone or ticket.late):
-                    ticket.vectors, ticket.cached = self.seen.vectors(ticket.request.pictures)
+                    ticket.vectors, ticket.cached = self.seen.vectors(ticket.key, ticket.request.pictures)
                 if ticket.only_look:
                     ticket.ended = True
                     ticket.send(ticket.vectors)
@@ -256,36 +260,48 @@ class Batcher:
         request, tokenizer = ticket.request, self.agent.tokenizer
         ticket.looked = time.monotonic()
         self.prompt_tokens += len(request.prompt)
+        ticket.named = named(request.prompt, ticket.key, self.place, self.agent.places_per_image)
+        room = self.room(request)
+        self.engine.check(list(request.prompt), room, 0)  # whole, before a part of it is read
         for index in range(request.n):
             text = AnswerText(StreamDecoder(tokenizer), request.stops)
             constraint = request.constraint() if request.constraint else None
-            line = Line(index, self.parts(request.prompt), text, constraint)
+            known, cache = self.engine.prefixes.find(ticket.named, len(request.prompt) + room)
+            parts = self.parts(request.prompt[known:])
+            if cache is None and len(parts) > 1:
+                cache = self.engine.new_cache(1, len(request.prompt) + room)
+            line = Line(index, parts, text, constraint, self.unread(ticket, known), cache)
             ticket.lines.append(line)
             self.read_next(ticket, line)
+        ticket.cached_tokens = known
+        self.cached_tokens += known
+
+    def unread(self, ticket: Ticket, known: int) -> Any:
+        """The vectors of the pictures behind the `known` first tokens of the prompt."""
+        if ticket.vectors is None or not known:
+            return ticket.vectors
+        places = list(ticket.request.prompt[:known]).count(self.place)
+        rest = ticket.vectors[places // self.agent.places_per_image :]
+        return rest if len(rest) else None
 
     def parts(self, prompt: Sequence[int]) -> list[list[int]]:
         """The prompt, cut every CHUNK tokens. Pictures are in the first part, which ends behind the last of them."""
-        place = getattr(self.agent.model.config, "vision_token_id", None)
-        pictures_end = max((i + 1 for i, token in enumerate(prompt) if token == place), default=0)
+        pictures_end = max((i + 1 for i, token in enumerate(prompt) if token == self.place), default=0)
         first = max(CHUNK, pictures_end)
         starts = [0, *range(first, len(prompt), CHUNK), len(prompt)]
         return [list(prompt[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
 
     def read_next(self, ticket: Ticket, line: Line) -> None:
         """Add the next part of a line's prompt to the engine. Before the last one, the token that follows is not used."""
-        request, first = ticket.request, line.number is None
-        room = self.room(request)
-        if first:
-            self.engine.check(list(request.prompt), room, 0)  # whole, before a part of it is read
-        if first and len(line.parts) > 1:
-            line.cache = self.engine.new_cache(1, len(request.prompt) + room)
-        part = line.parts.pop(0)
-        last = not line.parts
+        request, part, vectors = ticket.request, line.parts.pop(0), line.vectors
+        last, line.vectors = not line.parts, None
         line.number = self.engine.add(
-            part, room if last else 1,
+            part, self.room(request) if last else 1,
             sampling=request.sampling if last else None, sample=line.index, cache=line.cache,
-            stop_ids=self.agent.stop_ids if last else (), images=ticket.vectors if first else None,
+            stop_ids=self.agent.stop_ids if last else (), images=vectors,
         )  # fmt: skip
+        if last and ticket.named is not None:
+            self.engine.to_keep[line.number] = ticket.named
         line.row = self.engine.rows[line.number]
         self.running[line.number] = ticket, line
 
@@ -304,7 +320,7 @@ class Batcher:
             logger.exception("a step of the engine failed")
             for ticket in {ticket for ticket, _ in self.running.values()}:
                 self.fail(ticket, error)
-            self.engine = RecordingEngine(self.agent.model)
+            self.engine = RememberingEngine(self.agent.model, self.engine.prefixes)
             return
         for number, (ticket, line) in list(self.running.items()):
             if number not in self.running:  # its request failed just now
@@ -368,23 +384,6 @@ class Batcher:
         if not ticket.ended:
             ticket.ended = True
             ticket.send(error)
-
-
-class RecordingEngine(Engine):
-    """logits: row -> (V,) float32 that its next token is chosen from, of the last step."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.logits: dict[int, Any] = {}
-
-    def step(self) -> dict[int, int]:
-        self.logits.clear()
-        return super().step()
-
-    def read(self, numbers, cache):
-        found = super().read(numbers, cache)
-        self.logits |= found
-        return found
 
 
 def run_job(function: Callable[[], Any], future: Future) -> None:

@@ -34,11 +34,16 @@ class Metrics:
             "nanochat_running": ("Answers in the making", lambda batcher: len(batcher.running)),
             "nanochat_queued": ("Requests that wait", lambda batcher: batcher.queued),
             "nanochat_pictures_bytes": ("Bytes of pictures' vectors that are kept", lambda batcher: batcher.seen.bytes),
+            "nanochat_prefixes_bytes": (
+                "Bytes of keys and values that are kept",
+                lambda batcher: batcher.engine.prefixes.bytes,
+            ),
         }
         counters = {
             "nanochat_pictures_known": ("Pictures that were looked at before", lambda batcher: batcher.seen.hits),
             "nanochat_pictures_new": ("Pictures that were encoded", lambda batcher: batcher.seen.misses),
             "nanochat_prompt_tokens": ("Tokens of prompts", lambda batcher: batcher.prompt_tokens),
+            "nanochat_cached_tokens": ("Tokens of prompts that were known", lambda batcher: batcher.cached_tokens),
             "nanochat_new_tokens": ("Tokens of answers", lambda batcher: batcher.new_tokens),
         }
         for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):

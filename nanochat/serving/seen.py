@@ -13,6 +13,7 @@ from PIL import Image
 from nanochat.vision.images import ImageError, open_image
 
 MOST_BYTES = 256 * 2**20  # of vectors that are kept
+Key = tuple[bytes, ...]
 
 
 class Seen:
@@ -21,29 +22,28 @@ class Seen:
 
     def __init__(self, look: Callable[[list], Any], max_pixels: int, most_bytes: int = MOST_BYTES):
         self.look, self.max_pixels, self.most_bytes = look, max_pixels, most_bytes
-        self.found: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
+        self.found: OrderedDict[Key, Any] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
         self.lock = threading.Lock()  # guards `found`
 
-    def vectors(self, pictures: Sequence[bytes]) -> tuple[Any, int]:
+    def vectors(self, key: Key, pictures: Sequence[bytes]) -> tuple[Any, int]:
         """((n, N, D) vectors of encoded image files, how many of them were known). Pictures that are shown together are kept
-        together. Raises ImageError for what is no picture, or has too many pixels."""
-        if (vectors := self.known(pictures)) is not None:
+        together. key: `key_of` them. Raises ImageError for what is no picture, or has too many pixels."""
+        if (vectors := self.known(key)) is not None:
             return vectors, len(pictures)
         self.misses += 1
         names = ["the picture"] if len(pictures) == 1 else [f"picture {i}" for i in range(1, len(pictures) + 1)]
         images = [opened(data, name, self.max_pixels) for data, name in zip(pictures, names, strict=True)]
         vectors = self.look(images)
         with self.lock:
-            self.found[key_of(pictures)] = vectors
+            self.found[key] = vectors
             self.bytes += vectors.nbytes
             while self.bytes > self.most_bytes and len(self.found) > 1:
                 self.bytes -= self.found.popitem(last=False)[1].nbytes
         return vectors, 0
 
-    def known(self, pictures: Sequence[bytes]) -> Any:
+    def known(self, key: Key) -> Any:
         """The vectors of pictures that were shown together before, else None."""
-        key = key_of(pictures)
         with self.lock:
             if key not in self.found:
                 return None
@@ -52,7 +52,8 @@ class Seen:
             return self.found[key]
 
 
-def key_of(pictures: Sequence[bytes]) -> tuple[bytes, ...]:
+def key_of(pictures: Sequence[bytes]) -> Key:
+    """The SHA-256 of each."""
     return tuple(hashlib.sha256(data).digest() for data in pictures)
 
 
