@@ -57,7 +57,7 @@ def test_a_frames_task_is_its_task_index(tmp_path):
     assert data.by_task == {"a": [(0, 3), (7, 8)], "b": [(3, 5), (5, 7), (8, 12)]}
     assert data.first.tolist() == [0] * 5 + [5] * 3 + [8] * 4  # of the episode, whatever its tasks
     drawn = data.draw(2000, np.random.default_rng(0))
-    assert 0.45 < np.mean([data.task(frame) == "a" for frame in drawn]) < 0.55
+    assert np.mean([data.task(frame) == "a" for frame in drawn]) == pytest.approx(2 / (2 + 8 / 3), abs=0.05)
     assert set(data.draw(50, np.random.default_rng(0), last=1)) == {2, 4, 6, 7, 11}
     chunks, inside = data.chunks([1, 3], 4)
     assert inside.tolist() == [[True, True, False, False]] * 2  # no actions of the next task

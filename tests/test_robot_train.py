@@ -20,7 +20,7 @@ from nanochat.gpt import IGNORE_INDEX
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.questions import draw_asked, task_name
 from nanochat.training.recipes import Robot
-from nanochat.training.robot_batches import action_batch, question_batch, shift_pictures
+from nanochat.training.robot_batches import action_batch, check_wrong_words, question_batch, shift_pictures
 from nanochat.training.robots import RobotTask, read_data
 from nanochat.training.run import Run
 from nanochat.training.task import set_training
@@ -89,13 +89,12 @@ def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
     assert not seen & {val.state[frame].tobytes() for frame in range(len(val))}
 
 
-def test_tasks_are_drawn_alike_however_many_frames_they_have():
-    data = Demonstrations(
-        [toy_episode(0, length=60), toy_episode(2, length=60), toy_episode(1, length=3)], SIZE, task_name
-    )
+@pytest.mark.parametrize("lengths, share", [([60, 60, 60], 1 / 2), ([60, 60, 20], 1 / 4)])
+def test_tasks_are_drawn_as_often_as_their_episodes_are_long_however_many_they_are(lengths, share):
+    episodes = [toy_episode(n, length=length) for n, length in zip((0, 2, 1), lengths, strict=True)]
+    data = Demonstrations(episodes, SIZE, task_name)
     drawn = data.draw(4000, np.random.default_rng(0))
-    share = np.mean([data.task(frame) == "push" for frame in drawn])
-    assert 0.45 < share < 0.55
+    assert np.mean([data.task(frame) == "push" for frame in drawn]) == pytest.approx(share, abs=0.05)
     assert all(data.end[frame] - frame <= 5 for frame in data.draw(100, np.random.default_rng(0), last=5))
 
 
@@ -149,6 +148,32 @@ def test_every_paraphrase_is_used(built):
     texts = {tokenizer.decode(row[: (row == models["continuous"].config.act_token_id).nonzero()[0, 0]].tolist())
              for row in batch.inputs.idx}  # fmt: skip
     assert texts == set(INSTRUCTIONS[data.task(0)])
+
+
+def test_wrong_words_are_of_another_scene_and_move_nothing(built):
+    _, tokenizer, models = built
+    names = ("reach", "push", "door-open", "window-close")
+    episodes = [replace(toy_episode(n), extra={"name": name}) for n, name in enumerate(names)]
+    data = Demonstrations(episodes, SIZE, task_name)
+    frames = list(range(len(data))) * 8
+    batch = action_batch(data, frames, models["continuous"], tokenizer, np.random.default_rng(0), 0.5)
+    chunks = models["continuous"].action_scale.restore(batch.chunks.numpy())
+    still, told = np.abs(chunks).max((1, 2)) < 1e-6, []
+    for frame, row, zero in zip(frames, batch.inputs.idx.tolist(), still, strict=True):
+        text = tokenizer.decode(row)
+        task = max(names, key=lambda name: max(text.startswith(words) for words in INSTRUCTIONS[name]))
+        own = data.task(frame)
+        assert (task != own) == zero and {task, own} != {"reach", "push"}  # these share a scene
+        told.append(task)
+    assert 0.4 < still.mean() < 0.6 and set(told) == set(names)
+
+
+def test_wrong_words_need_motions_and_other_scenes():
+    data = Demonstrations([toy_episode(0), toy_episode(1)], SIZE, task_name)
+    with pytest.raises(UserError, match="relative actions"):
+        check_wrong_words(data, "absolute")
+    with pytest.raises(UserError, match="none for 'reach' \\(2 tasks\\)"):
+        check_wrong_words(data, "relative")
 
 
 def test_shifted_pictures_are_moved_and_not_changed():

@@ -120,6 +120,7 @@ class Demonstrations:
         self.by_task: dict[str, list[tuple[int, int]]] = {}
         for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             self.by_task.setdefault(frame_tasks[first], []).append((first, end))
+        self._mean_lengths = np.array([np.diff(episodes).mean() for episodes in self.by_task.values()])
 
     def check_finite(self, key: str) -> None:
         """Raises UserError for NaN or infinity in a column, with episode and frame. The column may be missing."""
@@ -144,11 +145,12 @@ class Demonstrations:
         return self._task_names[self._frame_task[frame]]
 
     def draw(self, n: int, rng: np.random.Generator, last: int | None = None) -> list[int]:
-        """n random frames: tasks are equally likely, and so are the episodes of a task. last: only from the last so many
-        frames of an episode (of its part with that task)."""
-        names, frames = list(self.by_task), []
-        for task in rng.integers(len(names), size=n):
-            episodes = self.by_task[names[task]]
+        """n random frames. A task is as likely as its episodes are long on average, however many it has: what takes longer has
+        more to learn. Episodes of a task are equally likely. last: only from the last so many frames of an episode (of its
+        part with that task)."""
+        tasks, frames = list(self.by_task.values()), []
+        for task in rng.choice(len(tasks), size=n, p=self._mean_lengths / self._mean_lengths.sum()):
+            episodes = tasks[task]
             first, end = episodes[rng.integers(len(episodes))]
             frames.append(int(rng.integers(max(first, end - last) if last else first, end)))
         return frames

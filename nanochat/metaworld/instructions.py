@@ -4,7 +4,7 @@ Names are Meta-World's without the version: "push" is its "push-v3". Colours are
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nanochat.errors import UserError
 
@@ -196,6 +196,18 @@ TIERS: dict[str, tuple[str, ...]] = {
     "very hard": ("shelf-place", "disassemble", "stick-pull", "stick-push", "pick-place-wall"),
 }
 
+# Tasks whose scenes show the same things: in one of them, the instruction of another can be followed, or nearly so.
+SHARED_SCENES: tuple[tuple[str, ...], ...] = (
+    ("reach", "push", "pick-place", "push-back", "reach-wall", "push-wall", "pick-place-wall", "shelf-place", "soccer"),
+    ("sweep", "sweep-into", "hand-insert", "pick-out-of-hole"), ("peg-insert-side", "peg-unplug-side"),
+    ("assembly", "disassemble"), ("stick-push", "stick-pull"), ("coffee-button", "coffee-pull", "coffee-push"),
+    ("button-press", "button-press-wall", "button-press-topdown", "button-press-topdown-wall"),
+    ("door-open", "door-close", "door-lock", "door-unlock"), ("drawer-open", "drawer-close"),
+    ("faucet-open", "faucet-close"), ("window-open", "window-close"),
+    ("handle-press", "handle-press-side", "handle-pull", "handle-pull-side"),
+    ("plate-slide", "plate-slide-back", "plate-slide-side", "plate-slide-back-side"),
+)
+
 MT10 = (
     "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown",
     "peg-insert-side", "window-open", "window-close",
@@ -204,6 +216,12 @@ MT10 = (
 
 SETS = {"mt10": MT10, "mt50": tuple(sorted(INSTRUCTIONS))}
 ACCEPTED = f"expected mt10, mt50 or task names: {', '.join(SETS['mt50'])}"
+
+
+def tasks_elsewhere(task: str, tasks: Iterable[str]) -> list[str]:
+    """Those of `tasks` whose scenes differ from that of `task`, so that their instructions make no sense in it."""
+    alike = next((scene for scene in SHARED_SCENES if task in scene), (task,))
+    return [other for other in tasks if other not in alike]
 
 
 def task_list(names: Sequence[str]) -> list[str]:

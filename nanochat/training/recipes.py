@@ -188,6 +188,9 @@ class Robot(Recipe):
     "Actions per prediction; default --chunk-seconds, 10 for data of a simulator."
     chunk_seconds: float | None = None
     "Length of a prediction in seconds of the data; default 1 for recordings."
+    wrong_words: float = 0.0
+    """Share of training rows with the instruction of a task of another scene, for which the robot must not move (relative actions
+    only). For data in which each task has a scene of its own; of the simulator's tasks, those that share one are known."""
     committed: int = 0
     "Show up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: none."
     questions_per_step: int = 16

@@ -13,7 +13,7 @@ from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
 from nanochat.files import short_repr
 from nanochat.gpt import Inputs
-from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.instructions import INSTRUCTIONS, tasks_elsewhere
 from nanochat.metaworld.questions import draw_asked, paraphrase, question, question_messages, questions
 from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
@@ -33,15 +33,26 @@ class QuestionBatch:
 
 
 def action_batch(
-    data: Demonstrations, frames: Sequence[int], model: RobotGPT, tokenizer: Tokenizer, rng: np.random.Generator | None
+    data: Demonstrations,
+    frames: Sequence[int],
+    model: RobotGPT,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None,
+    wrong_words: float = 0.0,
 ) -> ActionBatch:
     """One row per frame, on the model's device, without images (see `batches.with_images`). rng chooses paraphrases of the
     instructions, and what is hidden and given of actions; without it, each is the first paraphrase, all actions before are shown
-    and none are committed. Raises UserError for a row that does not fit the context."""
+    and none are committed. wrong_words: the share of rows, chosen by rng, whose instruction makes no sense in the scene and whose
+    actions are zero. Raises UserError for a row that does not fit the context."""
     actions, inside = data.chunks(frames, model.config.chunk)
+    tasks = [data.task(frame) for frame in frames]
+    if wrong_words:
+        wrong = rng.random(len(frames)) < wrong_words
+        tasks = [another_task(task, data, rng) if w else task for task, w in zip(tasks, wrong, strict=True)]
+        actions = np.where(wrong[:, None, None], 0, actions)
     offsets, moved = model.starts(data.state[frames], previous_actions(data, frames, model, rng))
     actions = actions - offsets  # as they are predicted
-    texts = [paraphrase(data.task(frame), rng) for frame in frames]
+    texts = [paraphrase(task, rng) for task in tasks]
     prompts = [action_prompt(tokenizer, text, model) for text in texts]
     rows = [Row(*row) for row in model.action_head.rows(prompts, actions, inside)]
     for text, prompt, row in zip(texts, prompts, rows, strict=True):
@@ -52,6 +63,12 @@ def action_batch(
     inputs, device = row_inputs(model, idx, states=states), model.device
     batch = ActionBatch(inputs, targets.to(device), chunks.to(device), torch.from_numpy(inside).to(device))
     return give_known(batch, model.config.committed, rng, moved) if model.config.known_rows else batch
+
+
+def another_task(task: str, data: Demonstrations, rng: np.random.Generator) -> str:
+    """A random task of the data whose scene differs."""
+    others = tasks_elsewhere(task, data.by_task)
+    return others[rng.integers(len(others))]
 
 
 def give_known(
@@ -118,6 +135,20 @@ def check_instructions(tasks: Iterable[str], model: RobotGPT, tokenizer: Tokeniz
     chunk = np.zeros((1, model.config.chunk, model.config.action_dim), np.float32)
     ((ids, _),) = model.action_head.rows([[0] * prompt], chunk, np.ones(chunk.shape[:2], bool))
     check_action_row(text, prompt, len(ids), model)
+
+
+def check_wrong_words(data: Demonstrations, targets: str) -> None:
+    """Raises UserError for data that cannot teach that a robot does not move."""
+    if targets != "relative":
+        raise UserError(
+            f"--wrong-words needs relative actions, where zero is no motion; these are {targets}: leave it out"
+        )
+    alone = [task for task in data.by_task if not tasks_elsewhere(task, data.by_task)]
+    if alone:
+        raise UserError(
+            f"--wrong-words needs instructions of other scenes, but the data have none for {short_repr(alone[0])} "
+            f"({len(data.by_task)} tasks): leave it out"
+        )
 
 
 def check_questions(data: Demonstrations, n: int, model: RobotGPT, tokenizer: Tokenizer) -> None:

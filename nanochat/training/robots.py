@@ -43,6 +43,7 @@ from nanochat.training.robot_batches import (
     camera_pictures,
     check_instructions,
     check_questions,
+    check_wrong_words,
     join_cameras,
     mask_cameras,
     noisy_states,
@@ -93,6 +94,8 @@ class RobotTask(Task):
         check_rate(self.data, self.targets)
         other = next(name for name in TARGETS if name != self.targets)
         console.print(f"actions are {self.targets} ({reason}); if that is wrong: --targets {other}", markup=False)
+        if recipe.wrong_words:
+            check_wrong_words(self.data, self.targets)
         if recipe.camera_dropout and len(self.data.cameras) < 2:
             raise UserError("--camera-dropout hides some of several cameras, but one is read: leave it out")
         if has_scene(self.data):
@@ -202,7 +205,7 @@ class RobotTask(Task):
         much as these are of all frames and questions of a step."""
         recipe, model, data = self.recipe, self.model, self.data
         share = len(frames) / recipe.images_per_step
-        actions = action_batch(data, frames, model, self.tokenizer, rng)
+        actions = action_batch(data, frames, model, self.tokenizer, rng, recipe.wrong_words)
         actions = noisy_states(actions, recipe.state_noise, rng)
         tokens, about, questions = actions.targets.numel(), [], None
         if asked:
