@@ -416,16 +416,27 @@ def test_a_run_ends_with_advice_and_the_next_commands(pictures, tmp_path, capsys
 
 
 def test_advice_tells_more_pictures_from_more_steps():
-    more_steps = advice({"aligned": 1.0, "train_right": 12, "train_asked": 20, "aligned_accuracy": 0.5}, 100)
+    def advised(**last):
+        return advice([{"step": 0, "aligned": 2.0}, {"step": 100, "aligned": 1.0} | last], 100)
+
+    more_steps = advised(train_right=12, train_asked=20, aligned_accuracy=0.5)
     assert more_steps == [
         "12 of 20 answers about training pictures are exactly right: train longer, for instance with --steps 200."
     ]
-    (more_pictures,) = advice({"aligned": 1.0, "train_right": 20, "train_asked": 20, "aligned_accuracy": 0.5}, 100)
+    (more_pictures,) = advised(train_right=20, train_asked=20, aligned_accuracy=0.5)
     assert "more pictures will help, more steps will not" in more_pictures
-    robots = [advice({"aligned": 0.3, "train": train}, 100)[0] for train in (0.1, 0.29)]
+    robots = [advised(aligned=0.3, train=train)[0] for train in (0.1, 0.29)]
     assert "more episodes will help" in robots[0] and "--steps 200" in robots[1]
-    (neither,) = advice({"aligned": 1.0, "train_right": 20, "train_asked": 20, "aligned_accuracy": 1.0}, 100)
-    assert "more" not in neither and advice({"aligned": 1.0}, 100) == []
+    (neither,) = advised(train_right=20, train_asked=20, aligned_accuracy=1.0)
+    assert "more" not in neither and advised() == []
+
+
+def test_a_loss_that_rose_is_told_and_more_steps_are_not_advised():
+    checks = [{"step": step, "aligned": loss} for step, loss in ((0, 2.84), (20, 2.79), (100, 3.35))]
+    for learnt in ({"train_right": 25, "train_asked": 100}, {"train": 1.0}):
+        (line,) = advice([*checks[:-1], checks[-1] | learnt], 100)
+        assert "2.790 at step 20 and is 3.350 now" in line and "--steps 20" in line
+    assert advice([*checks[:2], {"step": 100, "aligned": 2.8}], 100) == []
 
 
 # ---- messages

@@ -8,6 +8,7 @@ from nanochat.evaluation.controls import CONDITIONS
 LEARNT = 0.9  # share of the training questions from which on they count as learnt
 OVERFITTED = 1.5  # ratio of the held-out loss and the training loss
 GAP = 0.1  # between the shares of training and held-out questions
+RISE = 1.02  # ratio of the last held-out loss and the lowest one
 
 
 def describe(step: int, seconds: float, check: dict) -> str:
@@ -22,15 +23,23 @@ def describe(step: int, seconds: float, check: dict) -> str:
     return f"step {step:5d}  {seconds / 60:5.1f} min  loss{exact}: {'  '.join(parts)}"
 
 
-def advice(last: dict, steps: int) -> list[str]:
-    """What to try next, in words. last: the last validation."""
-    lines = []
+def advice(checks: list[dict], steps: int) -> list[str]:
+    """What to try next, in words. checks: the validations of the run, see `describe`; the last one also has how well the
+    training data are learnt."""
+    lines, last = [], checks[-1]
+    best = min(checks, key=lambda check: check["aligned"])
+    rose = last["aligned"] > RISE * best["aligned"]
+    if rose:
+        lines.append(
+            f"The loss on held-out data was {best['aligned']:.3f} at step {best['step']} and is {last['aligned']:.3f} now, so the "
+            f"training data are learnt by heart: take fewer steps (--steps {max(1, best['step'])}), lower rates, or more data."
+        )
     if "shuffled" in last and "aligned" in last and last["shuffled"] - last["aligned"] < 0.02:
         lines.append("The picture makes no difference: the model has not learnt to use it yet.")
     right, asked, held_out = (last.get(name) for name in ("train_right", "train_asked", "aligned_accuracy"))
     if asked:
         learnt = f"{right} of {asked} answers about training pictures are exactly right"
-        if right < LEARNT * asked:
+        if right < LEARNT * asked and not rose:
             lines.append(f"{learnt}: train longer, for instance with --steps {2 * steps}.")
         elif held_out is not None and held_out < right / asked - GAP:
             lines.append(
@@ -38,7 +47,7 @@ def advice(last: dict, steps: int) -> list[str]:
             )
         else:
             lines.append(f"{learnt}.")
-    if "train" in last and "aligned" in last and last["train"] > 0:
+    if "train" in last and last["train"] > 0 and not rose:
         losses = f"the loss is {last['train']:.3f} on training frames and {last['aligned']:.3f} on held-out ones"
         if last["aligned"] > OVERFITTED * last["train"]:
             lines.append(f"{losses}: more episodes will help, more steps will not.")

@@ -335,9 +335,10 @@ class Run:
         save_checkpoint(self.out, self.model, self.tokenizer, training, resume=resume, extra=extra)
 
     def report(self) -> None:
-        last = next((line for line in reversed(self.history) if "aligned" in line), None)
-        if last is None:
+        checks = [line for line in self.history if "aligned" in line]
+        if not checks:
             return
+        last = checks[-1]
         table = Table(title=f"validation after {self.step} steps, {self.elapsed() / 60:.1f} min")
         for column in ("", *CONDITIONS):
             table.add_column(column, justify="right")
@@ -348,7 +349,7 @@ class Run:
         console.print(table)
         if self.skipped:
             say(f"{self.skipped} steps were skipped because their loss or gradient was not finite", "yellow")
-        for line in advice(last, self.steps):
+        for line in advice(checks[-1:] if self.task.reward_steps else checks, self.steps):  # a reward raises the loss
             say(line, "yellow")
         say(f"checkpoint and loss curve in {self.out}")
         for command in self.task.next_commands(self.out):
