@@ -20,6 +20,7 @@ from nanochat.engine import Engine, Unread
 from nanochat.errors import UserError
 from nanochat.export import export
 from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
+from nanochat.export.encoder import Eyes, correct_biases, rounded
 from nanochat.export.graph import BLOCK, Weights, quantized
 from nanochat.gpt import GPT
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -216,6 +217,35 @@ def test_actions_are_the_same(policies, tokenizer, head):
         np.testing.assert_allclose(runtime.act(prompts, vectors.numpy(), states, committed), expected, atol=1e-4)
     with pytest.raises(UserError, match="state of 4 numbers, got none"):
         runtime.act(prompts, vectors.numpy(), None)
+
+
+def test_rounded_weights_keep_the_means_of_their_channels(tokenizer, monkeypatch):
+    """With weights of 3 bits the loss shows."""
+    monkeypatch.setattr("nanochat.export.encoder.LEVELS", 3)
+    eyes = Eyes(make_policy(tokenizer)).eval()
+    squares = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    convolutions = [one for one in eyes.modules() if isinstance(one, torch.nn.Conv2d)]
+
+    def means():
+        found = []
+        hooks = [c.register_forward_hook(lambda _, __, maps: found.append(maps.mean((0, 2, 3)))) for c in convolutions]
+        eyes(squares)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    with torch.no_grad():
+        expected, weights = means(), [one.weight.clone() for one in convolutions]
+        biases = [one.bias.clone() for one in convolutions]
+        correct_biases(eyes, squares)
+        assert all(torch.equal(one.weight, weight) for one, weight in zip(convolutions, weights, strict=True))
+        same = [torch.equal(one.bias, bias) for one, bias in zip(convolutions, biases, strict=True)]
+        assert same == [True, *[False] * (len(same) - 2), True]
+        for one in convolutions[1:-1]:
+            one.weight.copy_(rounded(one.weight))
+        found = means()
+    for own, wanted in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-4)
 
 
 # ---- folders

@@ -24,7 +24,7 @@ from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.engine import Unread
 from nanochat.errors import UserError
 from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export.encoder import export_encoder, quantize_encoder
+from nanochat.export.encoder import export_encoder
 from nanochat.export.graph import Weights
 from nanochat.files import sha256, short_repr
 from nanochat.onnx.folder import is_export, open_export, write_manifest
@@ -162,9 +162,7 @@ def write_graphs(model, folder: Path, int8: bool, pictures: Sequence[np.ndarray]
         if not model_sees(model):
             return
         export_pictures(model, weights, int8, folder / "pictures.onnx")
-        export_encoder(model, folder / "encoder.onnx")
-        if int8:
-            quantize_encoder(folder / "encoder.onnx", pictures, getattr(config, "n_cameras", 1))
+        export_encoder(model, folder / "encoder.onnx", int8, pictures)
         if hasattr(model, "act"):
             if config.state_dim:
                 export_states(model, weights, folder / "states.onnx")

@@ -2,18 +2,21 @@
 
     encoder.onnx    squares (B, S, S, 3) uint8, and a number of its camera for each where there are several -> (B, N, D)
 
-int8: convolutions with 8-bit weights, a scale for each channel, and 8-bit maps, whose ranges are measured on pictures that the
-user names. What is behind the map stays in float32.
+int8: convolutions and glances with 8-bit weights, a scale for each channel, and 8-bit maps, whose ranges are measured on pictures
+that the user names. The first and the last convolution stay in float32: one amplifies the rounding of pixels, and the other's map
+may be all in a few of 256 steps, as that of a policy whose glances read small differences. Each of the others keeps the mean of
+its channels (bias correction, Nagel et al. 2019, arXiv 1906.04721), as rounded weights shift it.
 """
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.nn as nn
 
@@ -23,7 +26,8 @@ from nanochat.vision.pixels import scaled
 
 # A convolution takes the range of the Clip (ReLU6) behind it only where that is named too: without it, most of what
 # EfficientNet-Lite says was lost
-QUANTIZED = ["Conv", "Clip", "Add"]
+QUANTIZED = ["Conv", "Clip", "Add", "Gemm"]
+LEVELS = 127  # of a positive 8-bit weight
 
 
 class Eyes(nn.Module):
@@ -43,8 +47,11 @@ class Eyes(nn.Module):
         return seen[:, 0] if cameras is None else seen[torch.arange(squares.size(0)), cameras]
 
 
-def export_encoder(model, path: Path) -> None:
+def export_encoder(model, path: Path, int8: bool = False, squares: Sequence[np.ndarray] = ()) -> None:
+    """squares: for int8, pictures (S, S, 3) uint8 to measure on."""
     eyes, size = Eyes(model).eval(), model.vision_encoder.image_size
+    if int8:
+        correct_biases(eyes, torch.from_numpy(np.stack(squares)))
     several = getattr(model.config, "n_cameras", 1) > 1
     example = [torch.zeros(2, size, size, 3, dtype=torch.uint8)] + [torch.zeros(2, dtype=torch.int64)] * several
     batch = torch.export.Dim("batch")
@@ -53,9 +60,48 @@ def export_encoder(model, path: Path) -> None:
             eyes, tuple(example), path, input_names=["squares", "cameras"][: len(example)], output_names=["vectors"],
             dynamic_shapes=[{0: batch}] * len(example), opset_version=OPSET, dynamo=True, external_data=False, optimize=True,
         )  # fmt: skip
+    if int8:
+        quantize_encoder(path, squares, getattr(model.config, "n_cameras", 1))
 
 
-def quantize_encoder(path: Path, squares: Iterable[np.ndarray], cameras: int) -> None:
+@torch.no_grad()
+def correct_biases(eyes: Eyes, squares: torch.Tensor) -> None:
+    """Add to the bias of each convolution, in place, what its channels will lose on average when its weights and those before it
+    are 8-bit numbers."""
+    means: dict[nn.Conv2d, torch.Tensor] = {}  # in the order in which they run
+
+    def remember(one: nn.Conv2d, _, maps: torch.Tensor) -> None:
+        means[one] = maps.mean((0, 2, 3))
+
+    def correct(one: nn.Conv2d, _, maps: torch.Tensor) -> torch.Tensor:
+        lost = means[one] - maps.mean((0, 2, 3))
+        one.bias += lost
+        return maps + lost[:, None, None]
+
+    run_with_hooks(eyes, squares, [one for one in eyes.modules() if isinstance(one, nn.Conv2d)], remember)
+    stored = [one for one in list(means)[1:-1] if one.bias is not None]  # the first and the last stay in float32
+    weights = [one.weight.data for one in stored]
+    for one in stored:
+        one.weight.data = rounded(one.weight.data)
+    run_with_hooks(eyes, squares, stored, correct)
+    for one, weight in zip(stored, weights, strict=True):
+        one.weight.data = weight
+
+
+def run_with_hooks(eyes: Eyes, squares: torch.Tensor, modules: Sequence[nn.Module], hook: Callable) -> None:
+    handles = [one.register_forward_hook(hook) for one in modules]
+    eyes(squares)
+    for handle in handles:
+        handle.remove()
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """(out, in, h, w) as ONNX Runtime stores it in 8 bits: symmetric, a scale for each output channel."""
+    scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / LEVELS
+    return (weight / scale).round() * scale
+
+
+def quantize_encoder(path: Path, squares: Sequence[np.ndarray], cameras: int) -> None:
     """Replace a float32 encoder by one in int8. squares: pictures (S, S, 3) uint8 to measure the maps on."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -75,9 +121,17 @@ def quantize_encoder(path: Path, squares: Iterable[np.ndarray], cameras: int) ->
         quant_pre_process(path, ready, skip_symbolic_shape=True)
         quantize_static(
             ready, path, Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=QUANTIZED,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            nodes_to_exclude=first_and_last(ready), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
     ready.unlink()
+
+
+def first_and_last(path: Path) -> list[str]:
+    """The names of the first and the last convolution of a graph, and of what alone reads their maps."""
+    nodes = onnx.load(path).graph.node
+    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    maps = {convolutions[0].output[0], convolutions[-1].output[0]}
+    return [node.name for node in nodes if maps & {*node.input[:1], *node.output}]
 
 
 @contextmanager
