@@ -219,8 +219,8 @@ def about(args: Args) -> str:
     return (
         "Exported models, ONNX Runtime on one thread; times are milliseconds of the processor, medians of 31. "
         f"{args.samples} samples of each data set, greedy. Encoders are calibrated on {CALIBRATION} pictures that are not "
-        "scored: training pictures, and frames of the simulator's experts in layouts of training. In brackets: what is lost against "
-        "float32 on the same samples, with its 95 % interval; for MT10 the interval of the rate itself."
+        "scored: training pictures, and frames of the simulator's experts in layouts of training. In brackets: what is lost "
+        "against float32 on the same samples, with its 95 % interval; for MT10 the interval of the rate itself."
     )
 
 

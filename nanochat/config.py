@@ -30,12 +30,14 @@ class GPTConfig:
     n_head: int = 6  # query heads
     n_kv_head: int = 6  # key/value heads; fewer than n_head is grouped-query attention
     n_embd: int = 768
+    n_hidden: int = 0  # hidden units of an MLP; 0 is four times n_embd, a pruned model has fewer
 
     def __post_init__(self):
         for name, most in LARGEST.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise UserError(f"{name} must be a positive integer up to {most:,}, got {str(value)[:80]}")
+        check_integer("n_hidden", self.n_hidden, 0, 4 * LARGEST["n_embd"])
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.n_embd % (2 * self.n_head):
@@ -52,6 +54,10 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        return self.n_hidden or 4 * self.n_embd
 
 
 @dataclass

@@ -61,10 +61,10 @@ class VisionProjector(nn.Module):
     Kept and run in float32 whatever the input's dtype; the caller casts the result.
     """
 
-    def __init__(self, vision_dim: int, n_embd: int, n_tokens: int = 1):
+    def __init__(self, vision_dim: int, n_embd: int, n_hidden: int, n_tokens: int = 1):
         super().__init__()
-        self.c_fc = Linear(vision_dim, 4 * n_embd)
-        self.c_proj = Linear(4 * n_embd, n_embd)
+        self.c_fc = Linear(vision_dim, n_hidden)
+        self.c_proj = Linear(n_hidden, n_embd)
         self.position = nn.Parameter(torch.zeros(n_tokens, n_embd)) if n_tokens > 1 else None
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:

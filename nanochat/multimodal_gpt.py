@@ -38,13 +38,14 @@ class MultimodalGPT(GPT):
 
     def __init__(self, config: MultimodalGPTConfig):
         super().__init__(config)
-        widths = (config.vision_embedding_dim, config.n_embd, config.vision_tokens_per_image)
+        vision_dim, n_tokens = config.vision_embedding_dim, config.vision_tokens_per_image
         self.cross_attention: nn.ModuleList | None = None  # one for each layer
         if config.fusion == "cross":
-            self.vision_projector = CellProjector(*widths, config.max_images)
+            self.vision_projector = CellProjector(vision_dim, config.n_embd, n_tokens, config.max_images)
             self.cross_attention = nn.ModuleList([GatedCrossAttention(config) for _ in range(config.n_layer)])
         else:
-            self.vision_projector = VisionProjector(*widths) if config.use_vision_projection else nn.Identity()
+            projector = VisionProjector(vision_dim, config.n_embd, config.mlp_width, n_tokens)
+            self.vision_projector = projector if config.use_vision_projection else nn.Identity()
         self.vision_encoder: Encoder | None = None
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ LAYERS = (
     ("data",),
     ("checkpoint",),
     ("upstream", "packing"),
+    ("pruning",),
     ("metaworld", "metaworld.*"),
     ("agent",),
     ("runtime", "export.*"),

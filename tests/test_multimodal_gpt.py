@@ -110,7 +110,7 @@ def test_gradients_reach_the_projector_and_the_vectors():
 
 
 def test_projector_and_grid_positions():
-    projector = VisionProjector(12, 32, n_tokens=4)
+    projector = VisionProjector(12, 32, 128, n_tokens=4)
     v = torch.randn(2, 4, 12)
     plain = projector(v)
     assert plain.shape == (2, 4, 32) and plain.dtype == torch.float32

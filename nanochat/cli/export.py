@@ -1,4 +1,4 @@
-"""The command that exports a model for ONNX Runtime."""
+"""The commands that make a model smaller or export it for ONNX Runtime: prune and export."""
 
 import shlex
 from pathlib import Path
@@ -40,3 +40,25 @@ def export(
         print(f"actions differ from torch by at most {report.actions:.2g} half ranges")
     folder = shlex.quote(str(out))
     next_step(f"nanochat policy-server {folder}" if report.actions is not None else f"--checkpoint {folder} uses it")
+
+
+def prune(
+    checkpoint: Checkpoint,
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="The folder to write; it must not exist.")],
+    ratio: float = 0.3,
+) -> None:
+    """Remove hidden units from all MLPs of a checkpoint, those with the smallest weights. Train the result a little before use.
+
+    Attention, embeddings, heads and the encoder stay as they are. The result is an ordinary, smaller checkpoint.
+
+    Args:
+        ratio: Share of the hidden units to remove; what stays is a multiple of 32.
+    """
+    from nanochat.pruning import prune_checkpoint
+
+    report = prune_checkpoint(checkpoint, out, ratio)
+    (hidden, kept), (before, after) = report
+    print(
+        f"{kept} of {hidden} hidden units in each MLP, {after / 1e6:.2f} of {before / 1e6:.2f} M parameters, in {out}"
+    )
+    next_step(f"nanochat train RECIPE --start-from {shlex.quote(str(out))} --out runs/pruned, to recover what was lost")
