@@ -21,7 +21,7 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.sampling import Sampling, choose
 
-LITTLE = 32  # tokens: rows that read no more are read together
+LITTLE = 32  # tokens, see `Unread.is_little`
 
 
 class Cache(Protocol):
@@ -66,6 +66,11 @@ class Unread:
     tokens: list[int]
     images: Any = None
     states: Any = None
+
+    @property
+    def is_little(self) -> bool:
+        """Whether to read it takes hardly longer than a token: a few words, and no picture."""
+        return len(self.tokens) <= LITTLE and self.images is None
 
 
 class Model(Protocol):
@@ -167,19 +172,28 @@ class Engine:
         """Forget rows, running or waiting. A number that is not there (any more) is ignored."""
         for number in numbers:
             self.rows.pop(number, None)
+        if not any(number in self.rows for number in self.lines):
+            self.lines, self.cache = [], None
+
+    def compact(self) -> None:
+        """Take the rows that were dropped since the last step out of the cache, all at once: it is copied."""
         kept = [line for line, number in enumerate(self.lines) if number in self.rows]
-        if not kept:
-            self.cache = None
-        elif len(kept) < len(self.lines):
+        if len(kept) < len(self.lines):
             self.cache.keep_rows(kept)
-        self.lines = [self.lines[line] for line in kept]
+            self.lines = [self.lines[line] for line in kept]
 
     def step(self) -> dict[int, int]:
-        """One token for every row: {row: token id}. Rows that hit a stop id are left out; ended rows leave `rows`."""
-        logits = self.read(self.lines, self.cache) if self.lines else {}
+        """One token for every row: {row: token id}. Rows that hit a stop id are left out; ended rows leave `rows`.
+
+        New rows with little to read get their first token in a step of their own, in which the others get none: a short
+        question does not wait for the answers that run, and they wait hardly any longer.
+        """
+        self.compact()
         waiting = [number for number in self.rows if number not in self.lines]
+        quick = [number for number in waiting if self.rows[number].unread.is_little]
+        logits = self.read(self.lines, self.cache) if self.lines and not quick else {}
         caches = [self.cache] if self.lines else []
-        for numbers, cache in self.prefills(waiting):
+        for numbers, cache in self.prefills(quick or waiting):
             logits |= self.read(numbers, cache)
             self.lines = [*self.lines, *numbers]
             caches.append(cache)
@@ -206,7 +220,7 @@ class Engine:
             longest = max(len(self.rows[number].unread.tokens) + self.rows[number].left for number in new)
             yield new, self.new_cache(len(new), longest)
         others = [number for number in waiting if self.rows[number].cache is not None]
-        together = [number for number in others if len(self.rows[number].unread.tokens) <= LITTLE]
+        together = [number for number in others if self.rows[number].unread.is_little]
         caches = [self.rows[number].cache for number in together]
         # padding follows the longest row: it must fit too
         fits = together and max(cache.longest for cache in caches) + LITTLE <= max(cache.max_len for cache in caches)

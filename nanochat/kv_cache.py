@@ -37,10 +37,8 @@ class KVCache:
         whole = object.__new__(cls)
         whole.max_len = max(cache.max_len for cache in caches)
         whole.lengths = [length for cache in caches for length in cache.lengths]
-        whole.k, whole.v = (
-            torch.cat([F.pad(part, (0, 0, 0, whole.max_len - part.size(3))) for part in parts], dim=1)
-            for parts in ([cache.k for cache in caches], [cache.v for cache in caches])
-        )
+        whole.k = roomy([cache.k[:, :, :, : cache.longest] for cache in caches], whole.max_len)
+        whole.v = roomy([cache.v[:, :, :, : cache.longest] for cache in caches], whole.max_len)
         crosses = caches[0].pictures is not None
         whole.pictures = Pictures.joined(*(cache.pictures for cache in caches)) if crosses else None
         return whole
@@ -49,9 +47,7 @@ class KVCache:
         """A new cache of one row: the first `length` tokens of a row, with room for max_len."""
         new = object.__new__(type(self))
         new.max_len, new.lengths = max_len, [length]
-        new.k, new.v = (
-            F.pad(part[:, row : row + 1, :, :length], (0, 0, 0, max_len - length)) for part in (self.k, self.v)
-        )
+        new.k, new.v = (roomy([part[:, row : row + 1, :, :length]], max_len) for part in (self.k, self.v))
         new.pictures = None if self.pictures is None else self.pictures.of_row(row, length)
         return new
 
@@ -118,10 +114,20 @@ class KVCache:
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all other rows; a row may be named twice to branch it."""
         index = torch.tensor(rows, device=self.k.device)
-        self.k, self.v = self.k[:, index], self.v[:, index]
+        self.k, self.v = (roomy([part[:, index, :, : self.longest]], self.max_len) for part in (self.k, self.v))
         self.lengths = [self.lengths[row] for row in rows]
         if self.pictures is not None:
             self.pictures = self.pictures.of_rows(index)
+
+
+def roomy(parts: Sequence[torch.Tensor], max_len: int) -> torch.Tensor:
+    """Keys or values of rows that are filled to different lengths, (n_layer, B_i, H, T_i, D) each -> (n_layer, B, H, max_len, D)
+    with the rows of all; zeros where they are not filled. Only what is filled is copied."""
+    n_layer, _, n_head, _, head_dim = parts[0].shape
+    whole = parts[0].new_zeros((n_layer, sum(part.size(1) for part in parts), n_head, max_len, head_dim))
+    for part, rows in zip(parts, whole.split([part.size(1) for part in parts], dim=1), strict=True):
+        rows[:, :, :, : part.size(3)] = part
+    return whole
 
 
 class Seen(NamedTuple):

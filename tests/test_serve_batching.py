@@ -11,7 +11,7 @@ from nanochat.sampling import Sampling
 from nanochat.serving import batching
 from nanochat.serving.answers import AnswerText, likely
 from nanochat.serving.batching import Batcher
-from nanochat.serving.requests import Busy, Done, Finished, Piece, Request
+from nanochat.serving.requests import Busy, Done, Finished, Piece, Request, Ticket
 from nanochat.serving.seen import Seen, TooLarge, key_of
 from nanochat.tokenizer import StreamDecoder
 from nanochat.vision.images import ImageError, open_image
@@ -142,7 +142,7 @@ def test_a_request_that_is_too_late_is_refused_and_a_slow_answer_ends_as_it_is(a
     async def slow():
         async for event in batcher.events(request):
             if isinstance(event, Piece):
-                monkeypatch.setattr(batching.Ticket, "late", True)
+                monkeypatch.setattr(Ticket, "late", True)
             last = event
         return last
 

@@ -15,64 +15,26 @@ A prompt of more than CHUNK tokens is read in parts, one a step, so that it does
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from nanochat.agent import DEFAULT_NEW_TOKENS
 from nanochat.errors import UserError
 from nanochat.serving.answers import AnswerText, likely
-from nanochat.serving.prefixes import Named, Prefixes, RememberingEngine, named
-from nanochat.serving.requests import Busy, Constraint, Done, Event, Finished, Piece, Request
-from nanochat.serving.seen import Key, Seen, key_of
+from nanochat.serving.prefixes import Prefixes, RememberingEngine, named
+from nanochat.serving.requests import Busy, Done, Event, Finished, Line, Piece, Request, Ticket
+from nanochat.serving.seen import Seen, key_of
 from nanochat.tokenizer import StreamDecoder
 
 logger = logging.getLogger(__name__)
-CHUNK = 256  # tokens of a prompt that are read in one step
-
-
-@dataclass(eq=False)
-class Line:
-    """One answer in the making. parts: of the prompt, still to be read. number: of its row in the engine."""
-
-    index: int
-    parts: list[list[int]]
-    text: AnswerText
-    constraint: Constraint | None
-    vectors: Any = None  # of the pictures in the first part
-    cache: Any = None  # of a prompt whose beginning is known, or that has several parts
-    number: int | None = None
-    row: Any = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request on its way. send: called with each event, and with an exception instead of the last one, from any thread."""
-
-    request: Request
-    send: Callable[[Any], None]
-    only_look: bool = False  # the vectors are all that is wanted; they are sent
-    arrived: float = field(default_factory=time.monotonic)
-    gone: bool = False  # the client does not wait any more
-    ended: bool = False
-    key: Key = ()  # of the pictures
-    named: Named | None = None  # the prompt, see `prefixes.named`
-    vectors: Any = None
-    cached: int = 0  # pictures whose vectors were known
-    cached_tokens: int = 0  # of the prompt, whose keys and values were known
-    lines: list[Line] = field(default_factory=list)
-    looked: float = 0.0
-    first: float = 0.0
-    new_tokens: int = 0
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() - self.arrived > self.request.seconds
+CHUNK = 64  # tokens of a prompt that are read in one step
 
 
 class Batcher:
@@ -185,6 +147,7 @@ class Batcher:
     # ---- the encoder's thread
 
     def run_encoder(self) -> None:
+        yield_cores()
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.unseen or self.closing)
@@ -323,7 +286,8 @@ class Batcher:
             self.engine = RememberingEngine(self.agent.model, self.engine.prefixes)
             return
         for number, (ticket, line) in list(self.running.items()):
-            if number not in self.running:  # its request failed just now
+            waits = number in self.engine.rows and number not in said  # this step was for others
+            if waits or number not in self.running:  # or its request failed just now
                 continue
             try:
                 self.heard(ticket, line, said.get(number))
@@ -384,6 +348,12 @@ class Batcher:
         if not ticket.ended:
             ticket.ended = True
             ticket.send(error)
+
+
+def yield_cores() -> None:
+    """Let other threads of this process have the core first, where the system can do so (Linux)."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 def run_job(function: Callable[[], Any], future: Future) -> None:

@@ -1,11 +1,14 @@
-"""What goes into a Batcher and what comes out of it. No torch."""
+"""What goes into a Batcher, what it knows of it meanwhile, and what comes out. No torch."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from nanochat.sampling import Sampling
-from nanochat.serving.answers import Likely
+from nanochat.serving.answers import AnswerText, Likely
+from nanochat.serving.prefixes import Named
+from nanochat.serving.seen import Key
 
 
 class Busy(Exception):
@@ -73,3 +76,42 @@ class Done:
 
 
 Event = Piece | Finished | Done
+
+
+@dataclass(eq=False)
+class Line:
+    """One answer in the making. parts: of the prompt, still to be read. number: of its row in the engine."""
+
+    index: int
+    parts: list[list[int]]
+    text: AnswerText
+    constraint: Constraint | None
+    vectors: Any = None  # of the pictures in the first part
+    cache: Any = None  # of a prompt whose beginning is known, or that has several parts
+    number: int | None = None
+    row: Any = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. send: called with each event, and with an exception instead of the last one, from any thread."""
+
+    request: Request
+    send: Callable[[Any], None]
+    only_look: bool = False  # the vectors are all that is wanted; they are sent
+    arrived: float = field(default_factory=time.monotonic)
+    gone: bool = False  # the client does not wait any more
+    ended: bool = False
+    key: Key = ()  # of the pictures
+    named: Named | None = None  # the prompt, see `prefixes.named`
+    vectors: Any = None
+    cached: int = 0  # pictures whose vectors were known
+    cached_tokens: int = 0  # of the prompt, whose keys and values were known
+    lines: list[Line] = field(default_factory=list)
+    looked: float = 0.0
+    first: float = 0.0
+    new_tokens: int = 0
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.arrived > self.request.seconds
