@@ -39,7 +39,7 @@ def open_arm(args: argparse.Namespace):
         from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
     except ImportError as error:
         raise UserError(
-            f"lerobot cannot be imported ({error}): pip install 'lerobot[feetech]' in this environment"
+            f"lerobot cannot be imported ({error}): pip install 'lerobot[core_scripts,feetech]==0.6.1' in this environment"
         ) from error
 
     width, height = args.camera_size

@@ -3,7 +3,7 @@
     frames/     pictures of robot data, decoded (data/frame_store.py)
     features/   vision vectors of a frozen encoder (training/features.py)
     teacher/    maps of an encoder that another one learns from (training/teacher.py)
-    exports/    models exported for ONNX Runtime (export.py)
+    exports/    models exported for ONNX Runtime (export/)
     digests/    the SHA-256 of large files, so that they are not read again to know them (data/digests.py)
 
 It is --cache, else $NANOCHAT_CACHE, else nanochat/ in $XDG_CACHE_HOME, which is ~/.cache by default.

@@ -276,7 +276,7 @@ def test_without_a_server_or_lerobot_the_arm_is_not_touched(serving, capsys, mon
     assert "no policy server answers" in capsys.readouterr().err and not touched
     monkeypatch.setitem(sys.modules, "lerobot", None)
     assert so101.main([*WORDS, "--server", f"127.0.0.1:{serving(SafePolicy(Lifting()))}"]) == 2
-    assert "pip install 'lerobot[feetech]'" in capsys.readouterr().err
+    assert "pip install 'lerobot[core_scripts,feetech]==0.6.1'" in capsys.readouterr().err
 
 
 def test_the_asker_connects_again_but_not_to_another_policy():
