@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -188,35 +189,60 @@ async def vanishing(http: httpx.AsyncClient, good: Good, urls: list[str]) -> tup
     return alone, beside
 
 
-async def measure(address: str, pid: int, clients: int, seconds: float) -> None:
-    """Print a row for each measure."""
-    limits = httpx.Limits(max_connections=1000)
-    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
-        urls, good = [picture(seed) for seed in range(8)], Good(address)
-        await good.ask(body("what is it?", None, max_tokens=1))  # it starts
-        await ask(http, body("what is it?", picture(99)))  # the first one of a process is slow
-        first = statistics.median([(await ask(http, body("is there a dog?", url)))["all"] for url in urls])
-        second = statistics.median([(await ask(http, body("is there a man?", url)))["all"] for url in urls])
-        row(
-            "the same picture: first and second question",
-            f"{1e3 * first:.0f} and {1e3 * second:.0f} ms, {first / second:.1f}x",
+@dataclass
+class Measures:
+    """Each prints a row. http: makes the load. clients: of the throughput; the mixed load has four times as many."""
+
+    http: httpx.AsyncClient
+    good: Good
+    pid: int
+    urls: list[str]
+    clients: int
+    seconds: float
+
+    async def again(self) -> None:
+        """First and second question about a picture, to the last word."""
+        first = statistics.median([(await ask(self.http, body("is there a dog?", url)))["all"] for url in self.urls])
+        second = statistics.median([(await ask(self.http, body("is there a man?", url)))["all"] for url in self.urls])
+        times = f"{1e3 * first:.0f} and {1e3 * second:.0f} ms, {first / second:.1f}x"
+        row("the same picture: first and second question", times)
+
+    async def throughput(self) -> None:
+        one = await throughput(self.http, 1, self.seconds / 6, self.urls)
+        many = await throughput(self.http, self.clients, self.seconds / 6, self.urls)
+        row(f"tokens per second of 1 and {self.clients} clients", f"{one:.0f} and {many:.0f}, {many / one:.1f}x")
+
+    async def waiting(self) -> None:
+        alone, beside = (
+            1e3 * np.percentile(await first_tokens(self.http, self.good, n, 60, self.urls), 99) for n in (0, 8)
         )
-        one = await throughput(http, 1, seconds / 6, urls)
-        many = await throughput(http, clients, seconds / 6, urls)
-        row(f"tokens per second of 1 and {clients} clients", f"{one:.0f} and {many:.0f}, {many / one:.1f}x")
-        alone = 1e3 * np.percentile(await first_tokens(http, good, 0, 60, urls), 99)
-        beside = 1e3 * np.percentile(await first_tokens(http, good, 8, 60, urls), 99)
-        row(
-            "p99 to the first token, alone and beside 8 long ones",
-            f"{alone:.0f} and {beside:.0f} ms, {beside / alone:.1f}x",
-        )
-        good, crowded = await vanishing(http, good, urls)
-        row("a good request, alone and beside 200 that vanish and 50 slow readers", f"{good:.2f} and {crowded:.2f} s")
-        expected = {(q, i): (await ask(http, body(q, url)))["text"] for q in QUESTIONS for i, url in enumerate(urls)}
-        counts = await mixed(http, pid, clients * 4, seconds, urls, expected)
+        times = f"{alone:.0f} and {beside:.0f} ms, {beside / alone:.1f}x"
+        row("p99 to the first token, alone and beside 8 long ones", times)
+
+    async def vanishing(self) -> None:
+        alone, crowded = await vanishing(self.http, self.good, self.urls)
+        row("a good request, alone and beside 200 that vanish and 50 slow readers", f"{alone:.2f} and {crowded:.2f} s")
+
+    async def mixed(self) -> None:
+        expected = {
+            (q, i): (await ask(self.http, body(q, url)))["text"] for q in QUESTIONS for i, url in enumerate(self.urls)
+        }
+        counts = await mixed(self.http, self.pid, self.clients * 4, self.seconds, self.urls, expected)
         growth = 100 * (counts["MB at the end"] / counts["MB after warm-up"] - 1)
         told = ", ".join(f"{name} {round(value)}" for name, value in counts.items())
-        row(f"mixed, {clients * 4} clients, {seconds:.0f} s", f"{told} ({growth:+.1f} %)")
+        row(f"mixed, {self.clients * 4} clients, {self.seconds:.0f} s", f"{told} ({growth:+.1f} %)")
+
+
+NAMES = ("again", "throughput", "waiting", "vanishing", "mixed")
+
+
+async def measure(address: str, pid: int, names: list[str], clients: int, seconds: float) -> None:
+    limits, good, urls = httpx.Limits(max_connections=1000), Good(address), [picture(seed) for seed in range(8)]
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
+        await ask(http, body("what is it?", picture(99)))  # the first one of a process is slow
+        await good.ask(body("what is it?", None, max_tokens=1))
+        for name in names:
+            await getattr(Measures(http, good, pid, urls, clients, seconds), name)()
 
 
 def row(name: str, value: str) -> None:
@@ -227,14 +253,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="of the mixed load; the others take about as long")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--model", default="photos")
+    parser.add_argument("--model", default="photos", help="a checkpoint or a folder of nanochat export")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     options = parser.parse_args()
     command = [sys.executable, "-m", "nanochat", "serve", options.model, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = re.search(r"(http://\S+?);", next(line for line in server.stdout if "serving" in line))[1]
             print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-            asyncio.run(measure(address, server.pid, options.clients, options.seconds))
+            asyncio.run(measure(address, server.pid, options.only, options.clients, options.seconds))
         finally:
             server.terminate()
 

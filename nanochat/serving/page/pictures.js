@@ -99,16 +99,29 @@ export class Pictures {
     if (this.objects) this.drawObjects(pen, canvas);
   }
 
-  // The picture is as bright as the attention is there (its root, as eyes see it): a colour on top would hide what it shows
+  // The picture is as bright as the attention is there (a colour on top would hide what it shows); a line is around the cells
+  // that have at least half of the most
   drawHeat(pen, canvas) {
-    const { side, boxes, cells } = this.heat, strength = $("strength").value / 100;
+    const { side, boxes, cells } = this.heat, strength = $("strength").value / 100, values = cells[this.current];
     const small = new OffscreenCanvas(side, side), dark = new ImageData(side, side);
-    cells[this.current].forEach((value, i) => { dark.data[4 * i + 3] = 255 * strength * (1 - Math.sqrt(value)); });
+    values.forEach((value, i) => { dark.data[4 * i + 3] = 255 * strength * (1 - value); });
     small.getContext("2d").putImageData(dark, 0, 0);
     const [left, top, right, bottom] = boxes[this.current].map((edge) => edge * side);
     pen.imageSmoothingEnabled = true;
     pen.imageSmoothingQuality = "high";
     pen.drawImage(small, left, top, right - left, bottom - top, 0, 0, canvas.width, canvas.height);
+    if (strength === 0) return;
+    const x = (column) => (column - left) / (right - left) * canvas.width;
+    const y = (row) => (row - top) / (bottom - top) * canvas.height;
+    const line = Math.max(2, canvas.width / 250), outline = outlineOf(values, side);
+    for (const [width, colour] of [[2 * line, "black"], [line, "#ffd84d"]]) {
+      pen.lineWidth = width;
+      pen.strokeStyle = colour;
+      pen.lineCap = "square";
+      pen.beginPath();
+      for (const [x1, y1, x2, y2] of outline) { pen.moveTo(x(x1), y(y1)); pen.lineTo(x(x2), y(y2)); }
+      pen.stroke();
+    }
   }
 
   drawObjects(pen, canvas) {
@@ -159,6 +172,17 @@ export class Pictures {
     this.current = this.list.length - 1;
     this.endCamera();
   }
+}
+
+// [x1, y1, x2, y2] in cells: the sides between a cell of at least 0.5 and a neighbour with less
+function outlineOf(values, side) {
+  const lines = [], high = (x, y) => x >= 0 && y >= 0 && x < side && y < side && values[y * side + x] >= 0.5;
+  for (let y = 0; y <= side; y++)
+    for (let x = 0; x <= side; x++) {
+      if (high(x, y) !== high(x - 1, y)) lines.push([x, y, x, y + 1]);
+      if (high(x, y) !== high(x, y - 1)) lines.push([x, y, x + 1, y]);
+    }
+  return lines;
 }
 
 // {name, url: data URI, bitmap}: upright, and no larger than the server needs
