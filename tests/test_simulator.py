@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanochat.agent import Agent
 from nanochat.data.lerobot import RobotDataset
+from nanochat.evaluation.corrections import Driving
 from nanochat.metaworld import simulator
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.record import (
     CAMERA_KEY,
     EASILY_DISTURBED,
+    POLICY_STEPS,
     Block,
     open_work,
     read_blocks,
@@ -139,7 +142,7 @@ def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch):
 
 def test_a_machine_without_metaworld_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
-    with pytest.raises(SimulatorError, match=r"nanochat-vision\[robot\]"):
+    with pytest.raises(SimulatorError, match=r'pip install "\.\[robot\]" in the folder'):
         simulator.import_metaworld()
 
 
@@ -179,13 +182,58 @@ def test_noise_moves_the_arm_but_not_the_recorded_actions():
 @needs_simulator
 def test_a_task_whose_expert_is_easily_disturbed_has_less_noise_in_every_second_episode(monkeypatch):
     found = []
-    monkeypatch.setattr("nanochat.metaworld.record.run_expert", lambda arm, seed, noise: found.append(noise) or {})
+    monkeypatch.setattr("nanochat.metaworld.record.run_expert", lambda arm, seed, noise, policy: found.append(noise) or {})
     for task in ("reach", "shelf-place"):
         for noise in (None, 0.3):
             for number in (0, 1):
                 record_episode(Arm(task, 32), Block(task, 0, 2, 0, noise, 32), number)
     assert found == [0.25, 0.25, 0.3, 0.3, 0.25, 0.1, 0.3, 0.3]
     assert set(INSTRUCTIONS) > EASILY_DISTURBED
+
+
+@needs_simulator
+def test_the_expert_corrects_a_policy_that_drives_now_and_then():
+    """A policy that only goes forward: the arm follows it in whole stretches, and what is recorded is the expert's answer."""
+    from metaworld.policies import ENV_POLICY_MAP
+
+    class Forward:
+        begun, asked = 0, 0
+
+        def begin(self):
+            self.begun += 1
+
+        def action(self, images, state, task):
+            self.asked += 1
+            assert images["corner2"].shape == (32, 32, 3) and state.shape == (4,) and task == "door-open"
+            return np.array([0, 1.2, 0, 0], np.float32)  # is clipped
+
+    policy = Forward()
+    episode = run_expert(Arm("door-open", 32), 1_000_003, 0.0, policy)
+    n = len(episode["action"])
+    turns = [min(POLICY_STEPS, n - first) for first in range(0, n, POLICY_STEPS)]
+    assert policy.asked in (sum(turns[::2]), sum(turns[1::2])) and policy.begun == len(turns) and episode["success"][-1]
+    path, calm = (found["state"][:, 1] for found in (episode, run_expert(Arm("door-open", 32), 1_000_003, 0.0)))
+    assert path.max() > calm.max() + 0.02
+    expert = ENV_POLICY_MAP["door-open-v3"]()
+    for seen, action in zip(episode["environment_state"], episode["action"], strict=True):
+        np.testing.assert_allclose(action, np.clip(expert.get_action(seen.astype(np.float64)), -1, 1), atol=1e-3)
+
+
+@needs_simulator
+def test_a_policy_drives_as_in_a_rollout():
+    arm, driving = Arm("door-open", 128), Driving("robot", execute=3)
+    scene = arm.reset(5)
+    images = arm.images()
+    agent = Agent.load("robot")
+    chunk = agent.act([images], scene.state[None], [INSTRUCTIONS["door-open"][0]])[0]
+    driving.begin()
+    for step in range(3):  # the picture is looked at once
+        np.testing.assert_array_equal(
+            driving.action(images if step == 0 else {}, scene.state, "door-open"), chunk[step]
+        )
+    driving.action(images, scene.state, "door-open")
+    driving.begin()
+    np.testing.assert_array_equal(driving.action(images, scene.state, "door-open"), chunk[0])
 
 
 @needs_simulator

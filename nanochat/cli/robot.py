@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from nanochat.errors import UserError
 from nanochat.flags import (
@@ -16,6 +16,8 @@ from nanochat.flags import (
     next_step,
     say_where,
 )
+from nanochat.training.recipe import flag
+from nanochat.training.recipes import Recording, Robot
 
 
 def demo(
@@ -54,6 +56,7 @@ def demo(
 
 def inspect_data(
     dataset: Annotated[Positional[Path], arg(metavar="DATASET")],
+    recording: OmitArgPrefixes[Recording],
     out: Annotated[
         Path | None,
         arg(aliases=["-o"], help="Write a contact sheet to this .png file: a row of frames for each camera."),
@@ -61,13 +64,12 @@ def inspect_data(
     json_out: JsonOut = None,
 ) -> None:
     """Show what is in a folder of robot demonstrations: cameras, rates, numbers with their ranges, tasks, gaps, what is broken;
-    and what `nanochat train robot` would use of it.
+    and what `nanochat train robot` would use of it, given the same flags.
 
     Args:
         dataset: Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl).
     """
     from nanochat.evaluation.contents import show_contents
-    from nanochat.training.recipes import Robot
     from nanochat.training.robot_plan import training_plan
 
     if out is not None:
@@ -76,11 +78,15 @@ def inspect_data(
         check_out(json_out, ".json")
     show_contents(dataset, out, json_out)
     print("nanochat train robot would use:")
-    for line in training_plan(Robot(data=str(dataset))):
+    for line in training_plan(Robot(data=str(dataset), **vars(recording))):
         print(f"  {line}")
     say_where(out)
     say_where(json_out)
-    next_step(f"nanochat train robot --data {shlex.quote(str(dataset))}")
+    words = ["--data", dataset]
+    for name, value in vars(recording).items():
+        if value:
+            words += [flag(name), *(value if isinstance(value, tuple) else [value])]
+    next_step(shlex.join(map(str, ["nanochat", "train", "robot", *words])))
 
 
 def record(
@@ -92,6 +98,7 @@ def record(
     image_size: int = 128,
     cameras: tuple[str, ...] = ("corner2",),
     questions: bool = False,
+    policy: str = "",
     processes: int | None = None,
 ) -> None:
     """Record demonstrations of Meta-World's scripted experts as a LeRobot v3.0 dataset. Re-run the command to resume.
@@ -107,14 +114,34 @@ def record(
             topview, corner, corner3, corner4, behindGripper.
         questions: Also write a question about each frame with its answer, as LeRobot 0.6's column language_events; older versions
             of LeRobot do not open such data. Training here makes its questions itself and needs none.
+        policy: Checkpoint of a policy that drives half of the time, instead of the noise; the expert's answers to what it does
+            are recorded (DAgger).
         processes: Parallel processes; default one per CPU core.
     """
     from nanochat.metaworld.instructions import task_list
     from nanochat.metaworld.record import record_demonstrations
 
     n_processes = checked_processes(processes)
-    record_demonstrations(task_list(tasks), episodes, out, seed, noise, image_size, n_processes, cameras, questions)
+    driver = None if not policy else driving_policy(policy, noise, cameras)
+    record_demonstrations(
+        task_list(tasks), episodes, out, seed, noise, image_size, n_processes, cameras, questions, driver
+    )
     next_step(f"nanochat train robot --data {shlex.quote(str(out))}")
+
+
+def driving_policy(checkpoint: str, noise: float | None, cameras: tuple[str, ...]):
+    """The policy that drives while the expert corrects it. Raises UserError for one that cannot."""
+    from nanochat.agent import Agent
+    from nanochat.evaluation.corrections import Driving
+
+    if noise is not None:
+        raise UserError("--policy drives instead of the noise: give one of --policy and --noise")
+    agent = Agent.load(checkpoint)
+    agent.check_can_act()
+    missing = [camera for camera in agent.model.config.cameras if camera not in cameras]
+    if missing:
+        raise UserError(f"{checkpoint} looks through {', '.join(missing)}, which is not recorded: add it to --cameras")
+    return Driving(checkpoint)
 
 
 def checked_processes(processes: int | None) -> int:

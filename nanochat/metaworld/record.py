@@ -6,7 +6,8 @@ the blocks are joined to the dataset and deleted.
 
 Noise is added to the executed action, constant for a few steps, and the expert's reaction is recorded (DART, Laskey et al.
 2017, arXiv 1703.09327). Without noise, episodes show a straight path to the goal and never how to return to it. Some experts
-fail or wander when they are pushed: every second episode of their tasks has less noise.
+fail or wander when they are pushed: every second episode of their tasks has less noise. Instead of noise, a policy can drive now
+and then (DAgger, Ross et al. 2011, arXiv 1011.0686): the expert's answers to where it leads are recorded.
 """
 
 import json
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from rich.console import Console
@@ -36,6 +38,7 @@ FRAMES_AFTER_SUCCESS = 10  # so that the data shows what a solved task looks lik
 NOISE = 0.25  # standard deviation, for actions in -1..1
 LESS_NOISE = 0.1  # in every second episode of the tasks below
 NOISE_STEPS = 10  # steps for which the noise is constant
+POLICY_STEPS = 40  # steps for which a policy drives, then the expert
 MAX_ATTEMPTS = 20  # seeds to try for an episode until the expert succeeds
 SEED_STEP = 10_000  # between the seeds of two attempts
 
@@ -49,10 +52,20 @@ EASILY_DISTURBED = frozenset(
 console = Console()
 
 
+class Driver(Protocol):
+    """A policy that drives now and then, see `evaluation.corrections.Driving`."""
+
+    checkpoint: str
+
+    def begin(self) -> None: ...
+
+    def action(self, images: dict[str, np.ndarray], state: np.ndarray, task: str) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Block:
-    """A unit of work: some episodes of one task. first: the number of its first episode in the task. noise: see
-    `record_demonstrations`."""
+    """A unit of work: some episodes of one task. first: the number of its first episode in the task. noise, policy:
+    see `record_demonstrations`."""
 
     task: str
     first: int
@@ -61,6 +74,7 @@ class Block:
     noise: float | None
     image_size: int
     cameras: tuple[str, ...] = (CAMERA,)
+    policy: Driver | None = None
 
     @property
     def name(self) -> str:
@@ -77,6 +91,7 @@ def record_demonstrations(
     processes: int,
     cameras: Sequence[str] = (CAMERA,),
     questions: bool = False,
+    policy: Driver | None = None,
 ) -> None:
     """Write `episodes` successful episodes of each task to the folder `out`, as a LeRobot v3.0 dataset.
 
@@ -85,7 +100,7 @@ def record_demonstrations(
     tasks: names in `INSTRUCTIONS`. seed: of each task's first episode. noise: standard deviation, for actions in -1..1; None is
     NOISE, and LESS_NOISE in every second episode of the tasks that are EASILY_DISTURBED. image_size: side of the square images in
     pixels. cameras: names of Meta-World's, see `simulator.Arm`. questions: write one about the first camera of each frame, see
-    `data.language`.
+    `data.language`. policy: drives instead of the noise, by turns with the expert.
 
     Raises:
         FileExistsError: `out` exists.
@@ -110,11 +125,12 @@ def record_demonstrations(
     Arm(tasks[0], image_size, cameras)  # raises for a camera that there is not, before anything is written
     work = out.with_name(f".{out.name}.blocks")
     blocks = [
-        Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size, cameras)
+        Block(task, first, min(EPISODES_PER_BLOCK, episodes - first), seed, noise, image_size, cameras, policy)
         for task in tasks
         for first in range(0, episodes, EPISODES_PER_BLOCK)
     ]
     settings = {"seed": seed, "noise": noise, "image_size": image_size, "episodes": episodes, "cameras": list(cameras)}
+    settings |= {"policy": policy.checkpoint} if policy else {}
     open_work(work, settings)
     with Progress(console=console) as progress:
         record_blocks(work, blocks, processes, progress)
@@ -175,9 +191,11 @@ def record_block(job: tuple[Path, Block]) -> int:
 def record_episode(arm: Arm, block: Block, number: int) -> dict:
     """The episode of the first seed on which the expert succeeds. Raises ValueError after MAX_ATTEMPTS seeds."""
     noise = noise_of(arm.task, number) if block.noise is None else block.noise
+    if block.policy:
+        noise = 0.0
     for attempt in range(MAX_ATTEMPTS):
         seed = block.seed + number + SEED_STEP * attempt
-        episode = run_expert(arm, seed, noise)
+        episode = run_expert(arm, seed, noise, block.policy)
         if episode is not None:
             return episode | {"seed": seed}
     raise UserError(
@@ -190,22 +208,27 @@ def noise_of(task: str, number: int) -> float:
     return LESS_NOISE if task in EASILY_DISTURBED and number % 2 else NOISE
 
 
-def run_expert(arm: Arm, seed: int, noise: float) -> dict | None:
-    """One episode of the expert, or None if it fails. Row t has what is observed at step t and the expert's action there:
-    images (T dicts camera -> encoded PNG), state (T, 4), environment_state (T, 39), action (T, 4), success (T,) and held (T,)."""
+def run_expert(arm: Arm, seed: int, noise: float, policy: Driver | None = None) -> dict | None:
+    """One episode of the expert, disturbed by noise or a policy, or None if it fails. Row t has what is observed at step t and
+    the expert's action there: images (T dicts camera -> encoded PNG), state (T, 4), environment_state (T, 39), action (T, 4),
+    success (T,) and held (T,)."""
     rng = np.random.default_rng(seed)
     scene, disturbance, frames_left = arm.reset(seed), np.zeros(ACTION_DIM), FRAMES_AFTER_SUCCESS
     frames: dict[str, list] = {key: [] for key in ("images", "state", "environment_state", "action", "success", "held")}
-    succeeded = False
+    succeeded, policy_drives = False, bool(policy) and bool(rng.integers(0, 2))
     for step in range(MAX_STEPS):
+        if policy and step % POLICY_STEPS == 0:  # they take turns
+            policy_drives = not policy_drives
+            policy.begin()
         if step % NOISE_STEPS == 0:  # no noise in half of the intervals, and never on the fingers
             disturbance[:3] = rng.normal(0, noise, 3) * rng.integers(0, 2)
-        action = arm.expert_action()
-        frames["images"].append({camera: encode_png(image) for camera, image in arm.images().items()})
+        action, images = arm.expert_action(), arm.images()
+        frames["images"].append({camera: encode_png(image) for camera, image in images.items()})
         frames["action"].append(action)
         for key in ("state", "environment_state", "success", "held"):
             frames[key].append(getattr(scene, key))
-        scene = arm.step(np.clip(action + disturbance, -1, 1))
+        executed = policy.action(images, scene.state, arm.task) if policy_drives else action + disturbance
+        scene = arm.step(np.clip(executed, -1, 1))
         succeeded |= scene.success
         frames_left -= succeeded
         if frames_left < 0:
