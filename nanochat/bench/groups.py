@@ -69,6 +69,18 @@ def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
             ),
         ),
         Race(
+            "a new process to the answer to a question: imports, loading, the answer (memory: without that process)",
+            tuple(
+                Contestant(label, "ours:cold", shown | {"question": QUESTION, "runtime": runtime})
+                for label, runtime in (
+                    (f"{checkpoint}, ONNX Runtime, int8", "int8"),
+                    (f"{checkpoint}, ONNX Runtime, float32", "onnx"),
+                    (checkpoint, "torch"),
+                )
+            ),
+            rounds=7,
+        ),
+        Race(
             "a picture and a question to the first token",
             (
                 Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
@@ -101,6 +113,7 @@ def decode(weights: str, checkpoint: str, policy: str, picture: str) -> list[Rac
 
 def act(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     one = {"checkpoint": policy, "cameras": 1, "height": 128, "width": 128}
+    two = one | {"cameras": 2, "height": 480, "width": 640}
     return [
         Race(
             "one camera of 128 x 128 to a chunk of actions",
@@ -114,7 +127,8 @@ def act(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
         Race(
             "two cameras of 480 x 640 to a chunk of actions, making them small included",
             (
-                Contestant(f"the shape of {policy}", "ours:act", one | {"cameras": 2, "height": 480, "width": 640}),
+                Contestant(f"the shape of {policy}", "ours:act", two),
+                *on_onnx(f"the shape of {policy}", "ours:act", two),
                 Contestant(f"{RESNET} of 224 x 224, once", "peers:resnet18", {"size": 224}),
             ),
         ),

@@ -12,9 +12,8 @@ def roofline():
     """A contestant of worker.py that measures at once: bytes read a second, and float32 and bfloat16 operations a second."""
     import torch
 
-    weights = torch.rand(8192, 8192)  # 256 MB: no cache holds it
-    vector, square = torch.rand(8192, 1), torch.rand(2048, 2048)
-    moved = weights.nbytes / best(lambda: weights @ vector)
+    large, square = torch.rand(2**28), torch.rand(2048, 2048)  # 1 GB: no cache holds it
+    moved = large.nbytes / best(large.sum, 20)
     flops = 2 * 2048**3
     found = {"bytes": moved, "float32": flops / best(lambda: square @ square)}
     half = square.bfloat16()

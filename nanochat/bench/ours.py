@@ -1,6 +1,8 @@
 """The contestants of this project. Each function returns what is timed, and what is said about it."""
 
 import atexit
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ SHAPES = {  # decoders by their name: width, layers, heads, vocabulary
     "134 M": (768, 12, 6, 32000),
 }
 CONTEXT = 1024
+EXPORTS = "NANOCHAT_BENCH_EXPORTS"  # environment variable
 ACTION = {"low": [-1.0] * 4, "high": [1.0] * 4}
 
 
@@ -90,9 +93,12 @@ def agent_of(checkpoint: str, runtime: str = "torch"):
 
 
 def exported(function: str, *arguments) -> str:
-    """The folder of an export that another process made, so that this one needs no torch. It is deleted when this one ends."""
-    folder = tempfile.mkdtemp(prefix="nanochat-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """The folder of an export that another process made, so that this one needs no torch. Contestants of one command share it:
+    the command names a folder for all of them in EXPORTS and deletes it."""
+    made = hashlib.sha256(repr((function, arguments)).encode()).hexdigest()[:16]
+    folder = str(Path(os.environ.get(EXPORTS) or temporary_folder(), made))
+    if Path(folder, "onnx").is_dir():
+        return f"{folder}/onnx"
     code = f"from nanochat.bench import ours; ours.{function}(*{(folder, *arguments)!r})"
     ran = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -102,6 +108,13 @@ def exported(function: str, *arguments) -> str:
     return f"{folder}/onnx"
 
 
+def temporary_folder() -> str:
+    """Deleted when this process ends."""
+    folder = tempfile.mkdtemp(prefix="nanochat-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def export_checkpoint(folder: str, checkpoint: str, int8: bool) -> None:
     from PIL import Image
 
@@ -109,7 +122,7 @@ def export_checkpoint(folder: str, checkpoint: str, int8: bool) -> None:
 
     calibrate = Path(folder, "pictures") if int8 else None
     if calibrate is not None:
-        calibrate.mkdir()
+        calibrate.mkdir(parents=True)
         for number, picture in enumerate(pictures(8)):
             Image.fromarray(picture).save(calibrate / f"{number}.png")
     export(checkpoint, f"{folder}/onnx", int8=int8, calibrate=calibrate)
@@ -130,6 +143,21 @@ def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None 
         return agent.tokenizer.decode(rows[0])
 
     return reply, {"says": reply()}
+
+
+COLD = """
+import sys
+from nanochat.agent import Agent
+agent = Agent.load(sys.argv[1])
+print("".join(agent.ask(sys.argv[3], agent.look(sys.argv[2]))))
+"""
+
+
+def cold(checkpoint: str, picture: str, question: str, runtime: str = "torch"):
+    """A new process that loads a model and answers a question."""
+    name = checkpoint if runtime == "torch" else exported("export_checkpoint", checkpoint, runtime == "int8")
+    words = [sys.executable, "-P", "-c", COLD, name, picture, question]
+    return lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL), {}
 
 
 def look(checkpoint: str, picture: str, runtime: str = "torch"):
@@ -203,7 +231,10 @@ def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
 
 def act(checkpoint: str, cameras: int, height: int, width: int, runtime: str = "torch"):
     """From camera frames to a chunk of actions. A policy that has another number of cameras is made with random weights."""
-    agent = agent_of(checkpoint, runtime)
+    if cameras == 1 or runtime == "torch":
+        agent = agent_of(checkpoint, runtime)
+    else:
+        agent = agent_of(exported("export_cameras", checkpoint, cameras, runtime == "int8"))
     if cameras != len(agent.metadata["cameras"] or [""]):
         agent = with_cameras(agent, cameras)
     names, dim = agent.metadata["cameras"], agent.metadata["state_dim"]
@@ -222,6 +253,15 @@ def with_cameras(agent, n: int):
     model.init_weights()
     model.attach_encoder(agent.model.vision_encoder)
     return Agent(model.eval(), agent.tokenizer)
+
+
+def export_cameras(folder: str, checkpoint: str, n: int, int8: bool) -> None:
+    from nanochat.agent import Agent
+    from nanochat.checkpoint import save_checkpoint
+
+    agent = with_cameras(Agent.load(checkpoint), n)
+    save_checkpoint(f"{folder}/torch", agent.model, agent.tokenizer, {"learnt": {"actions": True}})
+    export_checkpoint(folder, f"{folder}/torch", int8)
 
 
 # ---- training, and the description's table

@@ -21,9 +21,14 @@ def make(name: str, arguments: dict):
 
 
 def timed(call) -> tuple[float, float]:
-    since, own = time.perf_counter(), time.process_time()
+    since, own = time.perf_counter(), own_seconds()
     call()
-    return time.perf_counter() - since, time.process_time() - own
+    return time.perf_counter() - since, own_seconds() - own
+
+
+def own_seconds() -> float:
+    """Seconds of the processor, those of ended children too."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def peak() -> int:

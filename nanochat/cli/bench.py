@@ -44,11 +44,13 @@ def bench(
     """
     import json
     import os
+    from tempfile import TemporaryDirectory
 
     from rich.console import Console
 
     from nanochat.bench.groups import GROUPS
     from nanochat.bench.machine import described
+    from nanochat.bench.ours import EXPORTS
     from nanochat.bench.report import growth_table, plot_growth, race_table, roofline_lines, write_section
     from nanochat.bench.runner import run_race
     from nanochat.files import atomic_path
@@ -61,7 +63,8 @@ def bench(
     shown, found = str(picture or photograph()), {}
     if not os.path.isfile(shown):
         raise UserError(f"--picture: there is no file {shown}")
-    with Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("") as status, TemporaryDirectory(prefix="nanochat-bench-") as exports:
+        os.environ[EXPORTS] = exports
         for name in [*GROUPS, "growth"] if group == "all" else [group]:
             head = described(threads)
             if name == "growth":
@@ -80,10 +83,11 @@ def bench(
                     machine = measured("machine:roofline", {}, threads)
                     text += "\n\n" + roofline_lines(machine, results)
                     found["machine"] = machine
+            title = name if threads == 1 else f"{name}, {threads} threads"
             text = f"    nanochat bench {name} --threads {threads}\n\n{head}.\n\n{text}"
-            print(f"## {name}\n\n{text}\n", flush=True)
+            print(f"## {title}\n\n{text}\n", flush=True)
             if out is not None:
-                write_section(out, name, text)
+                write_section(out, title, text)
     if json_out is not None:
         with atomic_path(json_out) as new:
             new.write_text(json.dumps(found, indent=1))
