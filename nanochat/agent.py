@@ -15,7 +15,7 @@ from nanochat.beams import beam_search, beam_search_all
 from nanochat.cameras import by_camera
 from nanochat.conversation import CAPTION_PROMPT, action_message, render, user_message
 from nanochat.engine import Cache, Engine
-from nanochat.errors import UserError
+from nanochat.errors import NotTrained, TooManyPictures, UserError
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import StreamDecoder
 
@@ -44,7 +44,7 @@ class Agent:
         exported = is_export(name)
         if runtime == "torch" and exported:
             raise UserError(
-                f"{name} was exported for ONNX Runtime: name the checkpoint it was made from, or use --runtime onnx"
+                f"{name} was exported for ONNX Runtime: name the checkpoint it was made from, or leave the runtime at auto"
             )
         if runtime == "onnx" and not exported:
             raise UserError(
@@ -74,27 +74,25 @@ class Agent:
         return found if isinstance(found, int) and found > 1 else 1
 
     def check_images(self, n: int) -> None:
-        """Raises UserError for more pictures in one question than the model was ever trained on."""
+        """Raises TooManyPictures for more in one question than the model was ever trained on."""
         if n > self.images_learnt:
             most = "one picture" if self.images_learnt == 1 else f"up to {self.images_learnt} pictures"
-            raise UserError(
-                f"{n} pictures in one question, but this model has learnt questions about {most} only: "
-                "`nanochat ask --each` asks about each of them alone"
+            raise TooManyPictures(
+                f"{n} pictures in one question, but this model has learnt questions about {most} only: ask about each of them "
+                "alone"
             )
 
     def check_learnt(self, question: str) -> None:
-        """Raises UserError for a question of a kind that the model was never trained to answer: what it says would be noise."""
+        """Raises NotTrained for a question of a kind that the model was never trained to answer: what it says would be noise."""
         caption = PLACE.sub("", question).strip() == CAPTION_PROMPT
         wanted = "captions" if caption else "questions"
         if self.learnt[wanted]:
             return
-        does = {"questions": 'answers questions (nanochat ask IMAGE "QUESTION")', "captions": "describes pictures (nanochat "
-                "caption IMAGE)", "actions": "acts (nanochat rollout, nanochat policy-server)"}  # fmt: skip
+        does = {"questions": "answers questions", "captions": "describes pictures", "actions": "acts"}
         can = [text for name, text in does.items() if self.learnt[name]]
         lacks = "to describe pictures" if caption else "to answer questions about pictures"
-        raise UserError(
-            f"this model was not trained {lacks}; it {' and '.join(can) or 'has learnt nothing yet'}: choose another "
-            "--checkpoint, such as photos, or train one with nanochat train folder"
+        raise NotTrained(
+            f"this model was not trained {lacks}; it {' and '.join(can) or 'has learnt nothing yet'}: choose another model"
         )
 
     def look(self, images):
@@ -142,14 +140,13 @@ class Agent:
         return self.text(iter(tokens))
 
     def check_fits(self, ids: list[int], n_images: int, max_new_tokens: int | None) -> None:
-        """Raises UserError for several pictures that do not fit the context together. One is the engine's to check."""
+        """Raises TooManyPictures for several that do not fit the context together. One is the engine's to check."""
         context, new = self.model.config.sequence_len, 1 if max_new_tokens is None else max_new_tokens
         if n_images > 1 and len(ids) + new > context:
             each = self.places_per_image
-            raise UserError(
+            raise TooManyPictures(
                 f"{n_images} pictures of {each} tokens each, {len(ids) - n_images * each} tokens of text and {new} of the "
-                f"answer do not fit the context of {context} tokens: show fewer pictures, or ask about each of them alone "
-                "(nanochat ask --each)"
+                f"answer do not fit the context of {context} tokens: show fewer pictures, or ask about each of them alone"
             )
 
     def room(self, n_read: int, max_new_tokens: int | None) -> int:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import hub
-from nanochat.errors import UserError
+from nanochat.errors import UPDATE, UserError
 from nanochat.files import short_repr
 from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.meta import on_meta
@@ -288,7 +288,7 @@ def build(folder: Path) -> GPT:
     if unknown:
         raise CheckpointError(
             f"{folder}: config.json has fields that this version does not know: {', '.join(map(repr, unknown))[:200]}; the "
-            "checkpoint was made by a newer one: upgrade nanochat-vision"
+            f"checkpoint was made by a newer one: {UPDATE}"
         )
     try:
         check_header(folder / "model.safetensors", shapes_of(model_class, config, encoder), model_class.later_weights)

@@ -80,7 +80,7 @@ class Tokenizer:
         gives fewer. Raises ValueError if it is too small for the 256 bytes and the special tokens."""
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise UserError(f"vocab_size must be at least {least} (256 bytes, special tokens), got {vocab_size}")
+            raise UserError(f"a vocabulary has at least {least} tokens (256 bytes, special tokens), got {vocab_size}")
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.errors import UserError
+from nanochat.errors import UserError, install
 from nanochat.files import json_object
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.meta import on_meta
@@ -137,7 +137,7 @@ def read_tokenizer(path: Path, trust_pickle: bool) -> Tokenizer:
     try:
         import tiktoken
     except ImportError as error:
-        raise ImportError("upstream's tokenizer is a tiktoken one: pip install -e '.[upstream]'") from error
+        raise ImportError(f"upstream's tokenizer is a tiktoken one: {install('upstream')}") from error
     try:
         with open(path, "rb") as file:
             encoding = pickle.load(file)

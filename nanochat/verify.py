@@ -5,7 +5,7 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat.errors import UPDATE, UserError
 from nanochat.files import DataError, json_object, json_value, sha256, short_repr
 
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ def listed_files(manifest_path: Path, newest: int, required: Collection[str], re
         raise CheckpointError(f"{manifest_path} is damaged: {remedy}")
     if version > newest:
         raise CheckpointError(
-            f"{manifest_path.parent} has format {version}, this version reads up to {newest}: upgrade nanochat-vision"
+            f"{manifest_path.parent} has format {version}, this version reads up to {newest}: {UPDATE}"
         )
     for name in required:
         if name not in files:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,22 @@ def test_shells_can_complete_commands(shell):
     done = program("--tyro-print-completion", shell)
     assert done.returncode == 0 and done.stderr == ""
     assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "extras"), [("train", "torch,train"), ("ask", "torch")])
+def test_a_missing_package_is_installed_from_the_folder_of_the_project(nanochat, monkeypatch, command, extras):
+    def fails(*args):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(cli, "train", fails)
+    monkeypatch.setattr(cli.tyro.extras, "subcommand_cli_from_dict", lambda *args, **options: fails())
+    assert f'pip install ".[{extras}]" in the folder of the project' in nanochat(command, code=2).err
+
+
+def test_no_text_has_pip_look_for_the_project_on_an_index():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("nanochat/**/*.py"), *ROOT.glob("examples/*")]
+    wrong = re.compile(r"(install|upgrade)\s+(-\S+\s+)*[\"']?nanochat")
+    assert not [path for path in texts if wrong.search(path.read_text(encoding="utf-8"))]
 
 
 def stored_names(folder):
@@ -109,29 +126,35 @@ def test_words_of_the_command_line(monkeypatch, words, expected):
         (["record", "--processes", "0", "-o", "FOLDER/x"], "--processes must be at least 1, got 0"),
         (["rollout", "robot", "--processes", "0"], "--processes must be at least 1, got 0"),
         (["rollout", "robot", "--processes", "-2"], "--processes must be at least 1, got -2"),
-        (["rollout", "robot", "--max-steps", "0"], "steps"),
+        (["rollout", "robot", "--max-steps", "0"], "--max-steps must be in 1.."),
         (["eval", "shapes", "easy_vqa", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["policy-server", "robot", "--port", "99999"], "port must lie in 0..65535"),
         (["policy-server", "robot", "--port", "-1"], "port must lie in 0..65535"),
         (["policy-server", "robot", "--host", ""], "the host is empty"),
-        (["policy-server", "robot", "--max-clients", "0"], "max_clients must be at least 1"),
+        (["policy-server", "robot", "--max-clients", "0"], "--max-clients must be at least 1"),
         (["policy-server", "robot", "--token", ""], "--token is empty"),
         (["policy-server", "robot", "--token", "  "], "--token is empty"),
         (["policy-server", "robot", "--execute", "0"], "execute"),
-        (["policy-server", "robot", "--max-change", "0"], "max_change"),
-        (["policy-server", "robot", "--max-change", "nan"], "max_change"),
+        (["policy-server", "robot", "--max-change", "0"], "--max-change must"),
+        (["policy-server", "robot", "--max-change", "nan"], "--max-change must"),
         (["ask", PICTURE, QUESTION, "--checkpoint", ""], "--checkpoint is empty"),
         (["embed", PICTURE, "-o", "FOLDER/x.npz", "--weights", ""], "--weights is empty"),
-        (["embed", PICTURE, "-o", "FOLDER/x.npz", "--weights", "yolov9t.yaml", "--image-size", "0"], "image_size"),
+        (
+            ["embed", PICTURE, "-o", "FOLDER/x.npz", "--weights", "yolov9t.yaml", "--image-size", "0"],
+            "--image-size must",
+        ),
         (["ask", PICTURE, QUESTION, "--checkpoint", "~nobody-of-that-name"], "no such folder"),
         (["ask", PICTURE, QUESTION, "--device", "cuda:999999999999999999999"], "device must be"),
-        (["demo", "-o", "FOLDER/d.png", "--seed", "-1"], "seed must be at least 0"),
+        (["demo", "-o", "FOLDER/d.png", "--seed", "-1"], "--seed must be at least 0"),
         (["tokenizer", PICTURE, "-o", "FOLDER/t.json"], "is not UTF-8 text"),
         (["tokenizer", __file__, "-o", "FOLDER/t.json", "--vocab-size", "9" * 30], "--vocab-size must be at most"),
-        (["ask", PICTURE, QUESTION, "--top-k", "0"], "top_k must be at least 1"),
+        (["ask", PICTURE, QUESTION, "--top-k", "0"], "--top-k must be at least 1"),
         (["ask", PICTURE, QUESTION, "--seed", "-1", "--temperature", "1"], "seed"),
         (["train", "folder", "--data", "FOLDER", "--steps", "0"], "steps must be at least 1"),
-        (["train", "folder", "--data", "FOLDER", "--threads", "0"], "threads must be at least 1"),
+        (["train", "folder", "--data", "FOLDER", "--threads", "0"], "--threads must be at least 1"),
+        (["train", "folder", "--data", "FOLDER", "--vision-tokens", "5"], "--vision-tokens must be a square number"),
+        (["train", "folder", "--data", "FOLDER", "--n-embd", "100"], "--n-embd must be a multiple of 2 * --n-head, 8"),
+        (["train", "robot", "--data", "FOLDER", "--image-size", "0"], "--image-size must be a positive multiple of 32"),
     ],
 )
 def test_zero_and_empty_are_not_the_default(nanochat, tmp_path, words, message):

@@ -267,7 +267,8 @@ def test_a_folder_of_frames(nanochat, tmp_path):
         (["CLIP", QUESTION, "--frames", "0"], "--frames must be in 1..100, got 0"),
         (
             ["CLIP", QUESTION, "--frames", "8"],
-            "8 pictures in one question, but this model has learnt questions about one",
+            "8 pictures in one question, but this model has learnt questions about one picture only: ask about each of them "
+            "alone (nanochat ask --each)",
         ),
         (["CLIP", "--frames", "8"], "at least one picture, then a question"),
         ([QUESTION, "CLIP", "--frames", "8"], "the question comes last"),

@@ -256,7 +256,7 @@ def test_easy_vqa_splits():
 
 def test_easy_vqa_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[train\]"'):
         easy_vqa_source.load("train")
 
 

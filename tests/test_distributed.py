@@ -172,10 +172,10 @@ def test_parts_are_as_many_as_processes_at_least(monkeypatch):
     among(monkeypatch, 2)
     assert distributed.part_size(9, None) == 5 and distributed.part_size(9, 3) == 3
     with pytest.raises(
-        UserError, match="2 processes share the 9 pictures of a step in parts of 9: lower device_batch_size to 4"
+        UserError, match="2 processes share the 9 pictures of a step in parts of 9: lower --device-batch-size to 4"
     ):
         distributed.part_size(9, 9)
-    with pytest.raises(UserError, match="2 processes need 2 images_per_step at least, got 1"):
+    with pytest.raises(UserError, match="2 processes need --images-per-step 2 at least, got 1"):
         distributed.part_size(1, None)
 
 

@@ -49,7 +49,9 @@ def agent_that_learnt(default, *names):
 def test_a_policy_without_questions_refuses_them(default):
     agent = agent_that_learnt(default, "actions")
     seen = agent.look(PICTURE)
-    with pytest.raises(UserError, match="not trained to answer questions about pictures; it acts .*such as photos"):
+    with pytest.raises(
+        UserError, match="not trained to answer questions about pictures; it acts: choose another model$"
+    ):
         agent.ask(QUESTION, seen)
     with pytest.raises(UserError, match="not trained to describe pictures; it acts"):
         agent.ask(CAPTION_PROMPT, seen)
@@ -61,15 +63,21 @@ def test_a_model_of_captions_describes_and_answers_nothing(default):
     agent = agent_that_learnt(default, "captions")
     seen = agent.look(PICTURE)
     assert isinstance("".join(agent.ask(CAPTION_PROMPT, seen)), str)
-    with pytest.raises(UserError, match="it describes pictures .nanochat caption IMAGE"):
+    with pytest.raises(UserError, match="it describes pictures: choose another"):
         agent.ask(QUESTION, seen)
 
 
-def test_the_shipped_models_do_what_they_learnt():
+def test_the_shipped_models_do_what_they_learnt(nanochat):
     agent = Agent.load("shapes")
     assert "".join(agent.ask(QUESTION, agent.look(PICTURE))) == "red"
-    with pytest.raises(UserError, match="not trained to describe pictures; it answers questions .*such as photos"):
+    with pytest.raises(
+        UserError, match="not trained to describe pictures; it answers questions: choose another model$"
+    ):
         agent.ask(CAPTION_PROMPT, agent.look(PICTURE))
+    assert (
+        "another model with --checkpoint, such as photos"
+        in nanochat("caption", PICTURE, "--checkpoint", "shapes", code=2).err
+    )
     robot = Agent.load("robot")
     assert all(robot.learnt.values())
     assert "".join(robot.ask(CAPTION_PROMPT, robot.look(ASSETS / "demo" / "frame.png")))

@@ -220,5 +220,5 @@ def test_pycocoevalcap_not_installed(monkeypatch):
     for name in ("pycocoevalcap.bleu.bleu", "pycocoevalcap.cider.cider"):
         monkeypatch.setitem(sys.modules, name, None)
     for score in (metrics.bleu, metrics.cider):
-        with pytest.raises(ImportError, match=r'pip install -e "\.\[eval\]"'):
+        with pytest.raises(ImportError, match=r'pip install "\.\[eval\]"'):
             score(["a"], [["a"]])

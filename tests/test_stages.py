@@ -168,11 +168,11 @@ def test_frozen_statistics_stay_where_only_the_weights_train(pictures, started, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(train_encoder_from="p5"), "train_encoder_from=p5 needs --train-encoder"),
+        (dict(train_encoder_from="p5"), "--train-encoder-from p5 needs --train-encoder"),
         (dict(train_encoder=True, train_encoder_from="p9"), "no layer 'p9': it has p2, p3, p4, p5"),
         (dict(train_encoder=True, train_encoder_from="p5", layer="p4"), "no layer 'p5': it has p2, p3, p4"),
         (dict(train_decoder=False), "--no-train-decoder needs a decoder that has learnt: add --start-from"),
-        (dict(projector_lr=-1.0), "projector_lr must be at least 0"),
+        (dict(projector_lr=-1.0), "--projector-lr must be at least 0"),
         (dict(dropout=1.5), "dropout is a share"),
     ],
 )

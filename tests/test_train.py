@@ -513,7 +513,7 @@ def test_a_run_may_become_longer_until_its_rates_fall(pictures, tmp_path, stoppe
 def test_another_recipe_is_no_resume(pictures, tmp_path):
     recipe = recipe_for(pictures, tmp_path, steps=2)
     train(recipe)
-    with pytest.raises(ValueError, match="matrix_lr was 0.02, now 0.1"):
+    with pytest.raises(ValueError, match="--matrix-lr was 0.02, now 0.1"):
         train(replace(recipe, resume=True, matrix_lr=0.1))
     with pytest.raises(FileExistsError, match="--resume"):
         train(recipe)
@@ -525,9 +525,9 @@ def test_bad_recipes_are_refused_before_anything_is_written(pictures, tmp_path):
         ({"layer": "p9"}, "unknown layer"),
         ({"vision_tokens": 3}, "square"),
         ({"sequence_len": 8}, r"captions.csv:\d+: the conversation .* has \d+ tokens, but the context has 8"),
-        ({"vocab_size": 100}, "vocab_size"),
+        ({"vocab_size": 100}, "a vocabulary has at least"),
         ({"resume": True}, "no checkpoint"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"jitter": -1.0}, "jitter is a share"),
         ({"epochs": float("nan")}, "epochs"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
@@ -629,7 +629,7 @@ def test_a_full_gpu_is_one_line_that_helps(pictures, tmp_path, monkeypatch, wher
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(PictureTask, where, full)
-    with pytest.raises(MemoryError, match="device_batch_size.*gradient_checkpointing.*encoder_device"):
+    with pytest.raises(MemoryError, match="--device-batch-size.*--gradient-checkpointing.*--encoder-device cpu"):
         train(recipe_for(pictures, tmp_path, steps=1))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
+from nanochat.cli.errors import reason
 from nanochat.errors import UserError
 from nanochat.flags import Camera, SamplingFlags
 
@@ -78,7 +79,7 @@ def converse(session: "Session") -> bool:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
     return True
 
 

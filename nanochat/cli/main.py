@@ -22,14 +22,15 @@ from nanochat.cli.ask import ask, caption
 from nanochat.cli.bench import bench
 from nanochat.cli.cache import cache
 from nanochat.cli.chat import chat
-from nanochat.cli.export import export
+from nanochat.cli.errors import explain, fail
+from nanochat.cli.export import export, prune
 from nanochat.cli.pictures import detect, embed, written_rows
 from nanochat.cli.robot import demo, inspect_data, record, rollout
 from nanochat.cli.serve import policy_server, serve
 from nanochat.errors import UserError
 from nanochat.flags import Beams, Checkpoint, Device, JsonOut, JsonRows, Out, check_out, next_step, say_where
 from nanochat.training.folder import folder_from_photos, other_shape
-from nanochat.training.recipe import Recipe
+from nanochat.training.recipe import Recipe, flag
 from nanochat.training.recipes import RECIPES, Folder, recipe_name
 
 MAX_VOCAB = 2**20  # tokens
@@ -243,7 +244,7 @@ def folder_recipe(words: list[str], recipe: Folder) -> Folder:
     if recipe.start_from and not others:
         return recipe
     if others:
-        named = ", ".join("--" + name.replace("_", "-") for name in others)
+        named = ", ".join(map(flag, others))
         print(
             f"note: the model starts from random weights, not from photos, whose encoder and shape are fixed: {named} would "
             "change them",
@@ -271,6 +272,7 @@ COMMANDS = {
     "eval": evaluate,
     "models": models,
     "export": export,
+    "prune": prune,
     "pack": pack,
     "push": push,
     "cache": cache,
@@ -291,15 +293,6 @@ DESCRIPTION = (
 )
 WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
 OLD_NAMES = {"demos": "record"}  # work for one more release
-OF_TORCH = (
-    "torch",
-    "torchvision",
-    "ultralytics",
-    "timm",
-    "safetensors",
-    "huggingface_hub",
-    "matplotlib",
-)  # the extra `torch`
 OLD_FLAGS = {"--camera": "--cameras"}  # of train, likewise
 
 
@@ -321,30 +314,10 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt as stop:
         fail(str(stop) or "stopped", 130)
-    except Exception as error:  # SimulatorError is an ImportError
+    except Exception as error:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: importing torch here would slow --help down
-            fail("error: the GPU is out of memory: use fewer pictures, a lower --batch-size, or --device cpu", 2)
-        if "allocate memory" in str(error):  # a RuntimeError of torch's
-            fail("error: there is not enough memory: use a smaller model, smaller pictures or fewer at once", 2)
-        if isinstance(error, (UserError, OSError, ImportError, MemoryError)):
-            fail(f"error: {reason(error)}{how_to_install(error)}", 2)
-        fail(
-            f"bug in nanochat: {type(error).__name__}: {reason(error)}; NANOCHAT_DEBUG=1 shows where, please report it",
-            1,
-        )
-
-
-def how_to_install(error: BaseException) -> str:
-    """What to install where a package of the extra `torch` is missing; nothing for other errors."""
-    missing = (getattr(error, "name", None) or "").split(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or missing not in OF_TORCH:
-        return ""
-    return (
-        '; this command needs torch: pip install ".[torch]" in the folder of the project. Without it, ask, caption, chat, serve '
-        "and policy-server run a folder of `nanochat export`"
-    )
+        explain(error, sys.argv[1:])
 
 
 def with_new_flags(words: list[str]) -> list[str]:
@@ -381,16 +354,6 @@ def plain_words(words: list[str]) -> list[str]:
             if not re.fullmatch(r"-|.*\.jsonl?", "".join(expanded[i + 1 : i + 2]), re.S | re.I):
                 expanded.insert(i + 1, "-")
     return expanded
-
-
-def reason(error: BaseException) -> str:
-    """The message of an error on one line; its type if there is no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def fail(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

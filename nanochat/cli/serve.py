@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, install
 from nanochat.flags import CHECKPOINT, Device, EncoderFlags, Runtime, load_agent
 
 Hosts = UseAppendAction[
@@ -187,7 +187,7 @@ def need_extra() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"nanochat serve needs {error.name}: pip install 'nanochat-vision[serve]'") from error
+        raise UserError(f"nanochat serve needs {error.name}: {install('serve')}") from error
 
 
 def share_the_cores(alone: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.errors import install
 from nanochat.files import DataError, existing_file, short_repr
 
 LFS_POINTER = b"version https://git-lfs"
@@ -18,7 +19,7 @@ try:  # other modules take these from here, so that the message stands in one pl
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError as error:
-    raise ImportError("robot datasets need the library pyarrow: pip install 'nanochat-vision[robot]'") from error
+    raise ImportError(f"robot datasets need the library pyarrow: {install('robot')}") from error
 
 __all__ = [
     "Layout", "check_fetched", "column_names", "file_layout", "fill_template", "is_camera", "is_feature", "natural_number",

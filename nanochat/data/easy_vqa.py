@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanochat.data.rows import read_rows
 from nanochat.data.sample import Dataset
+from nanochat.errors import install
 from nanochat.files import DataError
 
 OWN_SPLITS = ("train", "test")
@@ -25,7 +26,7 @@ def load(name: str = "easy_vqa", split: str | None = "train", strict: bool = Fal
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError("easy-VQA is in the package easy-vqa: pip install -e '.[train]'") from error
+        raise ImportError(f"easy-VQA is in the package easy-vqa: {install('train')}") from error
 
     read_questions = easy_vqa.get_test_questions if split == "test" else easy_vqa.get_train_questions
     folder = Path(easy_vqa.__file__).parent / "data" / ("test" if split == "test" else "train")

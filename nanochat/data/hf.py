@@ -14,6 +14,7 @@ from pathlib import Path
 from nanochat.data.rows import read_rows
 from nanochat.data.sample import Dataset
 from nanochat.data.splits import choose_split, whole_split
+from nanochat.errors import install
 from nanochat.files import DataError, json_object
 
 ROWS_AT_ONCE = 100
@@ -107,7 +108,7 @@ def _pyarrow():
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Hugging Face data needs the library pyarrow: pip install -e '.[train]'") from error
+        raise ImportError(f"Hugging Face data needs the library pyarrow: {install('train')}") from error
     return pyarrow
 
 
@@ -115,7 +116,7 @@ def _datasets():
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("data on the hub needs the library datasets: pip install -e '.[train]'") from error
+        raise ImportError(f"data on the hub needs the library datasets: {install('train')}") from error
     return datasets
 
 

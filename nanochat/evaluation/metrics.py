@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, install
 
 RESAMPLES = 2000
 MAX_N = 4  # BLEU-4
@@ -208,4 +208,4 @@ def _ngrams(words: list[str], n: int) -> Counter:
 
 
 def _eval_missing() -> ImportError:
-    return ImportError('caption scores need pycocoevalcap: pip install -e ".[eval]"')
+    return ImportError(f"caption scores need pycocoevalcap: {install('eval')}")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, install
 from nanochat.metaworld.scene import CAMERA_POSITION
 from nanochat.safety import SafeActions, hold_still
 
@@ -178,9 +178,7 @@ def import_metaworld():
     except ImportError as error:
         if "OpenGL" in str(error) or "EGL" in str(error):
             raise no_gl(error) from error
-        raise SimulatorError(
-            f"the simulator needs Meta-World ({error}): pip install 'nanochat-vision[robot]'"
-        ) from error
+        raise SimulatorError(f"the simulator needs Meta-World ({error}): {install('robot')}") from error
     except (AttributeError, RuntimeError) as error:  # PyOpenGL raises these if there is no libEGL
         raise no_gl(error) from error
     return ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, ENV_POLICY_MAP, mujoco

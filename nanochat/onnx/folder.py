@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from nanochat.config import GPTConfig, MultimodalGPTConfig, RobotGPTConfig
-from nanochat.errors import UserError
+from nanochat.errors import UPDATE, UserError
 from nanochat.files import sha256, short_repr
 from nanochat.onnx.model import HEADS, OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.tokenizer import Tokenizer
@@ -22,7 +22,6 @@ GRAPHS = {
     "multimodal_gpt": ("encoder", "pictures", "decoder"),
     "robot_gpt": ("encoder", "pictures", "decoder"),
 }
-OPTIONAL = ("policy", "states", "attention")
 CONFIGS = {"gpt": GPTConfig, "multimodal_gpt": MultimodalGPTConfig, "robot_gpt": RobotGPTConfig}
 AGAIN = "export the model again, or copy the folder again"
 
@@ -53,7 +52,7 @@ def open_export(name: str | Path) -> tuple[OnnxGPT, Tokenizer, dict]:
     if unknown := sorted(set(values) - {field.name for field in fields(CONFIGS[kind])}):
         raise CheckpointError(
             f"{folder}: config.json has fields that this version does not know: {', '.join(map(repr, unknown))[:200]}; the model "
-            "was exported by a newer one: upgrade nanochat-vision"
+            f"was exported by a newer one: {UPDATE}"
         )
     try:
         config = CONFIGS[kind](**values)

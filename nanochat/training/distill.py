@@ -39,7 +39,7 @@ class DistillTask(Task):
     """The student's vision vectors, one a cell, predict the teacher's map of the same view."""
 
     unit = "1 - cosine"
-    memory_advice = "lower device_batch_size"
+    memory_advice = "lower --device-batch-size"
 
     def __init__(self, recipe: Distill):
         super().__init__(recipe)

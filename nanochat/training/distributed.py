@@ -103,11 +103,11 @@ def part_size(images: int, size: int | None) -> int | None:
     if count() == 1:
         return size
     if images < count():
-        raise UserError(f"{count()} processes need {count()} images_per_step at least, got {images}")
+        raise UserError(f"{count()} processes need --images-per-step {count()} at least, got {images}")
     size = size or -(-images // count())
     if -(-images // size) < count():
         raise UserError(
-            f"{count()} processes share the {images} pictures of a step in parts of {size}: lower device_batch_size to "
+            f"{count()} processes share the {images} pictures of a step in parts of {size}: lower --device-batch-size to "
             f"{images // count()}, so that each has one, or start fewer processes"
         )
     return size

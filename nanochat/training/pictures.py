@@ -62,8 +62,8 @@ class PictureTask(Task):
     """Conversations about pictures. Last, where the recipe has reward steps, captions of the model's own and their reward."""
 
     memory_advice = (
-        "lower device_batch_size (the gradients stay the same), set gradient_checkpointing, move the encoder with "
-        "encoder_device=cpu, or use fewer vision_tokens"
+        "lower --device-batch-size (the gradients stay the same), add --gradient-checkpointing, move the encoder with "
+        "--encoder-device cpu, or use fewer --vision-tokens"
     )
 
     def __init__(self, recipe: PictureRecipe):
@@ -381,6 +381,6 @@ def compute_features(model: MultimodalGPT, rows: Rows, folder: Path, mirror: boo
 
 def check_reward(recipe: PictureRecipe, samples: Sequence[Sample]) -> None:
     if all(sample.question != CAPTION_PROMPT for sample in samples):
-        raise UserError(f"reward_steps need captions, but {recipe.data} holds questions: use reward_steps=0")
+        raise UserError(f"--reward-steps need captions, but {recipe.data} holds questions: use --reward-steps 0")
     if recipe.questions_per_image < 2:
-        raise UserError("reward_steps compare samples for the same picture: questions_per_image must be 2 or more")
+        raise UserError("--reward-steps compare samples for the same picture: --questions-per-image must be 2 or more")

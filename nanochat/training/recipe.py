@@ -32,6 +32,11 @@ Flip = Literal["none", "horizontal", "both"]
 Fusion = Literal["prefix", "cross"]
 
 
+def flag(name: str) -> str:
+    """The flag of a field: what messages name, since users type it."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass
 class Recipe:
     """Fields of all recipes. The recipes below change defaults where their data needs it."""
@@ -89,7 +94,7 @@ class Recipe:
     matrix_lr: float = 0.02
     "Peak learning rate of the decoder's matrices (Muon)."
     projector_lr: float | None = None
-    "Peak learning rate of the matrices of projector and cross-attention (Muon); default matrix_lr."
+    "Peak learning rate of the matrices of projector and cross-attention (Muon); default --matrix-lr."
     embedding_lr: float = 5e-3
     "Peak learning rate of the token embeddings (AdamW)."
     head_lr: float = 5e-3
@@ -132,12 +137,16 @@ class Recipe:
             for name in names:
                 value = getattr(self, name, None)
                 if value is not None and not (math.isfinite(value) and value >= least):
-                    raise UserError(f"{name} must be at least {least}, got {value}")
+                    raise UserError(f"{flag(name)} must be at least {least}, got {value}")
         for name in SHARES:
             if not 0 <= (getattr(self, name, 0) or 0) <= 1:
-                raise UserError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+                raise UserError(f"{flag(name)} is a share and must lie in 0..1, got {getattr(self, name)}")
         if self.train_encoder_from and not self.train_encoder:
-            raise UserError(f"train_encoder_from={self.train_encoder_from} needs --train-encoder")
+            raise UserError(f"--train-encoder-from {self.train_encoder_from} needs --train-encoder")
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"--n-embd must be a multiple of 2 * --n-head, {2 * self.n_head}, got {self.n_embd}")
+        if self.image_size < 32 or self.image_size % 32:
+            raise UserError(f"--image-size must be a positive multiple of 32, got {self.image_size}")
 
 
 @dataclass
@@ -158,6 +167,11 @@ class PictureData(Recipe):
     "Refuse data with missing pictures instead of skipping their rows."
     picture_memory: float = 2.0
     "Gigabytes for decoded training pictures of a trained encoder; those that do not fit are decoded again in every epoch."
+
+    def check(self) -> None:
+        super().check()
+        if math.isqrt(self.vision_tokens) ** 2 != self.vision_tokens:
+            raise UserError(f"--vision-tokens must be a square number (1, 4, 9, 16, 25, ...), got {self.vision_tokens}")
 
 
 @dataclass
@@ -200,4 +214,4 @@ class PictureRecipe(PictureData):
     def check(self) -> None:
         super().check()
         if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise UserError(f"epochs must be more than 0, got {self.epochs}")
+            raise UserError(f"--epochs must be more than 0, got {self.epochs}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat.checkpoint import CheckpointError, read_json, read_manifest, readable
 from nanochat.errors import UserError
 from nanochat.training.fingerprint import changes
-from nanochat.training.recipe import Recipe
+from nanochat.training.recipe import Recipe, flag
 from nanochat.training.recipes import recipe_name
 from nanochat.training.task import Task, say
 
@@ -114,7 +114,7 @@ def check_settings(recipe: Recipe, started: Recipe) -> None:
     """A resumed run must continue what it was started with. Raises UserError naming the settings that changed."""
     free, out = {*PLACES, *HOW, *LENGTH}, out_folder(recipe)
     old, new = asdict(started), asdict(recipe)
-    changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
+    changed = [f"{flag(k)} was {old[k]!r}, now {new[k]!r}" for k in new if k not in free and old[k] != new[k]]
     if changed:
         raise UserError(
             f"these settings differ from those of the run in {out}: {'; '.join(changed)}. Omit them to resume it, or choose "

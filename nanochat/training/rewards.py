@@ -30,8 +30,8 @@ def check_context(groups: Sequence[Sequence[Row]], sequence_len: int) -> None:
     needed = NEW_TOKENS + max(len(split_row(rows[0])[0]) for rows in groups)
     if needed > sequence_len:
         raise UserError(
-            f"reward_steps sample captions of up to {NEW_TOKENS} tokens, which take {needed} with their prompt, but the context "
-            f"has {sequence_len}: use --sequence-len {needed}, fewer --vision-tokens, or reward_steps=0"
+            f"--reward-steps sample captions of up to {NEW_TOKENS} tokens, which take {needed} with their prompt, but the "
+            f"context has {sequence_len}: use --sequence-len {needed}, fewer --vision-tokens, or --reward-steps 0"
         )
 
 

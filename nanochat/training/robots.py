@@ -80,7 +80,7 @@ CHECKED_FRAMES = 500  # frames whose questions must fit the context before a run
 class RobotTask(Task):
     """Frames of demonstrations, and where they come from a simulator, questions about them."""
 
-    memory_advice = "lower device_batch_size or questions_per_step, or set gradient_checkpointing"
+    memory_advice = "lower --device-batch-size or --questions-per-step, or add --gradient-checkpointing"
 
     def __init__(self, recipe: Robot):
         super().__init__(recipe)

@@ -248,7 +248,7 @@ class Run:
             state = "the checkpoint of an earlier step is intact" if self.out.exists() else "nothing was saved"
             raise UserError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last is step {self.step}: its {what}; {state}. "
-                "Lower the learning rates (matrix_lr first)"
+                "Lower the learning rates (--matrix-lr first)"
             )
         if self.skipped <= MAX_SKIPPED:
             say(f"step {self.step} is skipped: its {what}", "yellow")
@@ -311,7 +311,7 @@ class Run:
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"{name} is no longer finite at step {self.step}, so this step is not saved: lower the learning rates "
-                    "(matrix_lr first)"
+                    "(--matrix-lr first)"
                 )
         training = {
             "recipe_name": recipe_name(self.recipe),

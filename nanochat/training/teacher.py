@@ -132,7 +132,7 @@ class Teacher:
 def principal_components(cells: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, C) -> mean (C,) and the directions of largest variance (C, K), both float32, the largest first."""
     if components > cells.size(1):
-        raise UserError(f"components must be at most the {cells.size(1)} channels of the teacher, got {components}")
+        raise UserError(f"--components must be at most the {cells.size(1)} channels of the teacher, got {components}")
     cells = cells.double()
     mean = cells.mean(0)
     cells -= mean

