@@ -193,6 +193,18 @@ def test_the_command(nanochat, tmp_path):
     assert "should end in .png" in nanochat("inspect", tmp_path / "robot", "-o", tmp_path / "a.jpg", code=2).err
 
 
+def test_the_plan_is_of_what_the_flags_choose(nanochat, tmp_path):
+    write_robot(tmp_path / "robot", 4, 5)
+    flags = ("--state-key", "observation.state", "--fps", "5", "--cameras", CAMERA)
+    out, err = nanochat("inspect", tmp_path / "robot", *flags)
+    words = " ".join(out.split())
+    assert "reads 5 of the data's 10 frames per second" in words and "chunks of 5 actions, 1 s" in words
+    assert err.endswith(f"--data {tmp_path / 'robot'} --cameras {CAMERA} --state-key observation.state --fps 5.0\n")
+    assert "has no column x (--action-key)" in " ".join(
+        nanochat("inspect", tmp_path / "robot", "--action-key", "x").out.split()
+    )
+
+
 def test_what_training_would_use(tmp_path):
     write_robot(tmp_path / "robot", 4, 5, 6)
     reads, split, targets, predicts, chunk, pictures = training_plan(Robot(data=str(tmp_path / "robot"), chunk=20))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.evaluation.baselines import HOLD
-from nanochat.evaluation.open_loop import POLICY, OpenLoop
+from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST
+from nanochat.evaluation.open_loop import ALONE, BLIND, OTHER_TASK, POLICY, SHUFFLED, OpenLoop
 from nanochat.files import atomic_path
 
 MOST_NUMBERS = 32  # panels
@@ -14,9 +14,9 @@ PER_LINE = 4
 LEAST_SHOWN = 1 / 3  # of a number's range: in less, a joint that rests would look as busy as one that moves
 PANEL_INCHES = (3.4, 1.7)
 CURVES_INCHES = 3.0
-STYLES = {POLICY: ("tab:red", "-"), "shuffled": ("tab:red", "--"), "blind": ("tab:red", ":"), "other task": ("tab:red", "-."),
-          HOLD: ("black", "-"), "last action": ("tab:gray", "--"), "mean action": ("tab:gray", ":"),
-          "nearest state": ("tab:blue", "-")}  # fmt: skip
+STYLES = {POLICY: ("tab:red", "-"), SHUFFLED: ("tab:red", "--"), BLIND: ("tab:red", ":"), OTHER_TASK: ("tab:red", "-."),
+          ALONE: ("tab:orange", "-"), HOLD: ("black", "-"), LAST: ("tab:gray", "--"), MEAN: ("tab:gray", ":"),
+          NEAREST: ("tab:blue", "-")}  # fmt: skip
 
 
 @dataclass

@@ -110,7 +110,7 @@ def moment(step: int, fps: float) -> str:
 def number_table(found: OpenLoop, names: list[str], units: list[str]) -> Table:
     """A line for each number of the action, in its own unit."""
     table = Table(title="mean error of each number over the whole chunk, in its own unit", **COMPACT)
-    rows = [POLICY, *(row for row in BASELINES if row in found.chunks)]
+    rows = [POLICY, *(row for row in (ALONE, *BASELINES) if row in found.chunks)]
     errors = {row: found.by_number(row) for row in rows}
     for column in ("number", "range", *rows):
         justify = "left" if column == "number" else "right"

@@ -12,7 +12,7 @@ Predict = Literal["auto", "absolute", "delta", "last"]
 
 @dataclass
 class EasyVQA(PictureRecipe):
-    """Questions about coloured shapes, trained end to end from random weights: the model that ships."""
+    """Questions about coloured shapes, trained end to end from random weights: the model that ships as `shapes`."""
 
     data: str = "easy_vqa"
     layer: str = "4"
@@ -82,7 +82,7 @@ class Photos(PictureRecipe):
     """Captions of photographs and questions about them, one model for all: the one that ships as `photos`.
 
     The encoder is EfficientNet-Lite2 with ImageNet weights (extra "photos"), frozen, so its maps are computed once. The data of
-    the model that ships: --data flickr8k --also captions-questions:flickr8k daquar daquar"""
+    the model that ships: --data flickr8k --also captions-questions:flickr8k daquar daquar pairs"""
 
     encoder: str = "efficientnet_lite2"
     layer: str = "features"
@@ -124,23 +124,29 @@ class Folder(PictureRecipe):
 
 
 @dataclass
-class Robot(Recipe):
-    """A robot policy that also answers questions, from demonstrations in the LeRobot layout: --data DIR.
+class Recording:
+    """What is read of a recording; `nanochat inspect` has these flags as well."""
 
-    `nanochat record` makes some in a simulator."""
-
-    data: str = ""
-    "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
     cameras: tuple[str, ...] = ()
     "Names of the cameras to read, such as front wrist, the one that questions are about first; default all of the data."
-    camera_dropout: float = 0.0
-    "Share of single cameras that are hidden at random, so that the policy can do without one (needs several cameras)."
     action_key: str = ""
     "Column of the actions; default action, or actions."
     state_key: str = ""
     "Column of the robot's state; default observation.state, or state."
     fps: float | None = None
     "Frames per second to read of a recording of absolute targets; default all. The nearest ones, where it does not divide."
+
+
+@dataclass
+class Robot(Recording, Recipe):
+    """A robot policy that also answers questions, from demonstrations in the LeRobot layout: --data DIR.
+
+    `nanochat record` makes some in a simulator."""
+
+    data: str = ""
+    "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
+    camera_dropout: float = 0.0
+    "Share of single cameras that are hidden at random, so that the policy can do without one (needs several cameras)."
     skip_damaged: bool = False
     "Leave out episodes whose pictures are damaged or missing, instead of refusing the data."
     encoder: str = "yolov9t.yaml"
