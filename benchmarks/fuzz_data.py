@@ -14,9 +14,8 @@ from fuzz_changes import CHANGES, change_bytes, encoded, times, write_files, wri
 from PIL import Image
 
 from nanochat.data import load_dataset
-from nanochat.data.bridge import bridge_episodes
 from nanochat.data.columns import pq
-from nanochat.data.demonstrations import open_demonstrations
+from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.data.lerobot import Episode, RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.vision.images import open_image
@@ -52,7 +51,6 @@ def read_robot(folder: Path, split: str) -> None:
 
 
 def read_bridge(folder: Path, split: str) -> None:
-    list(bridge_episodes(folder))
     open_demonstrations(folder).read(split, 32)
 
 

@@ -2,11 +2,14 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from nanochat.data.demonstrations import Demonstrations
+from nanochat.data.frame_store import Frames, squared
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 
@@ -56,6 +59,17 @@ def make_episode(length: int = 5, seed: int = 0, **changes) -> Episode:
     return Episode(
         **{"task": f"öffne {seed % 2}", "columns": columns, "images": images, "extra": {"seed": seed}} | changes
     )
+
+
+def demonstrations(episodes: Iterable[Episode], size: int, *rest, **options) -> Demonstrations:
+    """Those of episodes in memory, with their pictures letterboxed to `size` pixels as a frame store has them."""
+    episodes = list(episodes)
+    cameras = {
+        camera: np.stack([squared(picture, size) for episode in episodes for picture in episode.images[camera]])
+        for camera in episodes[0].images
+    }
+    n = sum(len(episode.columns["action"]) for episode in episodes)
+    return Demonstrations(episodes, Frames(cameras, np.arange(n), {}), *rest, **options)
 
 
 def write_robot(folder: Path, *lengths: int) -> list[Episode]:

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from nanochat.data.bridge import bridge_episodes
-from nanochat.data.lerobot import RobotDataset
-from nanochat.data.lerobot_writer import write_dataset
+from nanochat.data.bridge import CAMERA, BridgeFrames
+from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.files import DataError
+from nanochat.vision.images import square
 from tests.conftest import REAL_DATA
-from tests.data_files import assert_same
 
 needs_bridge = pytest.mark.skipif(
     not (REAL_DATA / "bridge_v2_sample").is_dir(), reason="NANOCHAT_TEST_DATA has no bridge_v2_sample"
@@ -18,13 +17,12 @@ needs_bridge = pytest.mark.skipif(
 
 
 @needs_bridge
-def test_the_bridge_sample_is_converted(tmp_path):
-    write_dataset(tmp_path / "bridge", bridge_episodes(REAL_DATA / "bridge_v2_sample"), 5, "widowx", (256, 256, 3))
-    dataset = RobotDataset(tmp_path / "bridge")
-    assert len(dataset) == 9 and sum(episode.length for episode in dataset.episodes) == 336
-    for i, episode in enumerate(bridge_episodes(REAL_DATA / "bridge_v2_sample")):
-        assert episode.columns["action"].shape[1] == 7
-        assert_same(dataset.episode(i), episode)
+def test_the_bridge_sample_is_read(tmp_path):
+    data = open_demonstrations(REAL_DATA / "bridge_v2_sample").read("all", 32, cache=tmp_path)
+    assert len(data.tasks) == 9 and data.action.shape == (336, 7)
+    paths = [path for paths in BridgeFrames(REAL_DATA / "bridge_v2_sample").paths for path in paths]
+    for frame in (0, 100, 335):
+        np.testing.assert_array_equal(data.images([frame])[0], square(paths[frame], 32)[0])
 
 
 def bridge_row(**changes) -> dict:
@@ -42,10 +40,11 @@ def test_bridge_rows(tmp_path):
     (tmp_path / "0.png").write_bytes(b"kept as it is")
     rows = [bridge_row(), bridge_row(step=1, action=[1] * 7), bridge_row(episode=6)]
     (tmp_path / "frames.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first, second = bridge_episodes(tmp_path)
+    data = BridgeFrames(tmp_path)
+    first, second = data.episodes
     assert first.task == "öffne" and first.extra == {"name": "bridge-4", "rephrasings": "a\nb"}
     np.testing.assert_array_equal(first.columns["action"], np.float32([[0] * 7, [1] * 7]))
-    assert second.images == {"observation.images.image_0": [b"kept as it is"]}
+    assert second.task == "öffne" and list(data.pictures(1, CAMERA, [0])) == [b"kept as it is"]
 
 
 @pytest.mark.parametrize(
@@ -64,4 +63,4 @@ def test_a_bridge_row_that_is_malformed(tmp_path, changes, error):
     (tmp_path / "0.png").write_bytes(b"")
     (tmp_path / "frames.jsonl").write_text(json.dumps(bridge_row(**changes)))
     with pytest.raises(error):
-        list(bridge_episodes(tmp_path))
+        list(BridgeFrames(tmp_path).pictures(0, CAMERA, [0]))

@@ -10,7 +10,6 @@ from PIL import Image
 
 from nanochat.agent import Agent
 from nanochat.cli import main as cli
-from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
@@ -23,6 +22,7 @@ from nanochat.training.robot_models import new_cameras, of_cameras
 from nanochat.training.robots import RobotTask
 from nanochat.training.run import Run
 from nanochat.training.task import set_training
+from tests.data_files import demonstrations
 from tests.test_robot_train import SIZE, TINY, toy_episode
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -51,7 +51,7 @@ def trained(folder, tmp_path_factory):
 
 
 def test_pictures_come_camera_by_camera():
-    data = Demonstrations([two_cameras(n, length=3) for n in range(2)], SIZE, task_name)
+    data = demonstrations([two_cameras(n, length=3) for n in range(2)], SIZE, task_name)
     images, counts = camera_pictures(data, [0, 4], about=[5])
     assert counts == [3, 2]
     np.testing.assert_array_equal(images[:3], data.images([0, 4, 5]))
@@ -167,9 +167,9 @@ def test_a_run_goes_on_with_its_own_cameras(folder, trained, tmp_path):
 
 def test_another_picture_of_the_second_camera_is_other_data():
     episodes = [two_cameras(n, length=3) for n in range(2)]
-    one = {"training": demonstrations_fingerprint(Demonstrations(episodes, SIZE))}
+    one = {"training": demonstrations_fingerprint(demonstrations(episodes, SIZE))}
     episodes[1].images[WRIST][2] = episodes[1].images[FRONT][2]
-    other = {"training": demonstrations_fingerprint(Demonstrations(episodes, SIZE))}
+    other = {"training": demonstrations_fingerprint(demonstrations(episodes, SIZE))}
     assert changes(one, other) == ["other pictures in the training data"]
 
 

@@ -18,6 +18,7 @@ from nanochat.serving.policy import SafePolicy
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch
 from nanochat.training.robot_models import fields_of_deltas
+from tests.data_files import demonstrations
 from tests.tiny_policy import make_policy, make_tokenizer, policy_like
 
 TOKENIZER = make_tokenizer(["lift the cup"])
@@ -41,7 +42,7 @@ def recording(n_episodes=6, length=40, seed=0) -> Demonstrations:
         action[:, 2] = rng.choice([0.0, 5.0], length)
         columns = {"observation.state": path[:-1].astype(np.float32), "action": action.astype(np.float32)}
         episodes.append(Episode("lift the cup", columns, {"observation.images.front": [BLACK] * length}))
-    return Demonstrations(episodes, 32)
+    return demonstrations(episodes, 32)
 
 
 FIT, VAL = recording(), recording(2, seed=1)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.data import digests, frame_store
-from nanochat.data.demonstrations import DemonstrationFolder, open_demonstrations
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
 from nanochat.data.lerobot import RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.files import DataError

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.cli.main import is_recording
-from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.data.demonstration_folder import open_demonstrations
+from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
@@ -23,7 +24,7 @@ from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, liveliest
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary, verdict
 from nanochat.training.recipes import Robot
 from nanochat.training.robots import RobotTask
-from tests.data_files import encode, write_lines
+from tests.data_files import demonstrations, encode, write_lines
 from tests.tiny_policy import make_policy, make_tokenizer
 
 SIZE = 32
@@ -41,7 +42,7 @@ def arm_episode(seed: int, length: int = 12, task: str = "lift", **changes) -> E
 
 
 def arm_data(*seeds: int, **changes) -> Demonstrations:
-    return Demonstrations((arm_episode(seed, **changes) for seed in seeds), SIZE, fps=10)
+    return demonstrations((arm_episode(seed, **changes) for seed in seeds), SIZE, fps=10)
 
 
 # ---- baselines
@@ -96,8 +97,8 @@ def test_the_nearest_state_is_found_by_brute_force_and_its_chunk_ends_with_its_e
 
 
 def test_the_nearest_state_is_of_the_same_task_where_training_has_it():
-    known = Demonstrations([arm_episode(0), arm_episode(1, task="push")], SIZE)
-    near = Demonstrations([arm_episode(0, task="push"), arm_episode(0, task="new")], SIZE)
+    known = demonstrations([arm_episode(0), arm_episode(1, task="push")], SIZE)
+    near = demonstrations([arm_episode(0, task="push"), arm_episode(0, task="new")], SIZE)
     found = baselines(near, np.array([4, 16]), 1, "absolute", known)[NEAREST][:, 0]
     assert (found[0] == known.action[12:]).all(1).any()  # the state of "lift" is the same, but the task is "push"
     np.testing.assert_array_equal(found[1], known.action[4])
@@ -267,7 +268,7 @@ class GreyAgent:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_conditions_change_only_what_they_say(batch_size):
-    data = Demonstrations([arm_episode(seed, task="lift" + " it" * (seed % 2)) for seed in range(4)], SIZE)
+    data = demonstrations([arm_episode(seed, task="lift" + " it" * (seed % 2)) for seed in range(4)], SIZE)
     frames = frames_to_ask(data, 24)
     found = run_open_loop(GreyAgent(), data, frames, batch_size, data, lambda starts, description: starts)
     right, shuffled, blind, other = (found.chunks[row][:, 0] for row in ("policy", "shuffled", "blind", "other task"))
@@ -293,7 +294,7 @@ def test_one_episode_is_shuffled_with_a_training_episode():
 def test_several_cameras_are_shown_by_name():
     episode = arm_episode(1)
     episode.images["observation.images.wrist"] = arm_episode(2).images["observation.images.front"]
-    data = Demonstrations([episode], SIZE)
+    data = demonstrations([episode], SIZE)
     run = [lambda starts, description: starts]
     found = run_open_loop(GreyAgent(["front", "wrist"]), data, np.array([3]), 4, None, *run)
     assert found.chunks["policy"][0, 0, 0] == (20 + 3) + (40 + 3)

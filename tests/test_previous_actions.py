@@ -16,6 +16,8 @@ from nanochat.data.lerobot import Episode
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
 from nanochat.evaluation.open_loop import run_open_loop
+from nanochat.evaluation.open_loop_plot import STYLES
+from nanochat.evaluation.open_loop_report import number_table
 from nanochat.previous_actions import MOTION_STEPS, PREVIOUS, completed, motions
 from nanochat.robot_gpt import RobotGPTConfig
 from nanochat.serving.policy import SafePolicy
@@ -23,6 +25,7 @@ from nanochat.training.recipes import Robot
 from nanochat.training.robot_batches import action_batch, noisy_states, previous_actions
 from nanochat.training.robot_data import suited
 from nanochat.training.robot_models import adopted, fields_of_deltas
+from tests.data_files import demonstrations
 from tests.tiny_policy import make_policy, make_tokenizer, policy_like
 
 TOKENIZER = make_tokenizer(["lift the cup"])
@@ -43,7 +46,7 @@ def recording(n_episodes=3, length=40, seed=0) -> Demonstrations:
         state[:, 3] = rng.normal(0, 3, length)
         columns = {"observation.state": state, "action": action}
         episodes.append(Episode("lift the cup", columns, {"observation.images.front": [BLACK] * length}))
-    return Demonstrations(episodes, 32, fps=10.0)
+    return demonstrations(episodes, 32, fps=10.0)
 
 
 DATA = recording()
@@ -223,6 +226,9 @@ def test_the_report_shows_the_recorded_ones_and_a_row_without(model):
     np.testing.assert_allclose(found.chunks["policy"], told, atol=1e-5)
     np.testing.assert_allclose(alone[0], told[0], atol=1e-5)  # the first frame has none
     assert np.abs(alone[1:] - told[1:]).max() > 1e-2
+    assert set(found.chunks) <= set(STYLES)  # the plot has a curve for each
+    table = number_table(found, list("abcd"), [""] * 4)
+    assert [str(column.header).replace("\n", " ") for column in table.columns][2:4] == ["policy", "no last actions"]
 
 
 def test_a_client_sends_them_along(model, caplog):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
@@ -18,6 +17,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.metaworld.instructions import INSTRUCTIONS
 from nanochat.metaworld.scene import Question
 from nanochat.tokenizer import Tokenizer
+from tests.data_files import demonstrations
 from tests.tiny_policy import make_policy, make_tokenizer
 
 SIZE = 32
@@ -82,7 +82,7 @@ class GreyAgent:
 
 
 def ask_greys(n_episodes, batch_size):
-    data = Demonstrations([toy_episode(n + 1) for n in range(n_episodes)], SIZE)
+    data = demonstrations([toy_episode(n + 1) for n in range(n_episodes)], SIZE)
     asked = [([frame], Question("task", "?", "!")) for frame in range(len(data))]
     asked += [([frame - 1, frame], Question("change", "?", "!", 2)) for frame in range(1, 6)]
     answers = answer_questions(GreyAgent(), data, asked, batch_size)

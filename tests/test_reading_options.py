@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.data.columns import number_names
-from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.data.demonstration_folder import open_demonstrations
+from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import NO_TASK, Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.targets import find_targets
 from nanochat.errors import UserError
 from nanochat.training.recipes import Robot
 from nanochat.training.robot_data import check_rate, chunk_length, describe_columns, read_data
-from tests.data_files import CAMERA, SHAPE, encode, make_episode
+from tests.data_files import CAMERA, SHAPE, demonstrations, encode, make_episode
 from tests.test_robot_data import DATA, edit_info, edit_table, replaced
 
 SIZE = 32
@@ -182,7 +183,7 @@ def of_rate(fps: float, scene: bool = False) -> Demonstrations:
     if scene:
         columns |= {f"observation.{name}": numbers(1, 1)[:, 0] > 0 for name in ("success", "held")}
         columns["observation.environment_state"] = numbers(2, 39)
-    return Demonstrations([episode_with(columns)], SIZE, fps=fps)
+    return demonstrations([episode_with(columns)], SIZE, fps=fps)
 
 
 @pytest.mark.parametrize(

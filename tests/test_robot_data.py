@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from nanochat.data.bridge import bridge_episodes
-from nanochat.data.demonstrations import Demonstrations, open_demonstrations
+from nanochat.data.bridge import BridgeFrames
+from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.data.lerobot import EPISODES_PATH, NO_TASK, TASKS_PATH, Episode, RobotDataset
 from nanochat.data.lerobot_writer import DATA_PATH, write_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 from nanochat.metaworld.questions import task_name
 from nanochat.vision.images import square
-from tests.data_files import CAMERA, SHAPE, make_episode, write_lines
+from tests.data_files import CAMERA, SHAPE, demonstrations, make_episode, write_lines
 
 DATA = DATA_PATH.format(chunk_index=0, file_index=0)
 SIZE = 32
@@ -121,14 +121,14 @@ def test_frames_of_bridge_have_their_own_instructions(tmp_path):
     row = {"image": "0.png", "rephrasings": [], "action": [0] * 7, "state": [0] * 7}
     rows = [row | {"episode": 0, "step": n, "instruction": text} for n, text in enumerate(("lift", "lift", "drop"))]
     write_lines(tmp_path / "frames.jsonl", *rows)
-    assert next(bridge_episodes(tmp_path)).frame_tasks == ["lift", "lift", "drop"]
+    assert BridgeFrames(tmp_path).episodes[0].frame_tasks == ["lift", "lift", "drop"]
     found = open_demonstrations(tmp_path)
     assert found.read("all", SIZE).by_task == {"lift": [(0, 2)], "drop": [(2, 3)]}
     assert found.unreadable == ["state"]
 
 
 def test_simulated_episodes_keep_their_name():
-    data = Demonstrations([replace(make_episode(3, 0), extra={"name": "push"})], SIZE, task_name)
+    data = demonstrations([replace(make_episode(3, 0), extra={"name": "push"})], SIZE, task_name)
     assert list(data.by_task) == ["push"]
 
 
@@ -162,7 +162,7 @@ def picture_files() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", list(picture_files()))
 def test_training_sees_the_pixels_that_a_policy_sees(name, size):
     picture = picture_files()[name]
-    data = Demonstrations([replace(make_episode(1, 0), images={CAMERA: [picture]})], size)
+    data = demonstrations([replace(make_episode(1, 0), images={CAMERA: [picture]})], size)
     np.testing.assert_array_equal(data.images([0])[0], square(picture, size)[0])
 
 
@@ -247,7 +247,7 @@ def test_columns_that_change_their_size_are_named():
     other = make_episode(3, 1)
     other.columns["action"] = other.columns["action"][:, :2]
     with pytest.raises(ValueError, match=r"'action' must have the same size in all episodes, found \(2,\), \(3,\)"):
-        Demonstrations([make_episode(3, 0), other], SIZE)
+        demonstrations([make_episode(3, 0), other], SIZE)
 
 
 def test_a_folder_that_is_missing_or_of_another_kind(tmp_path):

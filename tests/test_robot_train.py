@@ -11,7 +11,6 @@ from PIL import Image
 
 from nanochat.agent import Agent
 from nanochat.checkpoint import load_resume
-from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.pictures import encode_png
@@ -24,6 +23,7 @@ from nanochat.training.robot_batches import action_batch, check_wrong_words, que
 from nanochat.training.robots import RobotTask, read_data
 from nanochat.training.run import Run
 from nanochat.training.task import set_training
+from tests.data_files import demonstrations
 from tests.test_train import interrupt_at
 
 SIZE = 32
@@ -92,7 +92,7 @@ def test_validation_episodes_are_of_every_task_and_not_trained_on(folder):
 @pytest.mark.parametrize("lengths, share", [([60, 60, 60], 1 / 2), ([60, 60, 20], 1 / 4)])
 def test_tasks_are_drawn_as_often_as_their_episodes_are_long_however_many_they_are(lengths, share):
     episodes = [toy_episode(n, length=length) for n, length in zip((0, 2, 1), lengths, strict=True)]
-    data = Demonstrations(episodes, SIZE, task_name)
+    data = demonstrations(episodes, SIZE, task_name)
     drawn = data.draw(4000, np.random.default_rng(0))
     assert np.mean([data.task(frame) == "push" for frame in drawn]) == pytest.approx(share, abs=0.05)
     assert all(data.end[frame] - frame <= 5 for frame in data.draw(100, np.random.default_rng(0), last=5))
@@ -100,7 +100,7 @@ def test_tasks_are_drawn_as_often_as_their_episodes_are_long_however_many_they_a
 
 def test_chunks_stop_at_the_episodes_end():
     episodes = [toy_episode(0), toy_episode(1)]
-    data = Demonstrations(episodes, SIZE)
+    data = demonstrations(episodes, SIZE)
     chunks, inside = data.chunks([0, 10, 12], 4)
     assert inside.tolist() == [[True] * 4, [True, True, False, False], [True] * 4]
     assert (chunks[1] == episodes[0].columns["action"][0]).all()  # nothing of the next episode
@@ -154,7 +154,7 @@ def test_wrong_words_are_of_another_scene_and_move_nothing(built):
     _, tokenizer, models = built
     names = ("reach", "push", "door-open", "window-close")
     episodes = [replace(toy_episode(n), extra={"name": name}) for n, name in enumerate(names)]
-    data = Demonstrations(episodes, SIZE, task_name)
+    data = demonstrations(episodes, SIZE, task_name)
     frames = list(range(len(data))) * 8
     batch = action_batch(data, frames, models["continuous"], tokenizer, np.random.default_rng(0), 0.5)
     chunks = models["continuous"].action_scale.restore(batch.chunks.numpy())
@@ -169,7 +169,7 @@ def test_wrong_words_are_of_another_scene_and_move_nothing(built):
 
 
 def test_wrong_words_need_motions_and_other_scenes():
-    data = Demonstrations([toy_episode(0), toy_episode(1)], SIZE, task_name)
+    data = demonstrations([toy_episode(0), toy_episode(1)], SIZE, task_name)
     with pytest.raises(UserError, match="relative actions"):
         check_wrong_words(data, "absolute")
     with pytest.raises(UserError, match="none for 'reach' \\(2 tasks\\)"):

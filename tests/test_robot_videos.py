@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -10,13 +11,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from nanochat.data.demonstrations import open_demonstrations
+from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.data.lerobot import EPISODES_PATH, RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
-from nanochat.data.video import video_frames
+from nanochat.data.video import video_pictures
 from nanochat.files import DataError
 from nanochat.vision.images import square
-from tests.data_files import SHAPE, make_episode
+from tests.data_files import SHAPE, encode, make_episode
 from tests.test_robot_data import DATA, SIZE, edit_info, edit_table, replaced
 
 
@@ -38,7 +39,7 @@ def write_video(path, n: int, fps: str, skip: tuple[int, ...] = (), noise: bool 
         container.mux(stream.encode())
 
 
-def shown(pictures: list[bytes], n: int) -> list[int]:
+def shown(pictures: Iterable[bytes], n: int) -> list[int]:
     """The numbers of the pictures in a video of n."""
     return [round((np.asarray(Image.open(io.BytesIO(data))).mean() - 10) * n / 240) for data in pictures]
 
@@ -48,19 +49,21 @@ def shown(pictures: list[bytes], n: int) -> list[int]:
 )
 def test_videos_are_read_by_time_stamps(tmp_path, of_video, of_data):
     write_video(tmp_path / "a.mp4", 120, of_video)
-    found = shown(video_frames(tmp_path / "a.mp4", 0.0, np.arange(120) / of_data, of_data, "episode 0"), 120)
+    pictures = video_pictures(tmp_path / "a.mp4", 0.0, np.arange(120) / of_data, of_data, "episode 0")
+    found = shown(map(encode, pictures), 120)
     np.testing.assert_allclose(found, np.arange(120), atol=1)
 
 
 def test_a_dropped_picture_is_replaced_by_its_neighbour_and_a_gap_is_named(tmp_path):
     write_video(tmp_path / "a.mp4", 20, "10", skip=(7,))
-    found = shown(video_frames(tmp_path / "a.mp4", 0.0, np.arange(20) * 0.1 + 0.03, 10, "episode 0"), 20)
+    pictures = video_pictures(tmp_path / "a.mp4", 0.0, np.arange(20) * 0.1 + 0.03, 10, "episode 0")
+    found = shown(map(encode, pictures), 20)
     assert found[:7] == list(range(7)) and found[8:] == list(range(8, 20))
     write_video(tmp_path / "b.mp4", 20, "10", skip=(7, 8, 9))
     with pytest.raises(
         DataError, match=r"b.mp4: episode 4, front: must have 20 frames .* found 7: .* no picture at 0.700 s"
     ):
-        video_frames(tmp_path / "b.mp4", 0.0, np.arange(20) * 0.1, 10, "episode 4, front")
+        list(video_pictures(tmp_path / "b.mp4", 0.0, np.arange(20) * 0.1, 10, "episode 4, front"))
 
 
 def video_dataset(folder, times=None):

@@ -7,7 +7,7 @@ from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
 from nanochat.data.pictures import encode_png
 from nanochat.data.targets import find_targets
-from tests.data_files import CAMERA
+from tests.data_files import CAMERA, demonstrations
 
 
 def recorded(
@@ -29,7 +29,7 @@ def recorded(
             columns[state] = states[:-1].astype(np.float32)
         images = {CAMERA: [encode_png(np.zeros((8, 8, 3), np.uint8))] * length}
         episodes.append(Episode("go", columns, images))
-    return Demonstrations(episodes, 8)
+    return demonstrations(episodes, 8)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +55,6 @@ class BridgeFrames:
                 name = short_repr(str(path.relative_to(self.folder)))
                 raise FileNotFoundError(f"{self.episodes[number].name}: frame {frame}: the picture {name} is missing")
         return paths, ""
-
-
-def bridge_episodes(folder: str | Path) -> Iterator[Episode]:
-    """The episodes of a folder with their pictures, one in memory at a time. Raises as `BridgeFrames` and its `pictures`."""
-    data = BridgeFrames(folder)
-    for number, episode in enumerate(data.episodes):
-        yield replace(episode, images={CAMERA: list(data.pictures(number, CAMERA, range(len(data.paths[number]))))})
 
 
 def episode_of(frames: list[dict], number: object, where: str) -> Episode:

@@ -6,16 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.data.columns import check_fetched
-from nanochat.data.pictures import encode_png
 from nanochat.files import DataError
 
 TOLERANCE = 0.75  # of the time between two frames: how far from its time stamp a picture may be
 DRIFT = 0.002  # seconds per second: a video of 29.97 frames per second that is described as 30 differs by half of this
-
-
-def video_frames(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> list[bytes]:
-    """The same as `video_pictures`, encoded as PNG."""
-    return [encode_png(picture) for picture in video_pictures(path, start, times, fps, where)]
 
 
 def video_pictures(path: Path, start: float, times: Sequence[float], fps: float, where: str) -> Iterator[np.ndarray]:

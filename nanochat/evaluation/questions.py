@@ -19,7 +19,8 @@ from rich.table import Table
 
 from nanochat.agent import Agent
 from nanochat.conversation import user_message
-from nanochat.data.demonstrations import DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
+from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
 from nanochat.evaluation.held_out import HELD_OUT, same_data

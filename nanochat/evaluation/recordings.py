@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from nanochat.agent import Agent
-from nanochat.data.demonstrations import ACTION, STATE, DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
+from nanochat.data.demonstrations import ACTION, STATE, Demonstrations
 from nanochat.errors import UserError
 from nanochat.evaluation.held_out import same_data
 from nanochat.evaluation.open_loop import check_sizes, frames_to_ask, predict, run_open_loop

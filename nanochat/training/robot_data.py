@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from nanochat.data.demonstrations import ACTION, STATE, DemonstrationFolder, Demonstrations, open_demonstrations
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
+from nanochat.data.demonstrations import ACTION, STATE, Demonstrations
 from nanochat.data.lerobot import NO_TASK
 from nanochat.errors import UserError
 from nanochat.metaworld.questions import SCENE_COLUMNS, has_scene, task_name
