@@ -25,14 +25,14 @@ from nanochat.files import atomic_path, sha256
 
 CALIBRATION = 32  # pictures
 SECTION = "What int8 and pruning cost"
-FORMS = {"float32": False, "int8": True, "pruned, float32": False, "pruned, int8": True}
+FORMS = {"float32": False, "int8": True, "pruned, int8": True}
 
 
 @dataclass
 class Args:
     models: tyro.conf.Positional[tuple[str, ...]] = ("shapes", "photos", "robot")
     pruned: tuple[str, ...] = ()
-    "A model and the checkpoint of the pruned one that was trained again, such as photos=runs/photos-pruned."
+    "A model and the checkpoint of the pruned one, such as photos=runs/photos-pruned."
     photos: str = "../shared/data/flickr8k"
     "Pictures with captions, with the splits train and dev."
     samples: int = 300
@@ -174,11 +174,11 @@ def answers(agent, title: str, source: str, split: str, n: int) -> dict:
 
 
 def rollouts(folder: Path, args: Args) -> dict:
-    from nanochat.evaluation.rollout import run_rollouts
+    from nanochat.evaluation.rollout import Settings, run_rollouts
     from nanochat.metaworld.instructions import task_list
 
-    wanted = (args.episodes, 0, ["policy"], 5, None, args.processes, None, None, "cpu")
-    found = run_rollouts(str(folder), task_list(["mt10"]), *wanted)["drivers"]["policy"]
+    wanted = {"episodes": args.episodes, "processes": args.processes}
+    found = run_rollouts(str(folder), task_list(["mt10"]), Settings(), **wanted)["drivers"]["policy"]
     low, high = found["pooled_ci95"]
     success = {"value": 100 * found["pooled"], "low": 100 * low, "high": 100 * high}
     return {f"MT10, {10 * args.episodes} episodes, %": success, "jerk, mm/step³": {"value": found["jerk"]}}
