@@ -111,19 +111,9 @@ def pictures(tmp_path_factory):
 
 
 def test_few_pictures_teach_photos_new_words(pictures, tmp_path, capsys):
-    words = [
-        "--out",
-        str(tmp_path / "mine"),
-        "--steps",
-        "6",
-        "--images-per-step",
-        "6",
-        "--warmup-steps",
-        "1",
-        "--threads",
-        "1",
-    ]
-    train(["folder", "--data", str(pictures), *words, "--flip", "none", "--eval-every", "6"])
+    words = "--steps 6 --images-per-step 6 --warmup-steps 1 --threads 1 --flip none --eval-every 6".split()
+    words += "--matrix-lr 0.01 --embedding-lr 5e-3 --head-lr 1e-3".split()  # higher ones, for so few steps
+    train(["folder", "--data", str(pictures), "--out", str(tmp_path / "mine"), *words])
     printed = capsys.readouterr().out
     assert "starting from the checkpoint photos" in printed
     before, after = load_checkpoint("photos"), load_checkpoint(tmp_path / "mine")
