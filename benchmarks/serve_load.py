@@ -50,9 +50,10 @@ def body(question: str, url: str | None, **options) -> dict:
 
 
 async def ask(http: httpx.AsyncClient, sent: dict, stop_after: int | None = None, slow: float = 0.0) -> dict:
-    """{"status", "text", "first": seconds to the first text, "all": seconds, "tokens", "timings"}. stop_after: so many events,
-    then the client goes."""
-    since, found = time.perf_counter(), {"status": 0, "text": "", "first": None, "tokens": 0, "timings": {}}
+    """{"status", "text", "first": seconds to the first text, "all": seconds, "tokens", "timings", "in time": whether the answer
+    was not cut off by the server's limit of seconds}. stop_after: so many events, then the client goes."""
+    since = time.perf_counter()
+    found = {"status": 0, "text": "", "first": None, "tokens": 0, "timings": {}, "in time": True}
     async with http.stream("POST", "/v1/chat/completions", json=sent) as answer:
         found["status"] = answer.status_code
         events = 0
@@ -66,15 +67,18 @@ async def ask(http: httpx.AsyncClient, sent: dict, stop_after: int | None = None
                 found["text"] += piece
             if chunk.get("usage"):
                 found["tokens"], found["timings"] = chunk["usage"]["completion_tokens"], chunk["timings"]
+                found["in time"] = not any("time of this request" in note for note in chunk.get("notes", ()))
             await asyncio.sleep(slow)
             if stop_after is not None and events >= stop_after:
                 break
     return found | {"all": time.perf_counter() - since}
 
 
-def resident_mb(pid: int) -> float:
+async def memory_mb(http: httpx.AsyncClient, pid: int) -> tuple[float, float]:
+    """(MB that the server holds, those of them that are kept vectors, keys and values)."""
+    kept = re.findall(r"^nanochat_(?:pictures|prefixes)_bytes\{.* (\S+)$", (await http.get("/metrics")).text, re.M)
     with open(f"/proc/{pid}/status") as status:
-        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024, sum(map(float, kept)) / 2**20
 
 
 def ask_alone(address: str, sent: dict) -> dict:
@@ -146,7 +150,7 @@ async def mixed(
     """Short and long questions, known and new pictures, and clients that go in the middle."""
     end, counts, memory = (
         time.perf_counter() + seconds,
-        {"answers": 0, "5xx": 0, "429": 0, "wrong": 0, "cut off": 0},
+        {"answers": 0, "5xx": 0, "429": 0, "wrong": 0, "cut off": 0, "out of time": 0},
         [],
     )
 
@@ -165,19 +169,22 @@ async def mixed(
                 counts["5xx"] += 1
             elif gone is not None:
                 counts["cut off"] += 1
+            elif not found["in time"]:
+                counts["out of time"] += 1
             else:
                 counts["answers"] += 1
                 counts["wrong"] += known and found["text"] != expected[question, i]
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            memory.append((time.perf_counter(), resident_mb(pid)))
-            await asyncio.sleep(0.5)
+            memory.append((time.perf_counter(), *await memory_mb(http, pid)))
+            await asyncio.sleep(1)
 
     start = time.perf_counter()
     await asyncio.gather(watch(), *map(client, range(clients)))
-    later = [mb for at, mb in memory if at - start > WARM_UP * seconds]
-    return counts | {"MB after warm-up": later[0], "MB at the end": statistics.median(later[-5:])}
+    later = [found for at, *found in memory if at - start > WARM_UP * seconds]
+    ends = [np.median(part, axis=0) for part in (later[:5], later[-5:])]
+    return counts | {"MB": [mb for mb, _ in ends], "kept MB": [kept for _, kept in ends]}
 
 
 async def vanishing(http: httpx.AsyncClient, good: Good, urls: list[str]) -> tuple[float, float]:
@@ -232,9 +239,13 @@ class Measures:
             (q, i): (await ask(self.http, body(q, url)))["text"] for q in QUESTIONS for i, url in enumerate(self.urls)
         }
         counts = await mixed(self.http, self.pid, self.clients * 4, self.seconds, self.urls, expected)
-        growth = 100 * (counts["MB at the end"] / counts["MB after warm-up"] - 1)
-        told = ", ".join(f"{name} {round(value)}" for name, value in counts.items())
-        row(f"mixed, {self.clients * 4} clients, {self.seconds:.0f} s", f"{told} ({growth:+.1f} %)")
+        (before, after), kept = counts.pop("MB"), counts.pop("kept MB")
+        told = ", ".join(f"{name} {value}" for name, value in counts.items())
+        row(f"mixed, {self.clients * 4} clients, {self.seconds:.0f} s", told)
+        row(
+            "memory of the server after the warm-up and at the end (of it vectors, keys and values)",
+            f"{before:.0f} ({kept[0]:.0f}) and {after:.0f} ({kept[1]:.0f}) MB, {100 * (after / before - 1):+.1f} %",
+        )
 
 
 NAMES = ("again", "throughput", "waiting", "vanishing", "mixed")

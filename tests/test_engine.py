@@ -169,6 +169,26 @@ def test_any_schedule_of_rows_gives_the_answers_of_single_rows(schedule, random)
 MODEL = make_model()
 
 
+def test_a_short_prompt_gets_its_first_token_in_a_step_of_its_own(model):
+    prompts, engine, said = ([1, 2, 3], [4, 5], list(range(1, 40))), Engine(model), {}
+
+    def step():
+        found = engine.step()
+        for row, token in found.items():
+            said.setdefault(row, []).append(token)
+        return set(found)
+
+    first = engine.add(prompts[0], 6)
+    assert step() == {first}
+    second = engine.add(prompts[1], 6)
+    assert step() == {second} and step() == {first, second}
+    third = engine.add(prompts[2], 6)  # long: read beside the others
+    assert step() == {first, second, third}
+    while engine.rows:
+        step()
+    assert list(said.values()) == [Engine(model).generate([prompt], 6)[0] for prompt in prompts]
+
+
 def test_a_joined_cache_holds_the_rows_of_both():
     config = MODEL.config
     first, second = KVCache(config, 2, 5), KVCache(config, 1, 9)

@@ -9,7 +9,7 @@ from typing import Any
 from nanochat.agent import n_common
 from nanochat.engine import Cache, Engine
 
-MOST_BYTES = 128 * 2**20  # of keys and values that are kept
+MOST_BYTES = 64 * 2**20  # of keys and values that are kept
 WORTH = 16  # tokens of text that are worth a copy; a picture always is
 
 Named = tuple[int | tuple[bytes, int], ...]  # a prompt in which the places of pictures name what stands there

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nanochat.vision.images import ImageError, open_image
 
-MOST_BYTES = 256 * 2**20  # of vectors that are kept
+MOST_BYTES = 64 * 2**20  # of vectors that are kept
 Key = tuple[bytes, ...]
 
 
