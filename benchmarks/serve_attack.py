@@ -72,7 +72,7 @@ def broken_picture(rng: random.Random) -> str:
 def attack(http: httpx.Client, requests: int) -> None:
     rng, statuses, slowest, right = random.Random(0), collections.Counter(), 0.0, bodies()
     for number in range(requests):
-        path, sent = PATHS[number % len(PATHS)], right[number % len(PATHS)]
+        path, sent = PATHS[number // 2 % len(PATHS)], right[number // 2 % len(PATHS)]
         if number % 2:
             path, sent = "/v1/embeddings", {"input": broken_picture(rng)}
         text = json.dumps(mutated(sent, rng) if number % 2 == 0 else sent)
