@@ -16,7 +16,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORT = "import time; t = time.perf_counter(); import nanochat.runtime; print(time.perf_counter() - t)"
+IMPORT = """
+import time
+start, own = time.perf_counter(), time.process_time()
+import nanochat.runtime
+print(time.perf_counter() - start, time.process_time() - own)
+"""
 ANSWER = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -49,13 +54,13 @@ def main() -> None:
         install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", ROOT]
         subprocess.run(install, check=True)
         packages, models = size_of(folder) - empty, size_of(options.exported)
-        imports = [float(subprocess.check_output([python, "-c", IMPORT], cwd=folder)) for _ in range(5)]
+        imports = [subprocess.check_output([python, "-c", IMPORT], cwd=folder).split() for _ in range(7)]
+        waited, own = (statistics.median(map(float, column)) for column in zip(*imports, strict=True))
         words = [python, "-c", ANSWER, options.exported.resolve(), options.picture.resolve()]
         found = json.loads(subprocess.check_output(words, cwd=folder))
         print(f"packages {packages / 1e6:.0f} MB, the exported model {models / 1e6:.1f} MB")
-        print(
-            f"import {statistics.median(imports):.2f} s (median of 5), load {found['load']:.2f} s, answer {found['answer']:.2f} s"
-        )
+        print(f"import {waited:.2f} s, of the processor {own:.2f} s (medians of 7)")
+        print(f"load {found['load']:.2f} s, answer {found['answer']:.2f} s")
         print(f"peak resident memory {found['peak'] / 1e6:.0f} MB; torch imported: {found['torch']}")
         print(f"said: {found['said']}")
         if found["torch"]:
