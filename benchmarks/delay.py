@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.evaluation.rollout import run_rollouts
+from nanochat.evaluation.rollout import Settings, run_rollouts
 from nanochat.files import atomic_path
 from nanochat.metaworld.instructions import task_list
 
@@ -35,13 +35,13 @@ class Args:
 
 
 def rows(args: Args) -> dict[str, dict]:
-    """Name -> arguments of `run_rollouts`."""
+    """Name -> fields of `rollout.Settings`."""
     found = {}
     for delay in args.delays:
         for committed in (True, False) if delay else (False,):
             name = f"delay {delay}{', committed' if committed else ''}"
-            found[name] = {"delay": delay, "committed": committed, "execute": args.execute}
-    return found | {"ensembling": {"ensemble": 0.01, "committed": False, "execute": 1}}
+            found[name] = {"delay": delay, "committed": None if committed else 0, "execute": args.execute}
+    return found | {"ensembling": {"ensemble": 0.01, "committed": 0, "execute": 1}}
 
 
 def main(args: Args) -> None:
@@ -52,9 +52,13 @@ def main(args: Args) -> None:
         key = json.dumps([*settings, wanted])
         if key not in done:
             found = run_rollouts(
-                args.checkpoint, task_list(args.tasks), args.episodes, args.seed, ["policy"], wanted.pop("execute"), None,
-                args.processes, None, None, "cpu", **wanted,
-            )  # fmt: skip
+                args.checkpoint,
+                task_list(args.tasks),
+                Settings(**wanted),
+                episodes=args.episodes,
+                seed=args.seed,
+                processes=args.processes,
+            )
             done[key] = found["drivers"]["policy"] | {"name": name}
             with atomic_path(args.out) as new:
                 new.write_text(json.dumps(done, indent=1))

@@ -106,7 +106,7 @@ def run_row(args: Args, name: str, recipe: Folder | None, folder: Path) -> dict:
         checkpoint = str(Run(recipe).train())
         training = load_checkpoint(checkpoint)[2]
         row |= {"minutes": round(training["seconds"] / 60, 1), "steps": training["steps"]}
-    result = evaluate_dataset(checkpoint, str(folder), "val", None, None, 64, True, pick_device(args.device))
+    result = evaluate_dataset(checkpoint, str(folder), "val", strict=True, device=pick_device(args.device))
     found = {measure: result[measure] for measure in MEASURES if measure in result}
     return row | {"total_minutes": round((time.monotonic() - since) / 60, 1)} | found
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanochat.data import DataError, load_dataset
 from nanochat.errors import UserError
@@ -40,7 +39,7 @@ def mixed(tmp_path_factory):
 
 
 def run_eval(out, data, split=None, json_out=None):
-    return evaluate_dataset(str(out), str(data), split, None, json_out, 8, False, torch.device("cpu"))
+    return evaluate_dataset(str(out), str(data), split, json_out=json_out, batch_size=8)
 
 
 def test_eval_of_mixed_rows_takes_what_it_can_and_says_the_rest(mixed, capsys):

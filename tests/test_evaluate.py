@@ -307,7 +307,7 @@ def test_eval_says_what_it_evaluates(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nanochat.evaluation.pictures.Agent.load", lambda *_: Pictures())
 
     def run(split):
-        found = evaluate_dataset("x", str(photos), split, None, tmp_path / "r.json", 8, False, torch.device("cpu"))
+        found = evaluate_dataset("x", str(photos), split, json_out=tmp_path / "r.json", batch_size=8)
         assert json.loads((tmp_path / "r.json").read_text()) == found
         return found, " ".join(capsys.readouterr().out.split())
 

@@ -63,7 +63,9 @@ def checkpoint(folder, tmp_path_factory):
 
 
 def evaluate(checkpoint, folder, split="all", n_frames=8, batch_size=16, json_out=None):
-    return evaluate_questions(checkpoint, str(folder), split, n_frames, batch_size, json_out, torch.device("cpu"))
+    return evaluate_questions(
+        checkpoint, str(folder), split, n_frames=n_frames, batch_size=batch_size, json_out=json_out
+    )
 
 
 # ---- conditions ----

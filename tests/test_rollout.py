@@ -19,6 +19,7 @@ from nanochat.evaluation.rollout import (
     PROTOCOLS,
     Job,
     Outcome,
+    Settings,
     instruction_for,
     layout_seed,
     make_jobs,
@@ -28,6 +29,7 @@ from nanochat.evaluation.rollout import (
 )
 from nanochat.evaluation.rollout_figures import MOTION_MM, jerk
 from nanochat.metaworld.instructions import INSTRUCTIONS, MT10, TIERS
+from nanochat.metaworld.simulator import CAMERA
 from nanochat.robot_gpt import RobotGPT
 from nanochat.workers import in_processes
 from tests.test_simulator import needs_simulator
@@ -41,6 +43,11 @@ def checkpoint(tmp_path_factory):
     tokenizer, folder = make_tokenizer(["open the door"]), tmp_path_factory.mktemp("policy") / "c"
     save_checkpoint(folder, make_policy(tokenizer), tokenizer, {})
     return str(folder)
+
+
+def job_of(task, instruction, driver, seeds, execute, image_size, max_steps, cameras=(CAMERA,), **settings) -> Job:
+    how = Settings(execute, max_steps=max_steps, **({"committed": 0} | settings))
+    return Job(task, instruction, driver, seeds, how, image_size, cameras)
 
 
 def outcome(task, seed, success, driver="policy"):
@@ -93,7 +100,7 @@ def test_the_published_protocol_shares_seeds_and_begins_with_a_zero_action():
         return act
 
     for protocol in ("standard", "published"):
-        (found,) = run_job(Job("reach", "reach", "policy", (4042,), 1, 32, 3, protocol=protocol), see(protocol))
+        (found,) = run_job(job_of("reach", "reach", "policy", (4042,), 1, 32, 3, protocol=protocol), see(protocol))
         assert found.steps == found.looks == 3
     arm = Arm("reach", 32)
     arm.reset(4042)
@@ -117,7 +124,7 @@ def test_shuffled_instructions_are_another_tasks():
 
 
 def test_jobs_cover_every_episode_once_in_parts_of_ten():
-    jobs = make_jobs(["reach", "push"], range(3, 15), ["policy", "blind"], 5, 32, 100, None)
+    jobs = make_jobs(["reach", "push"], range(3, 15), ["policy", "blind"], Settings(5, max_steps=100), 32)
     assert [len(job.seeds) for job in jobs] == [10, 2] * 4
     asked = [(job.driver, job.task, seed) for job in jobs for seed in job.seeds]
     assert len(set(asked)) == len(asked) == 2 * 2 * 12
@@ -126,8 +133,8 @@ def test_jobs_cover_every_episode_once_in_parts_of_ten():
 
 @needs_simulator
 def test_the_expert_succeeds_and_random_actions_do_not():
-    expert = run_job(Job("door-open", "open the door", "expert", (0, 1), 5, 32, 120))
-    chance = run_job(Job("door-open", "open the door", "random", (0, 1), 5, 32, 120))
+    expert = run_job(job_of("door-open", "open the door", "expert", (0, 1), 5, 32, 120))
+    chance = run_job(job_of("door-open", "open the door", "random", (0, 1), 5, 32, 120))
     assert [o.success for o in expert] == [True, True] and [o.success for o in chance] == [False, False]
     assert [o.seed for o in expert] == [0, 1] and all(o.steps < 120 for o in expert)
     assert all(o.steps == 120 and o.looks == 24 for o in chance)
@@ -140,7 +147,7 @@ def test_a_policy_that_returns_nan_moves_nothing():
     def broken(images, states, instructions):
         return np.full((len(states), 10, 4), np.nan, np.float32)
 
-    (found,) = run_job(Job("reach", "go", "policy", (0,), 5, 32, 10), broken)
+    (found,) = run_job(job_of("reach", "go", "policy", (0,), 5, 32, 10), broken)
     assert found.warnings == {"not finite": 10} and not found.success
 
 
@@ -153,7 +160,7 @@ def test_pictures_and_instructions_of_each_driver():
         return np.zeros((len(states), 10, 4), np.float32)
 
     for driver in ("policy", "shuffled", "blind"):
-        run_job(Job("reach", instruction_for(list(MT10), "reach", driver), driver, (0, 1), 5, 32, 5), watched)
+        run_job(job_of("reach", instruction_for(list(MT10), "reach", driver), driver, (0, 1), 5, 32, 5), watched)
     (shown, right), (shown_too, wrong), (hidden, right_too) = seen
     assert hidden == [None, None] and right == right_too == [INSTRUCTIONS["reach"][0]] * 2
     assert wrong == [INSTRUCTIONS["push"][0]] * 2
@@ -175,7 +182,7 @@ def test_a_policy_with_two_cameras_acts_on_both(tmp_path):
         seen.extend(images)
         return agent.act(images, states, instructions)
 
-    job = Job("reach", "reach", "policy", (0,), 3, 32, 3, str(tmp_path), cameras=("gripperPOV", "corner2"))
+    job = job_of("reach", "reach", "policy", (0,), 3, 32, 3, gifs=tmp_path, cameras=("gripperPOV", "corner2"))
     run_job(job, watched)
     assert list(seen[0]) == ["gripperPOV", "corner2"]
     (gif,) = tmp_path.glob("*.gif")
@@ -190,18 +197,18 @@ def test_a_blind_policy_sees_nothing_while_gifs_are_made(tmp_path):
         assert images == [None] * len(states)
         return np.zeros((len(states), 10, 4), np.float32)
 
-    run_job(Job("reach", "go", "blind", (0, 1), 5, 32, 5, str(tmp_path)), watched)
+    run_job(job_of("reach", "go", "blind", (0, 1), 5, 32, 5, gifs=tmp_path), watched)
     assert len(list(tmp_path.glob("blind-reach-*.gif"))) == 2
 
 
 @needs_simulator
 def test_an_episode_ends_within_a_chunk():
     """At the step of its success, or at max_steps."""
-    (by_step,) = run_job(Job("door-open", "open the door", "expert", (0,), 1, 32, 120))
-    (by_chunk,) = run_job(Job("door-open", "open the door", "expert", (0,), 7, 32, 120))
+    (by_step,) = run_job(job_of("door-open", "open the door", "expert", (0,), 1, 32, 120))
+    (by_chunk,) = run_job(job_of("door-open", "open the door", "expert", (0,), 7, 32, 120))
     assert by_step.success and by_chunk.success and by_step.steps == by_chunk.steps == by_step.looks
     assert by_chunk.looks == -(-by_chunk.steps // 7)
-    (late,) = run_job(Job("door-open", "open the door", "random", (0,), 5, 32, 12))
+    (late,) = run_job(job_of("door-open", "open the door", "random", (0,), 5, 32, 12))
     assert (late.steps, late.looks, late.success) == (12, 3, False)
 
 
@@ -225,7 +232,7 @@ def test_only_running_episodes_are_in_the_batch():
     for seed in (0, 1):
         arms[seed] = Arm("door-open", 32)
         arms[seed].reset(layout_seed("door-open", seed))
-    found = run_job(Job("door-open", "open the door", "policy", (0, 1), 1, 32, 120), expert)
+    found = run_job(job_of("door-open", "open the door", "policy", (0, 1), 1, 32, 120), expert)
     steps = [o.steps for o in found]
     assert [o.success for o in found] == [True, True] and steps[0] != steps[1]
     assert sizes == [2] * min(steps) + [1] * (max(steps) - min(steps))
@@ -235,8 +242,9 @@ def test_only_running_episodes_are_in_the_batch():
 @needs_simulator
 def test_twelve_episodes_are_run_by_two_processes(checkpoint, tmp_path):
     out = tmp_path / "figures.json"
+    settings = Settings(execute=3, max_steps=3)
     found = run_rollouts(
-        checkpoint, ["reach"], 12, 3, ["blind", "blind"], 3, 3, 2, gifs=None, json_out=out, device="cpu"
+        checkpoint, ["reach"], settings, episodes=12, seed=3, drivers=["blind", "blind"], processes=2, json_out=out
     )
     result = json.loads(out.read_text())
     assert result["drivers"] == found["drivers"] and result["peak_memory_mb"] > 50 and result["steps_per_s"] > 0
@@ -314,7 +322,8 @@ def test_a_rollout_from_a_checkpoint(checkpoint, tmp_path):
     out, gifs = tmp_path / "figures.json", tmp_path / "gifs"
 
     def rollouts(drivers, execute=3, episodes=2, max_steps=9, gifs=None, json_out=None):
-        return run_rollouts(checkpoint, ["reach"], episodes, 0, drivers, execute, max_steps, 1, gifs, json_out, "cpu")
+        settings = Settings(execute, max_steps=max_steps, gifs=gifs)
+        return run_rollouts(checkpoint, ["reach"], settings, episodes=episodes, drivers=drivers, json_out=json_out)
 
     rollouts(["policy", "shuffled", "blind"], gifs=gifs, json_out=out)
     result = json.loads(out.read_text())
@@ -329,7 +338,7 @@ def test_a_rollout_from_a_checkpoint(checkpoint, tmp_path):
         rollouts(["policy"], execute=4)
     with pytest.raises(ValueError, match="episodes must be at least 1"):
         rollouts(["policy"], episodes=0)
-    with pytest.raises(ValueError, match="max_steps must be in 1..500"):
+    with pytest.raises(ValueError, match="--max-steps must be in 1..500"):
         rollouts(["policy"], max_steps=501)
 
 
@@ -370,17 +379,17 @@ def test_a_chunk_is_carried_out_after_its_delay(monkeypatch):
     monkeypatch.setattr(
         Arm, "step", lambda arm, action: (sent.append(round(float(action[0]) * 100)), step(arm, action))[1]
     )
-    run_job(Job("reach", "go", "policy", (0,), 4, 32, 12, delay=3), counting(known := []))
+    run_job(job_of("reach", "go", "policy", (0,), 4, 32, 12, delay=3), counting(known := []))
     assert sent == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]  # the arm rests until the first chunk is there
     assert known == [None] * 3
     sent.clear()
-    run_job(Job("reach", "go", "policy", (0,), 4, 32, 8), counting([]))
+    run_job(job_of("reach", "go", "policy", (0,), 4, 32, 8), counting([]))
     assert sent == [1] * 4 + [2] * 4
 
 
 @needs_simulator
 def test_what_goes_on_meanwhile_is_shown_to_a_policy_that_can_use_it():
-    found = run_job(Job("reach", "go", "policy", (0, 1), 4, 32, 12, delay=3, committed=2), counting(known := []))
+    found = run_job(job_of("reach", "go", "policy", (0, 1), 4, 32, 12, delay=3, committed=2), counting(known := []))
     np.testing.assert_array_equal(known[0], np.zeros((2, 2, 4)))  # both rest until their first chunk is there
     for look in (1, 2):
         np.testing.assert_array_equal(known[look], np.full((2, 2, 4), np.float32(look / 100)))
@@ -393,7 +402,7 @@ def test_ensembling_is_the_mean_of_chunks(monkeypatch):
 
     sent, step = [], Arm.step
     monkeypatch.setattr(Arm, "step", lambda arm, action: (sent.append(float(action[0])), step(arm, action))[1])
-    run_job(Job("reach", "go", "policy", (0,), 1, 32, 4, ensemble=0.0), counting([]))
+    run_job(job_of("reach", "go", "policy", (0,), 1, 32, 4, ensemble=0.0), counting([]))
     np.testing.assert_allclose(sent, [0.01, 0.015, 0.02, 0.025], atol=1e-6)
 
 
@@ -402,7 +411,7 @@ def test_a_delay_that_the_chunk_cannot_bridge_is_refused(checkpoint):
         with pytest.raises(
             ValueError, match=f"with --execute {execute} and chunks of 3 actions, the delay must be in 0.."
         ):
-            run_rollouts(checkpoint, ["reach"], 1, 0, ["policy"], execute, 9, 1, None, None, "cpu", delay=delay)
+            run_rollouts(checkpoint, ["reach"], Settings(execute, delay), episodes=1)
 
 
 @needs_simulator

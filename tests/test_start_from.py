@@ -41,9 +41,9 @@ def rows(monkeypatch):
     monkeypatch.setattr(start_from, "ROWS", {"photos": None, "random weights": SMALL})
     scored, run = [], start_from.evaluate_dataset
 
-    def evaluate(checkpoint, *words):
+    def evaluate(checkpoint, *words, **options):
         scored.append(checkpoint)
-        return run("shapes" if checkpoint == "photos" else checkpoint, *words)
+        return run("shapes" if checkpoint == "photos" else checkpoint, *words, **options)
 
     monkeypatch.setattr(start_from, "evaluate_dataset", evaluate)
     return scored

@@ -76,18 +76,19 @@ def evaluate(
         check_out(json_out)
     if plot is not None:
         check_out(plot, ".png")
+    options = {"batch_size": batch_size, "json_out": json_out, "device": pick_device(device)}
     if is_recording(dataset):
-        from nanochat.evaluation.recordings import evaluate_recording
+        from nanochat.evaluation.recordings import FRAMES, evaluate_recording
 
         if beams != 1:
             raise UserError(f"--beams is for captions and questions about pictures, got {beams} for a robot's episodes")
-        evaluate_recording(checkpoint, dataset, split, limit, batch_size, json_out, plot, pick_device(device))
+        evaluate_recording(checkpoint, dataset, split, n_frames=limit or FRAMES, plot=plot, **options)
     elif plot is not None:
         raise UserError("--plot draws a robot's actions: leave it out for a dataset of pictures")
     else:
         from nanochat.evaluation.pictures import evaluate_dataset
 
-        evaluate_dataset(checkpoint, dataset, split, limit, json_out, batch_size, strict, pick_device(device), beams)
+        evaluate_dataset(checkpoint, dataset, split, n_samples=limit, strict=strict, beams=beams, **options)
     say_where(json_out)
     say_where(plot)
 

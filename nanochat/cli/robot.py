@@ -190,15 +190,22 @@ def rollout(
         gifs: Write a GIF of every episode to this folder.
     """
     from nanochat.devices import pick_device
-    from nanochat.evaluation.rollout import run_rollouts
+    from nanochat.evaluation.rollout import Settings, run_rollouts
     from nanochat.metaworld.instructions import task_list
 
     n_processes = checked_processes(processes)
     if json_out is not None:
         check_out(json_out)
     run_rollouts(
-        checkpoint, task_list(tasks), episodes, seed, list(drivers), execute, max_steps, n_processes,
-        gifs, json_out, pick_device(device), protocol, delay, ensemble, committed,
-    )  # fmt: skip
+        checkpoint,
+        task_list(tasks),
+        Settings(execute, delay, None if committed else 0, ensemble, protocol, max_steps, gifs),
+        episodes=episodes,
+        seed=seed,
+        drivers=drivers,
+        processes=n_processes,
+        json_out=json_out,
+        device=pick_device(device),
+    )
     say_where(json_out)
     say_where(gifs)

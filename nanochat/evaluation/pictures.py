@@ -48,17 +48,19 @@ class Answers:
 def evaluate_dataset(
     checkpoint: str,
     dataset: str,
-    split: str | None,
-    n_samples: int | None,
-    json_out: Path | None,
-    batch_size: int,
-    strict: bool,
-    device: torch.device,
+    split: str | None = None,
+    *,
+    n_samples: int | None = None,
+    json_out: Path | None = None,
+    batch_size: int = 64,
+    strict: bool = False,
+    device: torch.device | str = "cpu",
     beams: int = 1,
 ) -> dict:
     """Answer a dataset, or a random subset of n_samples; print the scores and return them (see `score`).
 
-    split: None for the part that training held out of this data, or what `held_out.default_split` chooses.
+    split: None for the part that training held out of this data, or what `held_out.default_split` chooses. strict: refuse data
+    with missing pictures, instead of leaving their rows out.
     json_out: a file to write the scores to. beams: see `beams.beam_search`; 1 is greedy.
 
     Raises:

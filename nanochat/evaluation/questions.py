@@ -29,14 +29,22 @@ from nanochat.files import atomic_path
 from nanochat.metaworld.questions import draw_asked, has_scene, questions, task_name
 from nanochat.metaworld.scene import Question
 
+FRAMES = 1000  # that are asked about
 NEW_TOKENS = 40  # a description has 25
 console = Console()
 
 
 def evaluate_questions(
-    checkpoint: str, folder: str, split: str | None, n_frames: int, batch_size: int, json_out: Path | None,
-    device: torch.device, seed: int = 0,
-) -> dict:  # fmt: skip
+    checkpoint: str,
+    folder: str,
+    split: str | None = None,
+    *,
+    n_frames: int = FRAMES,
+    batch_size: int = 64,
+    json_out: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict:
     """Ask about up to n_frames random frames of the demonstrations in `folder`; print the scores and return them.
 
     Half of the frames are from the ends of episodes, where tasks get done; no frame is used twice. split: "val" for the

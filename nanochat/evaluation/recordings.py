@@ -18,19 +18,25 @@ from nanochat.evaluation.held_out import same_data
 from nanochat.evaluation.open_loop import check_sizes, frames_to_ask, predict, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary
-from nanochat.evaluation.questions import evaluate_questions, open_as_trained, open_source, read_as_trained
+from nanochat.evaluation.questions import FRAMES, evaluate_questions, open_as_trained, open_source, read_as_trained
 from nanochat.files import atomic_path
 from nanochat.metaworld.questions import SCENE_COLUMNS, paraphrase
 
-FRAMES = 1000  # that are asked about, without --limit
 console = Console()
 
 
 def evaluate_recording(
-    checkpoint: str, folder: str, split: str | None, limit: int | None, batch_size: int, json_out: Path | None,
-    plot: Path | None, device: torch.device,
-) -> dict:  # fmt: skip
-    """Evaluate on up to `limit` frames (1,000 by default) of the split; print the figures and return them.
+    checkpoint: str,
+    folder: str,
+    split: str | None = None,
+    *,
+    n_frames: int = FRAMES,
+    batch_size: int = 64,
+    json_out: Path | None = None,
+    plot: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> dict:
+    """Evaluate on up to n_frames frames of the split; print the figures and return them.
 
     split: as in `questions.evaluate_questions`. json_out: a file for the figures. plot: a PNG file, see `open_loop_plot`; only
     for data without a simulator.
@@ -47,7 +53,9 @@ def evaluate_recording(
             raise UserError(
                 f"--plot draws the actions of a real robot; {folder} is of a simulator, where nanochat rollout says more"
             )
-        return evaluate_questions(checkpoint, folder, split, limit or FRAMES, batch_size, json_out, device)
+        return evaluate_questions(
+            checkpoint, folder, split, n_frames=n_frames, batch_size=batch_size, json_out=json_out, device=device
+        )
     agent = Agent.load(checkpoint, device)
     recipe = agent.training.get("recipe") or {}
     rate = agent.metadata["fps"]
@@ -60,7 +68,7 @@ def evaluate_recording(
     data = read_as_trained(source, split, agent.metadata["image_size"], recipe)
     known = learnt_from(agent, source, with_pictures=data.episode[-1] == 0)  # of another episode than the only one
     result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
-    result |= evaluate_open_loop(agent, data, known, limit or FRAMES, batch_size, plot)
+    result |= evaluate_open_loop(agent, data, known, n_frames, batch_size, plot)
     if json_out is not None:
         with atomic_path(json_out) as new:
             new.write_text(json.dumps(result, indent=1))

@@ -54,27 +54,36 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """Episodes of one task. instruction: given to the policy. driver: policy, shuffled, blind, random or expert.
+class Settings:
+    """How the arm is driven, alike in all episodes.
 
-    seeds: numbers of the episodes. execute: actions that are executed from one observation to the next. gifs: folder for a GIF
-    of each episode. delay: how many of them are executed before the chunk of the observation is there; those of the chunk
-    before go on meanwhile, and up to `committed` of them are shown to the policy. ensemble: see `chunk_player.ChunkPlayer`.
-    cameras: of the simulator, those that the policy reads.
+    execute: actions that are executed from one observation to the next. delay: how many of them are executed before the chunk of
+    the observation is there; those of the chunk before go on meanwhile, and up to `committed` of them are shown to the policy;
+    None for as many as it has learnt. ensemble: see `chunk_player.ChunkPlayer`. protocol: see `PROTOCOLS`. max_steps: an episode
+    fails after so many; None for the protocol's. gifs: folder for a GIF of every episode.
     """
+
+    execute: int = 5
+    delay: int = 0
+    committed: int | None = None
+    ensemble: float | None = None
+    protocol: str = "standard"
+    max_steps: int | None = None
+    gifs: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Episodes of one task. instruction: given to the policy. driver: policy, shuffled, blind, random or expert. seeds: numbers
+    of the episodes. settings: with numbers where they leave a choice. image_size, cameras: of the simulator, as the policy
+    reads them."""
 
     task: str
     instruction: str
     driver: str
     seeds: tuple[int, ...]
-    execute: int
+    settings: Settings
     image_size: int
-    max_steps: int = MAX_STEPS
-    gifs: str | None = None
-    protocol: str = "standard"
-    delay: int = 0
-    ensemble: float | None = None
-    committed: int = 0
     cameras: tuple[str, ...] = (CAMERA,)
 
 
@@ -82,15 +91,21 @@ class Job:
 
 
 def run_rollouts(
-    checkpoint: str, tasks: list[str], episodes: int, seed: int | None, drivers: list[str], execute: int,
-    max_steps: int | None, processes: int, gifs: Path | None, json_out: Path | None, device: torch.device | str,
-    protocol: str = "standard", delay: int = 0, ensemble: float | None = None, committed: bool = True,
-) -> dict:  # fmt: skip
+    checkpoint: str,
+    tasks: list[str],
+    settings: Settings,
+    *,
+    episodes: int = 10,
+    seed: int | None = None,
+    drivers: Sequence[str] = ("policy",),
+    processes: int = 1,
+    json_out: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> dict:
     """Run all episodes, print the tables and return the figures (see `summary`).
 
-    episodes: per task, with the numbers seed, seed + 1, ...; seed, max_steps: None for those of the protocol, see `PROTOCOLS`.
-    gifs: folder for a GIF of every episode; json_out: a file for the figures. Every process loads the checkpoint to `device`.
-    delay, ensemble: see `Job`. committed: whether a policy that has learnt it is shown the actions that go on meanwhile.
+    episodes: per task, with the numbers seed, seed + 1, ...; seed None for the protocol's. json_out: a file for the figures.
+    Every process loads the checkpoint to `device`.
 
     Raises:
         ValueError: a number is out of its range, or the checkpoint is not a policy.
@@ -98,20 +113,18 @@ def run_rollouts(
     """
     agent = Agent.load(checkpoint)
     agent.check_can_act()
-    config = agent.model.config
-    rules = PROTOCOLS[protocol]
-    seed, max_steps = rules.first_seed if seed is None else seed, rules.max_steps if max_steps is None else max_steps
-    check_numbers(episodes, seed, execute, max_steps, config.chunk, MAX_STEPS - rules.zero_first)
-    check_delay(delay, execute, config.chunk)
-    shown = agent.metadata["committed"] if committed else 0
-    if gifs is not None:
-        gifs.mkdir(parents=True, exist_ok=True)
-    size = config.vision_image_size
-    cameras = tuple(config.cameras) or (CAMERA,)
+    config, rules = agent.model.config, PROTOCOLS[settings.protocol]
+    settings = decided(settings, agent.metadata["committed"])
+    seed = rules.first_seed if seed is None else seed
+    if episodes < 1 or seed < 0:
+        raise UserError(f"--episodes must be at least 1 and --seed at least 0, got {episodes} and {seed}")
+    check_settings(settings, config.chunk)
+    if settings.gifs is not None:
+        settings.gifs.mkdir(parents=True, exist_ok=True)
+    size, cameras = config.vision_image_size, tuple(config.cameras) or (CAMERA,)
     Arm(tasks[0], size, cameras).image()  # if rendering fails, it fails once here and not in every process
     drivers = list(dict.fromkeys(drivers))
-    jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, execute, size, max_steps, gifs, protocol)
-    jobs = [replace(job, delay=delay, ensemble=ensemble, committed=shown, cameras=cameras) for job in jobs]
+    jobs = make_jobs(tasks, range(seed, seed + episodes), drivers, settings, size, cameras)
     started, outcomes = time.perf_counter(), []
     with Progress(console=console) as progress:
         bar = progress.add_task("running episodes", total=len(drivers) * len(tasks) * episodes)
@@ -120,10 +133,10 @@ def run_rollouts(
             progress.advance(bar, len(found))
     seconds = time.perf_counter() - started
     result = summary(outcomes, tasks, rules.own_layouts) | {
-        "checkpoint": str(checkpoint), "protocol": protocol, "episodes": episodes, "seed": seed, "execute": execute,
-        "delay": delay, "ensemble": ensemble, "committed": min(delay, shown),
-        "max_steps": max_steps, "image_size": size, "seconds": seconds, "steps_per_s": sum(o.steps for o in outcomes) / seconds,
-        "peak_memory_mb": peak_memory_mb(),
+        "checkpoint": str(checkpoint), "episodes": episodes, "seed": seed, "execute": settings.execute,
+        "delay": settings.delay, "committed": min(settings.delay, settings.committed), "ensemble": settings.ensemble,
+        "protocol": settings.protocol, "max_steps": settings.max_steps, "image_size": size, "seconds": seconds,
+        "steps_per_s": sum(o.steps for o in outcomes) / seconds, "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
     report(result, tasks, drivers)
     if json_out is not None:
@@ -132,17 +145,27 @@ def run_rollouts(
     return result
 
 
-def check_numbers(episodes: int, seed: int, execute: int, max_steps: int, chunk: int, limit: int) -> None:
+def decided(settings: Settings, learnt: int) -> Settings:
+    """The settings with numbers where they leave a choice. learnt: committed actions that the policy can be shown."""
+    max_steps, shown = settings.max_steps, settings.committed
+    return replace(
+        settings,
+        max_steps=PROTOCOLS[settings.protocol].max_steps if max_steps is None else max_steps,
+        committed=learnt if shown is None else min(shown, learnt),
+    )
+
+
+def check_settings(settings: Settings, chunk: int) -> None:
+    """Raises UserError for a number out of its range, and for a delay at which the arm would run out of actions, or have two
+    observations under way. chunk: actions in one of the policy's."""
+    execute, delay = settings.execute, settings.delay
     if not 1 <= execute <= chunk:
-        raise UserError(f"execute must be in 1..{chunk}, the policy's chunk, got {execute}")
-    if episodes < 1 or seed < 0:
-        raise UserError(f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}")
-    if not 1 <= max_steps <= limit:
-        raise UserError(f"max_steps must be in 1..{limit}, where Meta-World ends an episode, got {max_steps}")
-
-
-def check_delay(delay: int, execute: int, chunk: int) -> None:
-    """Raises UserError for a delay at which the arm would run out of actions, or have two observations under way."""
+        raise UserError(f"--execute must be in 1..{chunk}, the policy's chunk, got {execute}")
+    limit = MAX_STEPS - PROTOCOLS[settings.protocol].zero_first
+    if not 1 <= settings.max_steps <= limit:
+        raise UserError(
+            f"--max-steps must be in 1..{limit}, where Meta-World ends an episode, got {settings.max_steps}"
+        )
     if not 0 <= delay < execute or delay + execute > chunk:
         most = min(execute - 1, chunk - execute)
         raise UserError(
@@ -151,14 +174,12 @@ def check_delay(delay: int, execute: int, chunk: int) -> None:
 
 
 def make_jobs(
-    tasks: list[str], seeds: range, drivers: list[str], execute: int, size: int, max_steps: int, gifs: Path | None,
-    protocol: str = "standard",
+    tasks: list[str], seeds: range, drivers: Sequence[str], settings: Settings, size: int, cameras: tuple[str, ...] = (CAMERA,)
 ) -> list[Job]:  # fmt: skip
     """Jobs of up to EPISODES_PER_JOB episodes, driver by driver and task by task."""
     parts = [tuple(seeds[start : start + EPISODES_PER_JOB]) for start in range(0, len(seeds), EPISODES_PER_JOB)]
-    folder = str(gifs) if gifs else None
     return [
-        Job(task, instruction_for(tasks, task, driver), driver, part, execute, size, max_steps, folder, protocol)
+        Job(task, instruction_for(tasks, task, driver), driver, part, settings, size, cameras)
         for driver in drivers
         for task in tasks
         for part in parts
@@ -195,17 +216,18 @@ class Episode:
     """One episode in progress."""
 
     def __init__(self, job: Job, seed: int):
-        self.job, self.seed = job, seed
+        self.job, self.settings, self.seed = job, job.settings, seed
         self.arm, self.limits = Arm(job.task, job.image_size, job.cameras), arm_limits()
-        rules = PROTOCOLS[job.protocol]
+        how = job.settings
+        rules = PROTOCOLS[how.protocol]
         self.scene = self.arm.reset(layout_seed(job.task, seed) if rules.own_layouts else seed)
-        self.last_step = job.max_steps
+        self.last_step = how.max_steps
         if rules.zero_first:
             self.scene = self.arm.step(np.zeros(ACTION_DIM))
             self.last_step += 1
         self.looks, self.film, self.motions = 0, [], []
-        self.player = ChunkPlayer(job.execute, job.ensemble, job.committed, rest=np.zeros(ACTION_DIM))
-        self.player.delays.append(job.delay)  # known from the start, so that all episodes of a job commit alike
+        self.player = ChunkPlayer(how.execute, how.ensemble, how.committed, rest=np.zeros(ACTION_DIM))
+        self.player.delays.append(how.delay)  # known from the start, so that all episodes of a job commit alike
 
     @property
     def running(self) -> bool:
@@ -213,10 +235,10 @@ class Episode:
 
     def pictures(self) -> dict[str, np.ndarray] | None:
         """camera -> (S, S, 3) uint8; None if neither the driver nor a GIF needs them, because rendering is slow."""
-        if not self.job.gifs and self.job.driver not in ("policy", "shuffled"):
+        if not self.settings.gifs and self.job.driver not in ("policy", "shuffled"):
             return None
         images = self.arm.images()
-        if self.job.gifs:
+        if self.settings.gifs:
             self.film.append(np.hstack(list(images.values())))
         return images
 
@@ -224,8 +246,8 @@ class Episode:
         """Execute actions until the next look. chunk: (chunk, 4), which is there after the delay; until the first one is, the
         arm does not move. None: let the expert choose every action."""
         self.looks += 1
-        for step in range(self.job.execute):
-            if chunk is not None and step == self.job.delay:
+        for step in range(self.settings.execute):
+            if chunk is not None and step == self.settings.delay:
                 self.player.receive(chunk)
             action = self.arm.expert_action() if chunk is None else self.player.play()
             sent = self.limits(np.zeros(ACTION_DIM) if action is None else action)
@@ -237,10 +259,10 @@ class Episode:
     def finish(self, network_s: float, seconds: float) -> Outcome:
         """Write the GIF and close the simulator."""
         job, success = self.job, self.scene.success
-        if job.gifs:
+        if self.settings.gifs:
             name = f"{job.driver}-{job.task}-{self.seed}-{'success' if success else 'failure'}.gif"
-            write_gif(Path(job.gifs) / name, [*self.film, np.hstack(list(self.arm.images().values()))])
-        steps = self.arm.steps - (self.last_step - job.max_steps)
+            write_gif(self.settings.gifs / name, [*self.film, np.hstack(list(self.arm.images().values()))])
+        steps = self.arm.steps - (self.last_step - self.settings.max_steps)
         self.arm.close()
         return Outcome(
             job.task, job.driver, self.seed, success, steps, self.looks, network_s, seconds, dict(self.limits.counts),
@@ -279,7 +301,8 @@ def choose(
     if job.driver == "expert":
         return None
     if job.driver == "random":
-        return rng.uniform(-1, 1, (len(states), job.execute + job.delay, ACTION_DIM)).astype(np.float32)
+        length = job.settings.execute + job.settings.delay
+        return rng.uniform(-1, 1, (len(states), length, ACTION_DIM)).astype(np.float32)
     if job.driver == "blind":
         images = [None] * len(states)
     return act(images, states, [job.instruction] * len(states), *committed)
