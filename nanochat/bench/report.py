@@ -9,6 +9,8 @@ from nanochat.bench.ours import SHAPES
 from nanochat.bench.runner import Race, Result
 from nanochat.files import atomic_path
 
+INT8_BYTES = 1 + 4 / 32  # of a weight: its own byte, and its share of the scale of 32 of them
+
 HEAD = """# Benchmarks
 
 Written by `nanochat bench`. In each race every contestant has a process of its own, with warm-up, and they take turns: A B A B.
@@ -44,8 +46,8 @@ def number(value: float) -> str:
 def roofline_lines(machine: dict, races: dict[str, list[Result]]) -> str:
     """How near decoding comes to the measured bandwidth: a token reads every weight of the layers and of the head once."""
     lines = [
-        f"Measured: {machine['bytes'] / 1e9:.1f} GB/s read, {machine['float32'] / 1e9:.0f} GFLOP/s in float32, "
-        f"{machine['bfloat16'] / 1e9:.0f} in bfloat16.",
+        f"Measured: {machine['bytes'] / 1e9:.1f} GB/s read from memory, {machine['float32'] / 1e9:.0f} GFLOP/s in float32, "
+        f"{machine['bfloat16'] / 1e9:.0f} in bfloat16. Weights that fit into a cache are read faster than from memory.",
     ]
     for name, results in races.items():
         shape = next((shape for shape in SHAPES if f" {shape} " in name), None)
@@ -55,7 +57,7 @@ def roofline_lines(machine: dict, races: dict[str, list[Result]]) -> str:
         weights = 12 * layers * width**2 + vocab * width
         for result in results:
             if not result.missing and "without a cache" not in result.label:
-                moved = weights * (1 if "int8" in result.label else 4) / (result.wall / 1e3)
+                moved = weights * (INT8_BYTES if "int8" in result.label else 4) / (result.wall / 1e3)
                 lines.append(f"- {shape}, {result.label}: {moved / 1e9:.1f} GB/s, {moved / machine['bytes']:.0%}.")
     return "\n".join(lines)
 
