@@ -196,10 +196,19 @@ def rollout(
     n_processes = checked_processes(processes)
     if json_out is not None:
         check_out(json_out)
+    settings = Settings(
+        execute=execute,
+        delay=delay,
+        committed=None if committed else 0,  # None: as many as the policy has learnt
+        ensemble=ensemble,
+        protocol=protocol,
+        max_steps=max_steps,
+        gifs=gifs,
+    )
     run_rollouts(
         checkpoint,
         task_list(tasks),
-        Settings(execute, delay, None if committed else 0, ensemble, protocol, max_steps, gifs),
+        settings,
         episodes=episodes,
         seed=seed,
         drivers=drivers,
