@@ -125,7 +125,7 @@ class Folder(PictureRecipe):
 
 @dataclass
 class Recording:
-    """What is read of a recording; `nanochat inspect` has these flags as well."""
+    """What is read of a recording: the same flags for inspect and train robot."""
 
     cameras: tuple[str, ...] = ()
     "Names of the cameras to read, such as front wrist, the one that questions are about first; default all of the data."
