@@ -17,7 +17,7 @@ from nanochat.fusion import VisionProjector
 from nanochat.gpt import GPT, MLP
 from nanochat.packing import terms
 
-MULTIPLE = 32  # of hidden units: as many share a scale in int8
+MULTIPLE = 32  # of hidden units: processors multiply such widths fastest
 
 
 class Report(NamedTuple):

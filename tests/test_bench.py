@@ -129,7 +129,7 @@ def test_roofline():
     weights = 12 * 2 * 256**2 + 1000 * 256
     assert lines.splitlines()[1:] == [
         f"- 2.1 M, torch: {4 * weights / 1e6:.1f} GB/s, {4 * weights * 1e3 / 20e9:.0%}.",
-        f"- 2.1 M, int8: {1.125 * weights / 1e6:.1f} GB/s, {1.125 * weights * 1e3 / 20e9:.0%}.",
+        f"- 2.1 M, int8: {1.0625 * weights / 1e6:.1f} GB/s, {1.0625 * weights * 1e3 / 20e9:.0%}.",
     ]
 
 

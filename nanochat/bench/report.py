@@ -9,7 +9,7 @@ from nanochat.bench.ours import SHAPES
 from nanochat.bench.runner import Race, Result
 from nanochat.files import atomic_path
 
-INT8_BYTES = 1 + 4 / 32  # of a weight: its own byte, and its share of the scale of 32 of them
+INT8_BYTES = 1 + 4 / 64  # of a weight: its own byte, and its share of the scale of 64 of them
 
 HEAD = """# Benchmarks
 
