@@ -155,7 +155,7 @@ def train(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race
 
 def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     """The table of the project's first description; its own figures are from an RTX 2080 SUPER."""
-    small = {"kind": "NanoChat", "shape": "2.1 M"}
+    small, one = {"kind": "NanoChat", "shape": "2.1 M"}, {"weights": weights, "n": 1}
     return [
         Race(
             "YOLOv9 load (RTX 2080 SUPER: ~2 s)", (Contestant("nanochat", "ours:load_encoder", {"weights": weights}),)
@@ -163,8 +163,10 @@ def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]
         Race(
             "embedding extraction (RTX 2080 SUPER: ~50 ms)",
             (
-                Contestant("nanochat", "ours:embed", {"weights": weights, "n": 1, "dtype": "float32"}),
-                Contestant("ultralytics embed", "peers:embed", {"weights": weights, "n": 1}),
+                Contestant("nanochat, bfloat16", "ours:embed", one),
+                Contestant("nanochat, float32", "ours:embed", one | {"dtype": "float32"}),
+                Contestant("nanochat, ONNX Runtime, int8", "ours:embed_onnx", one | {"int8": True}),
+                Contestant("ultralytics embed", "peers:embed", one),
             ),
         ),
         Race(
