@@ -54,7 +54,8 @@ def main(args: Args) -> None:
     for name in args.models:
         for form, source in sources(name, args.pruned):
             folder = exported(name, form, source, args)
-            key = json.dumps([name, form, sha256(folder / "manifest.json"), args.samples, args.episodes])
+            amount = args.episodes if name == "robot" else args.samples
+            key = json.dumps([name, form, sha256(folder / "manifest.json"), amount])
             if key not in done:
                 print(f"{name}, {form}", flush=True)
                 done[key] = measured(name, folder, args)
@@ -64,7 +65,8 @@ def main(args: Args) -> None:
     text = "\n\n".join(table(name, rows) for name, rows in tables.items())
     print(text)
     if args.page is not None:
-        write_section(args.page, SECTION, f"    python benchmarks/quantized.py\n\n{about(args)}\n\n{text}")
+        words = " ".join(["python benchmarks/quantized.py", *(["--pruned", *args.pruned] if args.pruned else [])])
+        write_section(args.page, SECTION, f"    {words} --episodes {args.episodes}\n\n{about(args)}\n\n{text}")
 
 
 def sources(name: str, pruned: tuple[str, ...]) -> Iterator[tuple[str, str]]:
