@@ -116,6 +116,7 @@ class Engine:
         self.lines: list[int] = []  # the row behind each line of the cache; rows that are not in it wait to be read
         self.cache: Cache | None = None
         self.added = 0
+        self.hurried = False  # the last step was for new rows only
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
         return self.model.new_cache(batch_size, max_len)
@@ -186,11 +187,12 @@ class Engine:
         """One token for every row: {row: token id}. Rows that hit a stop id are left out; ended rows leave `rows`.
 
         New rows with little to read get their first token in a step of their own, in which the others get none: a short
-        question does not wait for the answers that run, and they wait hardly any longer.
+        question does not wait for the answers that run, and they wait hardly any longer. The step after it is for all.
         """
         self.compact()
         waiting = [number for number in self.rows if number not in self.lines]
-        quick = [number for number in waiting if self.rows[number].unread.is_little]
+        quick = [number for number in waiting if self.rows[number].unread.is_little and not self.hurried]
+        self.hurried = bool(quick and self.lines)
         logits = self.read(self.lines, self.cache) if self.lines and not quick else {}
         caches = [self.cache] if self.lines else []
         for numbers, cache in self.prefills(quick or waiting):

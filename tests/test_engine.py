@@ -189,6 +189,16 @@ def test_a_short_prompt_gets_its_first_token_in_a_step_of_its_own(model):
     assert list(said.values()) == [Engine(model).generate([prompt], 6)[0] for prompt in prompts]
 
 
+def test_short_prompts_never_stop_the_answers_that_run(model):
+    engine = Engine(model)
+    first, steps = engine.add([1, 2, 3], 6), 0
+    while first in engine.rows:
+        engine.add([4, 5], 1)
+        engine.step()
+        steps += 1
+    assert steps <= 12
+
+
 def test_a_joined_cache_holds_the_rows_of_both():
     config = MODEL.config
     first, second = KVCache(config, 2, 5), KVCache(config, 1, 9)

@@ -37,24 +37,24 @@ class Prefixes:
 
     def common(self, prompt: Named) -> tuple[int, Named | None]:
         """(how many tokens of the prompt are known, the kept prompt that begins with them). The last token is never known: the
-        answer follows from its logits. 0 where so little is known that a copy is not worth it."""
+        answer follows from its logits."""
         most = len(prompt) - 1
-        known, best = max(
-            ((min(n_common(prompt, kept), most), kept) for kept in self.kept), default=(0, None), key=first
-        )
-        return (known, best) if worth(prompt[:known]) else (0, None)
+        found = ((min(n_common(prompt, kept), most), kept) for kept in self.kept)
+        return max(found, default=(0, None), key=first)
 
     def find(self, prompt: Named | None, max_len: int) -> tuple[int, Cache | None]:
-        """(how many tokens of the prompt are known, a new cache of one row that holds them, with room for max_len)."""
+        """(how many tokens of the prompt are known, a new cache of one row that holds them, with room for max_len). (0, None)
+        where so little is known that a copy is not worth it."""
         known, best = self.common(prompt) if prompt is not None else (0, None)
-        if best is None:
+        if best is None or not worth(prompt[:known]):
             return 0, None
         self.kept.move_to_end(best)
         return known, self.kept[best].branch(0, known, max_len)
 
     def keep(self, prompt: Named, cache: Cache, row: int) -> None:
         """Copy what a row of a cache holds of the prompt, unless nearly all of it is known."""
-        if not worth(prompt[self.common(prompt)[0] :]):
+        known, _ = self.common(prompt)
+        if not worth(prompt[known:]):
             return
         kept = self.kept[prompt] = cache.branch(row, len(prompt), len(prompt))
         self.bytes += kept.nbytes
@@ -83,6 +83,11 @@ class RememberingEngine(Engine):
     def step(self) -> dict[int, int]:
         self.logits.clear()
         return super().step()
+
+    def drop(self, *numbers: int) -> None:
+        super().drop(*numbers)
+        for number in numbers:
+            self.to_keep.pop(number, None)
 
     def read(self, numbers, cache):
         found = super().read(numbers, cache)
