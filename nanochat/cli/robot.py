@@ -133,12 +133,14 @@ def driving_policy(checkpoint: str, noise: float | None, cameras: tuple[str, ...
     """The policy that drives while the expert corrects it. Raises UserError for one that cannot."""
     from nanochat.agent import Agent
     from nanochat.evaluation.corrections import Driving
+    from nanochat.metaworld.simulator import CAMERA
 
     if noise is not None:
         raise UserError("--policy drives instead of the noise: give one of --policy and --noise")
     agent = Agent.load(checkpoint)
     agent.check_can_act()
-    missing = [camera for camera in agent.model.config.cameras if camera not in cameras]
+    read = agent.model.config.cameras or [CAMERA]  # older policies name none
+    missing = [camera for camera in read if camera not in cameras]
     if missing:
         raise UserError(f"{checkpoint} looks through {', '.join(missing)}, which is not recorded: add it to --cameras")
     return Driving(checkpoint)
