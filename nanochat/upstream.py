@@ -78,7 +78,7 @@ def read_meta(path: Path) -> tuple[GPTConfig, dict]:
     given = meta.get("model_config")
     if not isinstance(given, dict):
         raise UpstreamError(f'{path} holds no JSON object with "model_config"')
-    known = {field.name for field in fields(GPTConfig)}
+    known = {field.name for field in fields(GPTConfig)} - {"n_hidden"}  # its MLPs are always four times as wide
     if unknown := sorted(set(given) - known):
         raise later_architecture(f"{path.name} has the settings {', '.join(unknown)}")
     if missing := sorted(known - set(given)):
