@@ -78,10 +78,10 @@ def read_meta(path: Path) -> tuple[GPTConfig, dict]:
     given = meta.get("model_config")
     if not isinstance(given, dict):
         raise UpstreamError(f'{path} holds no JSON object with "model_config"')
-    known = {field.name for field in fields(GPTConfig)} - {"n_hidden"}  # its MLPs are always four times as wide
+    known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(set(given) - known):
         raise later_architecture(f"{path.name} has the settings {', '.join(unknown)}")
-    if missing := sorted(known - set(given)):
+    if missing := sorted(known - set(given) - {"n_hidden"}):  # upstream's MLPs are always four times as wide
         raise UpstreamError(f"{path}: model_config lacks {', '.join(missing)}")
     return GPTConfig(**given), meta
 
