@@ -347,10 +347,10 @@ def test_newer_formats_and_unknown_settings_are_refused(tmp_path):
     saved(tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "n")
     rewrite(tmp_path / "m", "manifest.json", lambda c: c.update(format_version=99))
-    with pytest.raises(CheckpointError, match="format 99.*upgrade"):
+    with pytest.raises(CheckpointError, match="format 99.*update the folder"):
         load_checkpoint(tmp_path / "m")
     rewrite(tmp_path / "n", "config.json", lambda c: c["config"].update(smear=True))
-    with pytest.raises(CheckpointError, match="does not know: 'smear'.*upgrade"):
+    with pytest.raises(CheckpointError, match="does not know: 'smear'.*update the folder"):
         load_checkpoint(tmp_path / "n")
 
 
