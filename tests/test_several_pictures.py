@@ -115,7 +115,9 @@ def test_more_pictures_than_it_learnt(agent, vectors, training, most):
     many = vectors[[0] * 9]
     only = "one picture" if most == 1 else "up to 3 pictures"
     for ask in (lambda: learner.ask("it?", many), lambda: Chat(learner, many), lambda: learner.check_images(9)):
-        with pytest.raises(UserError, match=f"9 pictures in one question, but .* about {only} only: .*each of them alone"):
+        with pytest.raises(
+            UserError, match=f"9 pictures in one question, but .* about {only} only: .*each of them alone"
+        ):
             ask()
 
 

@@ -182,7 +182,9 @@ def test_noise_moves_the_arm_but_not_the_recorded_actions():
 @needs_simulator
 def test_a_task_whose_expert_is_easily_disturbed_has_less_noise_in_every_second_episode(monkeypatch):
     found = []
-    monkeypatch.setattr("nanochat.metaworld.record.run_expert", lambda arm, seed, noise, policy: found.append(noise) or {})
+    monkeypatch.setattr(
+        "nanochat.metaworld.record.run_expert", lambda arm, seed, noise, policy: found.append(noise) or {}
+    )
     for task in ("reach", "shelf-place"):
         for noise in (None, 0.3):
             for number in (0, 1):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanochat import __version__
 from nanochat.agent import Agent
 from nanochat.cache import cache_folder, make_folder
 from nanochat.checkpoint import load_checkpoint, locate, put_in_place, sibling
@@ -83,11 +84,11 @@ def export(name: str, out: str | Path, int8: bool = False, calibrate: str | Path
 
 
 def cached_export(name: str) -> str:
-    """The folder of a float32 export in the shared cache, made when it is first asked for."""
+    """The folder of a float32 export by this version of the project in the shared cache, made when it is first asked for."""
     manifest = locate(name) / "manifest.json"
     if not manifest.is_file():
         load_checkpoint(name)  # says what is wrong
-    folder = cache_folder("exports") / sha256(manifest)[:16]
+    folder = cache_folder("exports") / f"{sha256(manifest)[:16]}-{__version__}"
     if not is_export(folder):
         make_folder(folder.parent)
         print(f"note: exporting {name} to {folder}, once", file=sys.stderr)

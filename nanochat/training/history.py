@@ -32,7 +32,7 @@ def advice(checks: list[dict], steps: int) -> list[str]:
     if rose:
         lines.append(
             f"The loss on held-out data was {best['aligned']:.3f} at step {best['step']} and is {last['aligned']:.3f} now, so "
-            f"the training data are learnt by heart: take fewer steps (--steps {max(1, best['step'])}), lower rates, or more data."
+            f"the training data are learnt by heart: take fewer steps (--steps {max(1, best['step'])}), lower rates or more data."
         )
     if "shuffled" in last and "aligned" in last and last["shuffled"] - last["aligned"] < 0.02:
         lines.append("The picture makes no difference: the model has not learnt to use it yet.")
