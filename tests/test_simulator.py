@@ -227,8 +227,9 @@ def test_a_policy_drives_as_in_a_rollout():
     scene = arm.reset(5)
     images = arm.images()
     agent = Agent.load("robot")
-    chunk = agent.act([images], scene.state[None], [INSTRUCTIONS["door-open"][0]])[0]
+    chunk = agent.act([images["corner2"]], scene.state[None], [INSTRUCTIONS["door-open"][0]])[0]
     driving.begin()
+    images["gripperPOV"] = images["corner2"]  # is recorded, but not the policy's
     for step in range(3):  # the picture is looked at once
         np.testing.assert_array_equal(
             driving.action(images if step == 0 else {}, scene.state, "door-open"), chunk[step]

@@ -143,7 +143,7 @@ def driving_policy(checkpoint: str, noise: float | None, cameras: tuple[str, ...
     missing = [camera for camera in read if camera not in cameras]
     if missing:
         raise UserError(f"{checkpoint} looks through {', '.join(missing)}, which is not recorded: add it to --cameras")
-    return Driving(checkpoint)
+    return Driving(checkpoint, tuple(read))
 
 
 def checked_processes(processes: int | None) -> int:

@@ -15,14 +15,16 @@ import torch
 from nanochat.agent import Agent
 from nanochat.evaluation.rollout import Act, acting
 from nanochat.metaworld.instructions import INSTRUCTIONS
+from nanochat.metaworld.simulator import CAMERA
 
 
 @dataclass
 class Driving:
-    """The policy of a checkpoint, as it drives in a rollout: `execute` actions of each chunk. It can be sent to another process,
-    which loads the checkpoint when it first needs it."""
+    """The policy of a checkpoint, as it drives in a rollout: `execute` actions of each chunk. cameras: those that it reads. It
+    can be sent to another process, which loads the checkpoint when it first needs it."""
 
     checkpoint: str
+    cameras: tuple[str, ...] = (CAMERA,)
     execute: int = 5
     chunk: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -33,7 +35,8 @@ class Driving:
     def action(self, images: dict[str, np.ndarray], state: np.ndarray, task: str) -> np.ndarray:
         """The action of this step, (4,). images: camera -> (S, S, 3) uint8; state: (4,) float32."""
         if not self.chunk:
-            chunk = loaded(self.checkpoint)([images], state[None], [INSTRUCTIONS[task][0]])[0]
+            shown = {camera: images[camera] for camera in self.cameras}
+            chunk = loaded(self.checkpoint)([shown], state[None], [INSTRUCTIONS[task][0]])[0]
             self.chunk = list(chunk[: self.execute])
         return self.chunk.pop(0)
 
