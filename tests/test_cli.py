@@ -319,7 +319,7 @@ def text_file(tmp_path):
         (["record", "--noise", "-1", "-o", "FOLDER/x"], "noise"),
         (["record", "--noise", "0.1", "--policy", "robot", "-o", "FOLDER/x"], "give one of --policy and --noise"),
         (["record", "--policy", "robot", "--cameras", "topview", "-o", "FOLDER/x"], "looks through corner2"),
-        (["record", "--image-size", "100", "-o", "FOLDER/x"], "image_size"),
+        (["record", "--image-size", "100", "-o", "FOLDER/x"], "--image-size must be a positive multiple of 32"),
         (["record", "--episodes", "0", "-o", "FOLDER/x"], "episodes"),
         (["record", "-o", "FOLDER"], "exists"),
         (["rollout", "shapes"], "cannot act"),

@@ -379,7 +379,7 @@ def test_every_field_of_a_recipe_has_help():
     source = "".join(Path(module.__file__).read_text() for module in (shared_fields, recipes))
     for item in ast.parse(source).body:
         if isinstance(item, ast.ClassDef):
-            helped = dict(known[item.bases[0].id]) if item.bases else {}
+            helped = {name: text for base in item.bases for name, text in known[base.id].items()}
             for field, after in zip(item.body, [*item.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):
                     below = (

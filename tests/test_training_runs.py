@@ -434,8 +434,9 @@ def test_advice_tells_more_pictures_from_more_steps():
 def test_a_loss_that_rose_is_told_and_more_steps_are_not_advised():
     checks = [{"step": step, "aligned": loss} for step, loss in ((0, 2.84), (20, 2.79), (100, 3.35))]
     for learnt in ({"train_right": 25, "train_asked": 100}, {"train": 1.0}):
-        (line,) = advice([*checks[:-1], checks[-1] | learnt], 100)
-        assert "2.790 at step 20 and is 3.350 now" in line and "--steps 20" in line
+        line, *others = advice([*checks[:-1], checks[-1] | learnt], 100)
+        assert "2.790 at step 20 and is 3.350 now" in line and "--steps 20)" in line
+        assert not any("longer" in other or "--steps" in other for other in others)
     assert advice([*checks[:2], {"step": 100, "aligned": 2.8}], 100) == []
 
 
