@@ -10,7 +10,6 @@ import collections
 import io
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from benchmarks.serve_load import body, picture
+from benchmarks.serve_load import body, picture, serving
 from tests.test_serve_more import PATHS, mutated
 
 SLOW_S = 2.0
@@ -94,25 +93,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=30, help="of schemathesis, for each endpoint; 0 leaves it out")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "nanochat", "serve", "photos", "robot", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            address = re.search(r"(http://\S+?);", next(line for line in server.stdout if "serving" in line))[1]
-            with httpx.Client(base_url=address, timeout=60) as http:
-                attack(http, options.requests)
-            if options.examples:
-                schemathesis = Path(sys.executable).with_name("schemathesis")
-                words = [
-                    "run",
-                    f"{address}/openapi.json",
-                    "--checks",
-                    "not_a_server_error",
-                    "--exclude-path",
-                    "/detect",
-                ]
-                subprocess.run([schemathesis, *words, "--max-examples", str(options.examples)], check=False)
-        finally:
-            server.terminate()
+    with serving("photos", "robot") as (address, _):
+        with httpx.Client(base_url=address, timeout=60) as http:
+            attack(http, options.requests)
+        if options.examples:
+            schemathesis = Path(sys.executable).with_name("schemathesis")
+            words = f"run {address}/openapi.json --checks not_a_server_error --exclude-path /detect".split()
+            subprocess.run([schemathesis, *words, "--max-examples", str(options.examples)], check=False)
 
 
 if __name__ == "__main__":

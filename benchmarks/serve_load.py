@@ -18,7 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -261,6 +263,17 @@ async def measure(address: str, pid: int, names: list[str], clients: int, second
             await getattr(Measures(http, good, pid, urls, clients, seconds), name)()
 
 
+@contextmanager
+def serving(*models: str) -> Iterator[tuple[str, int]]:
+    """A `nanochat serve` of its own: its address and process id."""
+    command = [sys.executable, "-m", "nanochat", "serve", *models, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield re.search(r"(http://\S+?);", next(line for line in server.stdout if "serving" in line))[1], server.pid
+        finally:
+            server.terminate()
+
+
 def row(name: str, value: str) -> None:
     print(f"| {name} | {value} |", flush=True)
 
@@ -272,14 +285,9 @@ def main() -> None:
     parser.add_argument("--model", default="photos", help="a checkpoint or a folder of nanochat export")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     options = parser.parse_args()
-    command = [sys.executable, "-m", "nanochat", "serve", options.model, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            address = re.search(r"(http://\S+?);", next(line for line in server.stdout if "serving" in line))[1]
-            print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
-            asyncio.run(measure(address, server.pid, options.only, options.clients, options.seconds))
-        finally:
-            server.terminate()
+    with serving(options.model) as (address, pid):
+        print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+        asyncio.run(measure(address, pid, options.only, options.clients, options.seconds))
 
 
 if __name__ == "__main__":
