@@ -78,5 +78,8 @@ def check(model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    model = sys.argv[1] if len(sys.argv) > 1 else "exported/photos"
+    if not (ROOT / model).is_dir():
+        sys.exit(f"error: the project has no folder {model}: make it with nanochat export photos {model}")
     with tempfile.TemporaryDirectory() as made:
-        check(sys.argv[1] if len(sys.argv) > 1 else "exported/photos", Path(made))
+        check(model, Path(made))
