@@ -33,7 +33,7 @@ class Args:
     models: tyro.conf.Positional[tuple[str, ...]] = ("shapes", "photos", "robot")
     pruned: tuple[str, ...] = ()
     "A model and the checkpoint of the pruned one, such as photos=runs/photos-pruned."
-    photos: str = "../shared/data/flickr8k"
+    photos: str = "flickr8k"
     "Pictures with captions, with the splits train and dev."
     samples: int = 300
     "Of each data set."
