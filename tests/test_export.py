@@ -29,20 +29,11 @@ from nanochat.onnx.model import OnnxGPT, OnnxModel, OnnxPolicy
 from nanochat.robot_gpt import RobotGPT
 from nanochat.runtime import load
 from nanochat.sampling import Sampling
-from tests.tiny_policy import make_policy, make_tokenizer
+from tests.tiny_policy import make_policy, make_tokenizer, random_model
 
 PLACE, N, D = 49, 4, 12
 SHAPE = dict(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 SEES = dict(vision_embedding_dim=D, vision_tokens_per_image=N, max_images=3)
-
-
-def random_model(kind, config):
-    torch.manual_seed(0)
-    model = kind(config)
-    model.init_weights()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 def decoders(model, folder, int8=False):

@@ -12,17 +12,9 @@ from nanochat.gpt import GPT, GPTConfig, Inputs
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.pruning import pruned
 from nanochat.tokenizer import Tokenizer
+from tests.tiny_policy import random_model
 
 SHAPE = dict(sequence_len=32, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-
-
-def random_model(kind, config):
-    torch.manual_seed(0)
-    model = kind(config)
-    model.init_weights()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 @pytest.mark.parametrize("silent", ["c_fc", "c_proj"])

@@ -10,6 +10,16 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
 
 
+def random_model(kind, config):
+    """A text or vision model in which every parameter counts: none is zero, as some are at first."""
+    torch.manual_seed(0)
+    model = kind(config)
+    model.init_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 def make_tokenizer(texts: list[str], vocab_size: int = 300) -> Tokenizer:
     tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.add_special_tokens([STATE, ACT, *BINS])
