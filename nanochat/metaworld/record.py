@@ -190,22 +190,29 @@ def record_block(job: tuple[Path, Block]) -> int:
 
 def record_episode(arm: Arm, block: Block, number: int) -> dict:
     """The episode of the first seed on which the expert succeeds. Raises ValueError after MAX_ATTEMPTS seeds."""
-    noise = noise_of(arm.task, number) if block.noise is None else block.noise
-    if block.policy:
-        noise = 0.0
+    noise = noise_of(block, number)
     for attempt in range(MAX_ATTEMPTS):
         seed = block.seed + number + SEED_STEP * attempt
         episode = run_expert(arm, seed, noise, block.policy)
         if episode is not None:
             return episode | {"seed": seed}
     raise UserError(
-        f"the expert of {arm.task} failed on {MAX_ATTEMPTS} seeds in a row with noise {noise}: lower the noise"
+        f"the expert of {arm.task} failed on {MAX_ATTEMPTS} seeds in a row with "
+        + (
+            f"{block.policy.checkpoint} driving: choose another --policy"
+            if block.policy
+            else f"noise {noise}: lower the noise"
+        )
     )
 
 
-def noise_of(task: str, number: int) -> float:
-    """The noise of an episode where none was asked for."""
-    return LESS_NOISE if task in EASILY_DISTURBED and number % 2 else NOISE
+def noise_of(block: Block, number: int) -> float:
+    """The noise of an episode: none where a policy disturbs the expert."""
+    if block.policy:
+        return 0.0
+    if block.noise is not None:
+        return block.noise
+    return LESS_NOISE if block.task in EASILY_DISTURBED and number % 2 else NOISE
 
 
 def run_expert(arm: Arm, seed: int, noise: float, policy: Driver | None = None) -> dict | None:
