@@ -20,6 +20,7 @@ from nanochat.vision.images import (
     image_digest,
     letterbox,
     open_image,
+    rectangle,
     resize_bilinear,
     square,
 )
@@ -482,6 +483,11 @@ def test_letterbox_equals_ultralytics(height, width, size, seed):
     ours, fit = letterbox(Image.fromarray(image), size)
     theirs = LetterBox(size, auto=False, scale_fill=False)(image=image)
     assert ours.shape == theirs.shape == (size, size, 3) and ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert (fit.width, fit.height) == (width, height)
+    ours, fit = rectangle(Image.fromarray(image), size)
+    theirs = LetterBox(size, auto=True, stride=32)(image=image)
+    assert ours.shape == theirs.shape and max(ours.shape) == size and ours.dtype == np.uint8
     assert np.abs(ours.astype(int) - theirs).max() <= 1
     assert (fit.width, fit.height) == (width, height)
 

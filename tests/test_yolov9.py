@@ -155,7 +155,7 @@ def test_maps_and_detections_come_from_one_forward(yolo):
     for layer, maps in out.maps.items():
         assert_distinct(maps)
         torch.testing.assert_close(maps, yolo.extract_features(PICTURES, layer), **ANOTHER_BATCH)
-    assert out.detections == yolo.detect(PICTURES, conf=0.2)
+    assert out.detections[3] == yolo.detect(PICTURES, conf=0.2)[3]  # a square: the others get smaller borders there
     assert all(out.detections) and out.detections[0] != out.detections[1]
 
 
@@ -247,10 +247,17 @@ def test_channel_order_is_rgb(yolo, weights):
 
 
 def compare_with_ultralytics(path, image, size, conf):
+    """`detect` with their predictor as it is, and what one pass over a square finds with the same on squares."""
     from ultralytics import YOLO
 
-    ours = YOLOv9Plus(path, image_size=size).detect(image, conf=conf)
-    theirs = YOLO(path).predict(image, imgsz=size, rect=False, conf=conf, iou=0.7, verbose=False)[0].boxes
+    yolo, theirs = YOLOv9Plus(path, image_size=size), YOLO(path)
+    squares = yolo.encode([image], [], detect=True, conf=conf).detections[0]
+    for rect, ours in ((True, yolo.detect(image, conf=conf)), (False, squares)):
+        found = theirs.predict(image, imgsz=size, rect=rect, conf=conf, iou=0.7, verbose=False)[0].boxes
+        compare_boxes(ours, found)
+
+
+def compare_boxes(ours, theirs):
     assert len(ours) == len(theirs) > 0
     rows = zip(theirs.xyxy.tolist(), theirs.conf.tolist(), theirs.cls.int().tolist(), strict=True)
     rows = [(np.array(box), score, class_id) for box, score, class_id in rows]
@@ -276,6 +283,33 @@ def test_detections_of_a_list_equal_those_of_single_images(weights, image):
         np.testing.assert_allclose([d.box for d in found], [d.box for d in alone], atol=0.1)
     assert yolo.detect(image, conf=1.0) == []
     assert len(yolo.detect(image, conf=0.2, iou=0.99)) > len(yolo.detect(image, conf=0.2, iou=0.1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 40), (30, 64)])
+def test_embeddings_of_rectangles_equal_ultralytics_own(weights, image, size):
+    from ultralytics import YOLO
+
+    image = image.resize(size)
+    ours = YOLOv9Plus(weights, image_size=64).get_image_embeddings([image], layer="p5", rectangles=True)
+    p5 = YOLO(weights).model.model[-1].f[-1]
+    theirs = YOLO(weights).embed(image, imgsz=64, embed=[p5], verbose=False)[0]
+    assert theirs.abs().mean() > 0.01
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_rectangles_of_several_shapes_keep_their_order(yolo, image):
+    images = [image, image.resize((32, 64)), image.rotate(180), image.resize((64, 32))]
+    together = yolo.get_image_embeddings(images, layer="p4", rectangles=True)
+    alone = torch.cat([yolo.get_image_embeddings(i, layer="p4", rectangles=True) for i in images])
+    torch.testing.assert_close(together, alone, **ANOTHER_BATCH)
+    squares = yolo.get_image_embeddings(images, layer="p4")
+    assert (together - squares)[1].abs().max() > 0.2  # other borders
+    square = image.resize((64, 64))
+    torch.testing.assert_close(
+        yolo.get_image_embeddings(square, rectangles=True), yolo.get_image_embeddings(square), rtol=0, atol=0
+    )
+    with pytest.raises(ValueError, match='"avg" or "max"'):
+        yolo.get_image_embeddings(images, pool="flatten", rectangles=True)
 
 
 @needs_weights

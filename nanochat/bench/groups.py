@@ -16,27 +16,34 @@ def on_onnx(name: str, make: str, arguments: dict) -> tuple[Contestant, ...]:
     )
 
 
+def embed_rows(arguments: dict) -> tuple[Contestant, ...]:
+    """ultralytics' embed takes rectangles by default, ours squares; both can do both."""
+    rows = (
+        ("nanochat embed --rectangles, bfloat16", "ours:embed", {"rectangles": True}),
+        ("nanochat embed --rectangles, float32", "ours:embed", {"rectangles": True, "dtype": "float32"}),
+        ("nanochat embed, bfloat16", "ours:embed", {}),
+        ("nanochat embed, float32", "ours:embed", {"dtype": "float32"}),
+        ("ultralytics embed", "peers:embed", {}),
+        ("ultralytics embed, squares", "peers:embed", {"rectangles": False}),
+    )
+    return tuple(Contestant(label, make, arguments | given) for label, make, given in rows)
+
+
 def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     sixteen, one = {"weights": weights, "n": 16}, {"weights": weights, "n": 1}
     return [
         Race(
             "16 pictures of 480 x 640 to vectors of layer p5, per picture",
             (
-                Contestant("nanochat embed, bfloat16", "ours:embed", sixteen),
-                Contestant("nanochat embed, float32", "ours:embed", sixteen | {"dtype": "float32"}),
-                Contestant("ONNX Runtime, float32", "ours:embed_onnx", sixteen | {"int8": False}),
-                Contestant("ONNX Runtime, int8", "ours:embed_onnx", sixteen | {"int8": True}),
-                Contestant("ultralytics embed", "peers:embed", sixteen),
+                *embed_rows(sixteen),
+                Contestant("ONNX Runtime, float32, squares", "ours:embed_onnx", sixteen | {"int8": False}),
+                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", sixteen | {"int8": True}),
             ),
             times=16,
         ),
         Race(
             "one picture to a vector of layer p5",
-            (
-                Contestant("nanochat embed, bfloat16", "ours:embed", one),
-                Contestant("nanochat embed, float32", "ours:embed", one | {"dtype": "float32"}),
-                Contestant("ultralytics embed", "peers:embed", one),
-            ),
+            (*embed_rows(one),),
         ),
         Race(
             "one picture to boxes",
@@ -163,10 +170,8 @@ def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]
         Race(
             "embedding extraction (RTX 2080 SUPER: ~50 ms)",
             (
-                Contestant("nanochat, bfloat16", "ours:embed", one),
-                Contestant("nanochat, float32", "ours:embed", one | {"dtype": "float32"}),
-                Contestant("nanochat, ONNX Runtime, int8", "ours:embed_onnx", one | {"int8": True}),
-                Contestant("ultralytics embed", "peers:embed", one),
+                *embed_rows(one),
+                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", one | {"int8": True}),
             ),
         ),
         Race(

@@ -38,7 +38,7 @@ def prompt(n: int, vocab: int) -> list[int]:
 # ---- encoders
 
 
-def embed(weights: str, n: int, dtype: str = "bfloat16"):
+def embed(weights: str, n: int, dtype: str = "bfloat16", rectangles: bool = False):
     import torch
 
     from nanochat.vision.encoder import open_encoder
@@ -47,7 +47,7 @@ def embed(weights: str, n: int, dtype: str = "bfloat16"):
     encoder, shown = open_encoder(weights), pictures(n)
     if dtype == "bfloat16" and not computes_bfloat16(torch.device("cpu")):
         raise ImportError("this processor computes no bfloat16")
-    return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype)), {"dtype": dtype}
+    return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype), rectangles), {"dtype": dtype}
 
 
 def embed_onnx(weights: str, n: int, int8: bool):

@@ -21,11 +21,11 @@ def yolo(weights: str):
     return YOLO(weights)
 
 
-def embed(weights: str, n: int):
-    """ultralytics' embed: the input of the detection head at stride 32, on rectangles instead of squares."""
+def embed(weights: str, n: int, rectangles: bool = True):
+    """ultralytics' embed: the input of the detection head at stride 32."""
     model = yolo(weights)
     shown = [picture[..., ::-1] for picture in pictures(n)]  # BGR
-    return lambda: model.embed(shown, verbose=False), {"ultralytics": import_ultralytics().__version__}
+    return lambda: model.embed(shown, rect=rectangles, verbose=False), {"ultralytics": import_ultralytics().__version__}
 
 
 def detect(weights: str):

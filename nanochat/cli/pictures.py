@@ -69,6 +69,7 @@ def embed(
     layer: str = "head",
     pool: Literal["avg", "max", "flatten"] = "avg",
     dtype: Literal["auto", "float32"] = "auto",
+    rectangles: bool = False,
     camera: Camera = None,
     json_rows: JsonRows = None,
     vision: OmitArgPrefixes[EncoderFlags] = EncoderFlags(),
@@ -81,12 +82,14 @@ def embed(
         pool: How a map becomes one vector: its mean, its maximum, or all values.
         dtype: auto computes in bfloat16 where the processor does so and the layer's vector of a test picture keeps a cosine of
             0.999 with float32's. float32 gives the same vectors on every processor, up to rounding.
+        rectangles: Add no more grey border than the encoder needs, instead of making each picture square: a quarter less time at
+            4:3. Compare such vectors with their like only.
     """
     import numpy as np
 
     from nanochat.files import atomic_path
     from nanochat.inputs import find_pictures, opened
-    from nanochat.vision.images import square
+    from nanochat.vision.images import rectangle, square
     from nanochat.vision.inference import embeddings, quick_dtype
 
     if not images and camera is None:
@@ -104,7 +107,9 @@ def embed(
         def flush() -> None:
             if not batch:
                 return
-            vectors = embeddings(encoder, [image for _, image in batch], pool, layer, computes).cpu().numpy()
+            vectors = (
+                embeddings(encoder, [image for _, image in batch], pool, layer, computes, rectangles).cpu().numpy()
+            )
             for (name, _), vector in zip(batch, vectors, strict=True):
                 add({"file": name, "embedding": vector.tolist()} if json_rows is not None else {})
             names.extend(name for name, _ in batch)
@@ -116,7 +121,7 @@ def embed(
                 add({"file": picture.name, "error": str(image)})
                 continue
             batch.append(
-                (picture.name, square(image, encoder.image_size, encoder.antialias)[0])
+                (picture.name, (rectangle if rectangles else square)(image, encoder.image_size, encoder.antialias)[0])
             )  # a photograph may have 300 MB
             if len(batch) == EMBED_BATCH:
                 flush()

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nanochat.errors import UserError
 from nanochat.vision.images import ImageSource
-from nanochat.vision.pixels import evaluating, read_squares, to_pixels
+from nanochat.vision.pixels import evaluating, read_rectangles, read_squares, to_pixels
 
 PART = 4  # pictures that go through a CPU at once: the maps of more leave its caches
 AGREEMENT = 0.999  # least cosine of a picture's mean map in bfloat16 and in float32
@@ -41,7 +41,7 @@ def infer(
 ) -> dict:
     """What `compute(encoder, pixels)` says of pictures, {name: (B, ...)}, with the encoder's fast copy, in evaluation mode.
 
-    squares: (B, S, S, 3) uint8. dtype: of weights and pixels; None for the encoder's own one. An encoder whose modules
+    squares: (B, H, W, 3) uint8. dtype: of weights and pixels; None for the encoder's own one. An encoder whose modules
     have hooks is run itself, and on all pictures at once, since the hooks are there to see it.
     """
     weight = next(encoder.parameters())
@@ -65,7 +65,7 @@ def infer(
 def inference_maps(
     encoder: nn.Module, squares: np.ndarray, layers: Sequence[str | int], dtype: torch.dtype | None = None
 ) -> dict[str | int, torch.Tensor]:
-    """`Encoder.maps` of (B, S, S, 3) uint8 pictures, without gradients. dtype: see `infer`."""
+    """`Encoder.maps` of (B, H, W, 3) uint8 pictures, without gradients. dtype: see `infer`."""
     return infer(encoder, squares, lambda fast, pixels: fast.maps(pixels, layers), dtype)
 
 
@@ -75,19 +75,30 @@ def embeddings(
     pool: str,
     layer: str | int,
     dtype: torch.dtype | None = None,
+    rectangles: bool = False,
 ) -> torch.Tensor:
     """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". encoder: any `Encoder`. dtype: see
-    `infer`; what is returned has the encoder's own one.
+    `infer`; what is returned has the encoder's own one. rectangles: borders up to a multiple of 32 only, not to a square.
 
     Raises ImageError for an image that cannot be opened, ValueError for an empty list and for an unknown layer or pool.
     """
     if pool not in ("avg", "max", "flatten"):
         raise UserError(f'pool must be "avg", "max" or "flatten", got {pool!r}')
-    squares, _ = read_squares(encoder, images)
-    features = inference_maps(encoder, squares, [layer], dtype)[layer].to(next(encoder.parameters()).dtype)
-    if pool == "flatten":
-        return features.flatten(1)
-    return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
+    if rectangles and pool == "flatten":
+        raise UserError('rectangles give maps of several sizes: choose the pool "avg" or "max"')
+
+    def vectors(pixels: np.ndarray) -> torch.Tensor:
+        features = inference_maps(encoder, pixels, [layer], dtype)[layer].to(next(encoder.parameters()).dtype)
+        if pool == "flatten":
+            return features.flatten(1)
+        return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
+
+    if not rectangles:
+        return vectors(read_squares(encoder, images)[0])
+    found = {}
+    for numbers, pixels, _ in read_rectangles(encoder, images):
+        found |= dict(zip(numbers, vectors(pixels), strict=True))
+    return torch.stack([found[number] for number in sorted(found)])
 
 
 # ---- the copy

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from nanochat.errors import UserError
 from nanochat.files import short_repr
-from nanochat.vision.images import MAX_IMAGE_SIZE, STRIDE, ImageSource, Letterbox, as_list, square
+from nanochat.vision.images import MAX_IMAGE_SIZE, STRIDE, ImageSource, Letterbox, as_list, rectangle, square
 
 
 def checked_size(size: int) -> int:
@@ -45,9 +45,9 @@ def to_pixels(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> torch.Tensor:
-    """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) in 0..1. Raises ValueError for another shape or dtype."""
+    """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) in 0..1. Raises ValueError for another shape or dtype."""
     if squares.ndim != 4 or squares.shape[3] != 3 or squares.dtype != np.uint8:
-        raise UserError(f"squares must be (B, S, S, 3) uint8, got {squares.shape} {squares.dtype}")
+        raise UserError(f"pictures must be (B, H, W, 3) uint8, got {squares.shape} {squares.dtype}")
     return scaled(torch.from_numpy(squares).to(device), dtype).contiguous(memory_format=memory_format)
 
 
@@ -63,6 +63,17 @@ def read_squares(encoder: nn.Module, images: ImageSource | Sequence[ImageSource]
     """
     fitted = [square(image, encoder.image_size, encoder.antialias) for image in as_list(images)]
     return np.stack([pixels for pixels, _ in fitted]), [fit for _, fit in fitted]
+
+
+def read_rectangles(
+    encoder: nn.Module, images: ImageSource | Sequence[ImageSource]
+) -> Iterator[tuple[list[int], np.ndarray, list[Letterbox]]]:
+    """One image or a list, with as little border as the encoder needs, those of one shape together: (their numbers, (B, H, W, 3)
+    uint8 RGB, how each was fitted). Raises as `read_squares`."""
+    fitted = [rectangle(image, encoder.image_size, encoder.antialias) for image in as_list(images)]
+    for shape in dict.fromkeys(pixels.shape for pixels, _ in fitted):
+        numbers = [number for number, (pixels, _) in enumerate(fitted) if pixels.shape == shape]
+        yield numbers, np.stack([fitted[number][0] for number in numbers]), [fitted[number][1] for number in numbers]
 
 
 def read_pixels(

@@ -18,7 +18,7 @@ from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
 from nanochat.vision.inference import embeddings, infer
-from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, read_squares
+from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, read_rectangles, read_squares
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -219,13 +219,12 @@ class YOLOv9Plus(SquareInput, nn.Module):
     ) -> Encoded:
         """Maps of several layers and, if requested, detections, from one forward pass over all images.
 
-        conf, iou: see `detect`. Runs in evaluation mode, whatever the encoder's mode is. Raises ImageError for an image
-        that cannot be opened, ValueError for an unknown layer, thresholds outside 0..1, or nothing to compute.
+        conf, iou: see `detect`, whose pictures have smaller borders. Runs in evaluation mode, whatever the encoder's mode is.
+        Raises ImageError for an image that cannot be opened, ValueError for an unknown layer, thresholds outside 0..1, or
+        nothing to compute.
         """
         layers = [layers] if isinstance(layers, (str, int)) else list(layers)
-        for name, value in (("conf", conf), ("iou", iou)):
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} must lie in 0..1, got {value}")
+        check_thresholds(conf, iou)
         if not layers and not detect:
             raise UserError("nothing to do: name at least one layer, or set detect=True")
         parts = {part for layer in layers for part in parts_of(layer)} | ({"head"} if detect else set())
@@ -239,21 +238,33 @@ class YOLOv9Plus(SquareInput, nn.Module):
         return self.encode(images, [layer]).maps[layer]
 
     def get_image_embeddings(
-        self, images: ImageSource | Sequence[ImageSource], pool: str = "avg", layer: str | int = "head"
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        pool: str = "avg",
+        layer: str | int = "head",
+        rectangles: bool = False,
     ) -> torch.Tensor:
-        """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". Raises as `encode` does."""
-        return embeddings(self, images, pool, layer)
+        """One image or a list of B -> (B, C) by "avg" or "max", (B, C*H*W) by "flatten". Raises as `encode` does.
 
+        rectangles: as ultralytics' `embed`, less border and so less time, but not the vectors that models are trained on.
+        """
+        return embeddings(self, images, pool, layer, rectangles=rectangles)
+
+    @torch.no_grad()
     def detect(
         self, images: ImageSource | Sequence[ImageSource], conf: float = 0.25, iou: float = 0.7
     ) -> list[Detection] | list[list[Detection]]:
         """Objects in one image, highest score first; for a list of images, a list of such lists.
 
         conf: minimum score. iou: of two boxes of a class that overlap more, the one with the lower score is dropped.
-        Raises as `encode` does.
+        As by ultralytics' `predict`, pictures get borders up to a multiple of 32 only. Raises as `encode` does.
         """
-        found = self.encode(images, [], detect=True, conf=conf, iou=iou).detections
-        return found if is_batch(images) else found[0]
+        check_thresholds(conf, iou)
+        found: dict[int, list[Detection]] = {}
+        for numbers, pixels, fits in read_rectangles(self, images):
+            predictions = infer(self, pixels, lambda fast, pixels: fast.run_parts(pixels, ["head"]))["head"]
+            found |= dict(zip(numbers, self.to_detections(predictions, fits, conf, iou), strict=True))
+        return [found[number] for number in sorted(found)] if is_batch(images) else found[0]
 
     def to_detections(
         self, predictions: torch.Tensor, fits: list[Letterbox], conf: float, iou: float
@@ -274,6 +285,13 @@ class YOLOv9Plus(SquareInput, nn.Module):
                 [Detection(tuple(b), s, c, self.names[c]) for b, s, c in zip(boxes, scores, classes, strict=True)]
             )
         return result
+
+
+def check_thresholds(conf: float, iou: float) -> None:
+    """Raises ValueError for one outside 0..1."""
+    for name, value in (("conf", conf), ("iou", iou)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} must lie in 0..1, got {value}")
 
 
 def parts_of(layer: str | int) -> list[str]:
