@@ -26,8 +26,8 @@ Compare rows with each other only; the models that ship were trained longer. Mad
 DIR is the checkpoint of `nanochat train distill`; without it, the rows of the taught encoder are left out.
 
 `vectors`: numbers of a picture that the decoder reads, vectors x width. `trained`, `all`: parameters in millions, without
-and with those that stay as they are. `min`: minutes of training on {threads}; a frozen encoder's maps are computed before and not
-included. `question`, `caption`: milliseconds on one thread in float32, from a picture's file to an answer of 2 and a caption of
+and with those that stay as they are. `min`: the processor's minutes of training, on {threads}; a frozen encoder's maps are
+computed before and not included. `question`, `caption`: milliseconds on one thread in float32, from a picture's file to an answer of 2 and a caption of
 12 tokens, beside torchvision's ResNet-18 (`peer`: one pass, 224 pixels) in the same rounds, medians; all times were taken on a
 machine that may have had other work. `shuffled` is the score with another picture, `blind` without one; `95 %` is the bootstrap
 interval over pictures.
