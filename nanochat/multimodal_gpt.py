@@ -9,6 +9,7 @@ as one graph. Self-attention, MLP, head and loss are GPT's either way.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -145,33 +146,33 @@ class MultimodalGPT(GPT):
     def pictures(self, inputs: Inputs, query: torch.Tensor, held: Pictures | None) -> Pictures:
         """The pictures of the inputs. query: (B or 1, T), the position of each token in its row; held: the pictures that came
         before in each row. Raises UserError for more than max_images in a row."""
-        places = inputs.places
-        rows, columns = places.nonzero(as_tuple=True)  # (S,) each, in reading order
-        slots = places.cumsum(1)[rows, columns] - 1  # (S,) number among the new pictures of its row
-        numbers = slots if held is None else slots + held.counts[rows]
-        self.config.check_images(int(numbers.max()) + 1)
+        spots = spots_of(inputs.places)
+        number = spots.slot if held is None else spots.slot + held.counts[spots.row]  # among all pictures of its row
+        self.config.check_images(int(number.max()) + 1)
         cells = self.vision_projector(self.one_by_one(inputs.images))  # (U, N, C) float32
-        shown = torch.arange(len(rows), device=rows.device) if inputs.shown is None else inputs.shown
-        before = torch.where(slots > 0, shown.roll(1), shown)  # the picture in front of it in its row
+        shown = torch.arange(len(number), device=number.device) if inputs.shown is None else inputs.shown
+        before = torch.where(spots.slot > 0, shown.roll(1), shown)  # the picture in front of it in its row; else itself
         if held is not None:
-            before = torch.where((slots == 0) & (numbers > 0), len(cells) + rows, before)
+            before = torch.where((spots.slot == 0) & (number > 0), len(cells) + spots.row, before)
             cells = torch.cat([cells, held.last()])
-        # a picture that many rows show alike has the same keys and values in all of them: V of the S are made
-        kinds, made_of = torch.stack([shown, before, numbers]).unique(dim=1, return_inverse=True)  # (3, V), (S,)
-        made = self.vision_projector.in_row(cells[kinds[0]], cells[kinds[1]], kinds[2]).to(self.compute_dtype)
-        shape = (len(places), int(slots.max()) + 1)  # (B, P)
-        index, base = (
-            rows.new_zeros(shape) for _ in range(2)
-        )  # where a row has fewer, any one will do: no token sees it
-        index[rows, slots], base[rows, slots] = made_of, shown
-        where = rows.new_full(shape, NEVER)
-        where[rows, slots] = query.expand(places.shape)[rows, columns]
-        keys_and_values = [layer.keys_and_values(made) for layer in self.cross_attention]
+        made, made_of = self.make(cells, shown, before, number)
+        index = spots.table(made_of, 0)  # where a row has fewer pictures, any one will do: no token sees it
         keys, values = (
-            [part.index_select(0, index.flatten()).unflatten(0, shape) for part in parts]
-            for parts in zip(*keys_and_values, strict=True)
+            [part.index_select(0, index.flatten()).unflatten(0, index.shape) for part in parts]
+            for parts in zip(*made, strict=True)
         )
-        return Pictures(keys, values, cells.detach()[base], where)
+        where = spots.table(query.expand(inputs.places.shape)[spots.row, spots.column], NEVER)
+        return Pictures(keys, values, cells.detach()[spots.table(shown, 0)], where)
+
+    def make(
+        self, cells: torch.Tensor, shown: torch.Tensor, before: torch.Tensor, number: torch.Tensor
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """(each layer's keys and values of V pictures, which of them each of S spots has). shown, before: (S,) which of the cells
+        a spot shows, and which the one in front of it; number: (S,) its number in its row. Where many rows show a picture alike,
+        its keys and values are made once."""
+        kinds, made_of = torch.stack([shown, before, number]).unique(dim=1, return_inverse=True)  # (3, V), (S,)
+        made = self.vision_projector.in_row(cells[kinds[0]], cells[kinds[1]], kinds[2]).to(self.compute_dtype)
+        return [layer.keys_and_values(made) for layer in self.cross_attention], made_of
 
     def layer(self, number: int, x: torch.Tensor, context: Seen | None, *rest) -> torch.Tensor:
         if context is not None:
@@ -319,3 +320,26 @@ def without_images(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def create_multimodal_gpt(config: MultimodalGPTConfig, device="cpu") -> MultimodalGPT:
     """A MultimodalGPT on `device`. Call `init_weights()`, or load a state dict, before use."""
     return MultimodalGPT(config).to(device)
+
+
+class Spots(NamedTuple):
+    """Where the S pictures of a batch stand, in reading order, (S,) each. slot: its number among those of its row in this batch;
+    shape: (B, P), rows and the most pictures of one."""
+
+    row: torch.Tensor
+    column: torch.Tensor
+    slot: torch.Tensor
+    shape: tuple[int, int]
+
+    def table(self, values: torch.Tensor, fill: int) -> torch.Tensor:
+        """(S,) int64 -> (B, P), `fill` where a row has fewer pictures."""
+        found = values.new_full(self.shape, fill)
+        found[self.row, self.slot] = values
+        return found
+
+
+def spots_of(places: torch.Tensor) -> Spots:
+    """places: (B, T) bool, where a picture stands."""
+    row, column = places.nonzero(as_tuple=True)
+    slot = places.cumsum(1)[row, column] - 1
+    return Spots(row, column, slot, (len(places), int(slot.max()) + 1))
