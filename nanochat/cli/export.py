@@ -47,18 +47,19 @@ def prune(
     out: Annotated[Positional[Path], arg(metavar="OUT", help="The folder to write; it must not exist.")],
     ratio: float = 0.3,
 ) -> None:
-    """Remove hidden units from all MLPs of a checkpoint, those with the smallest weights. Train the result a little before use.
+    """Remove hidden units of MLPs and hidden channels of the encoder, those with the smallest weights. Then train the result.
 
-    Attention, embeddings, heads and the encoder stay as they are. The result is an ordinary, smaller checkpoint.
+    What others read keeps its width: maps, attention, embeddings, heads. The result is an ordinary, smaller checkpoint.
 
     Args:
-        ratio: Share of the hidden units to remove; what stays is a multiple of 32.
+        ratio: Share to remove: of the hidden units of each MLP, and of the channels inside each block of the encoder.
     """
     from nanochat.pruning import prune_checkpoint
 
     report = prune_checkpoint(checkpoint, out, ratio)
-    (hidden, kept), (before, after) = report
+    (hidden, kept), (channels, left), (before, after) = report
+    of_encoder = f"{left:,} of {channels:,} hidden channels of the encoder, " if channels else ""
     print(
-        f"{kept} of {hidden} hidden units in each MLP, {after / 1e6:.2f} of {before / 1e6:.2f} M parameters, in {out}"
+        f"{kept} of {hidden} hidden units in each MLP, {of_encoder}{after / 1e6:.2f} of {before / 1e6:.2f} M parameters, in {out}"
     )
     next_step(f"nanochat train RECIPE --start-from {shlex.quote(str(out))} --out runs/pruned, to recover what was lost")

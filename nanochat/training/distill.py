@@ -5,6 +5,10 @@
 
 No answers are needed, only pictures: the teacher's map of a picture says far more about it than a caption. The linear layer is
 a helper of the training; what is kept is the student, which other recipes read with --encoder.
+
+With --start-from, the decoder of that checkpoint goes on reading the map, as that of a pruned model does. So there is no linear
+layer: the map itself shall be the teacher's, up to what lies outside of the principal components, and the loss is the squared
+error in units of the teacher's variance.
 """
 
 import shlex
@@ -59,22 +63,25 @@ class DistillTask(Task):
         model.attach_encoder(encoder)
         return model, tokenizer
 
-    def adopt(self, model: MultimodalGPT) -> MultimodalGPT:
-        raise UserError(
-            f"distill trains an encoder, and the decoder of {self.recipe.start_from} could not read it any more: use "
-            f"--encoder {self.recipe.start_from} to begin with the encoder in it"
-        )
-
     def prepare(self, model: MultimodalGPT, tokenizer: Tokenizer) -> None:
         super().prepare(model, tokenizer)
         recipe = self.recipe
         self.teacher = Teacher(encoder_of(recipe.teacher), recipe.image_size, model.compute_dtype, model.device)
+        channels = model.config.vision_embedding_dim
+        if recipe.start_from and channels != self.teacher.channels:
+            raise UserError(
+                f"the decoder of {recipe.start_from} reads maps of {channels} channels, those of {recipe.teacher} have "
+                f"{self.teacher.channels}: use --encoder {recipe.start_from} to begin with the encoder in it"
+            )
         if self.teacher.side**2 != recipe.vision_tokens:
             raise UserError(
                 f"the map of {recipe.teacher} has {self.teacher.side} x {self.teacher.side} cells at {recipe.image_size} pixels, "
                 f"but the student gives {recipe.vision_tokens} vectors: use --vision-tokens {self.teacher.side**2}"
             )
-        self.auxiliary = CellsHead(model.config.vision_embedding_dim, recipe.components).to(model.device)
+        if recipe.start_from:
+            self.unit = "squared error / variance"
+        else:
+            self.auxiliary = CellsHead(channels, recipe.components).to(model.device)
 
     def load_images(self) -> None:
         """The teacher's maps, from the cache or by running it, which takes as long as some epochs of training."""
@@ -95,6 +102,7 @@ class DistillTask(Task):
                 self.targets = teacher.targets(self.images, True, show)
                 self.val_targets = teacher.targets(self.val_images, False, show)
             progress.update(bar, completed=1, total=1)
+        self.variance = float(np.square(self.val_targets[:]).sum(-1).mean())  # targets have no mean
         teacher.release()
 
     def fingerprint(self) -> dict[str, dict]:
@@ -111,6 +119,8 @@ class DistillTask(Task):
 
     def next_commands(self, out: Path) -> list[str]:
         data, layer = self.recipe.data, self.recipe.layer
+        if self.recipe.start_from:
+            return [shlex.join(["nanochat", "train", "photos", "--data", data, "--start-from", str(out)])]
         words = ["nanochat", "train", "photos", "--data", data, "--encoder", out, "--layer", layer]
         return [shlex.join(map(str, words))]
 
@@ -144,7 +154,7 @@ class DistillTask(Task):
             for number, view in zip(numbers, views, strict=True)
         ]
         learnt = torch.from_numpy(np.stack(targets)).to(pixels.device)
-        loss = self.auxiliary.loss(self.see(pixels), learnt) / self.recipe.images_per_step
+        loss = self.distance(self.see(pixels), learnt) / self.recipe.images_per_step
         loss.backward()
         return StepResult(loss.item(), 0, len(numbers))
 
@@ -155,6 +165,13 @@ class DistillTask(Task):
             maps = self.model.vision_encoder.maps(pixels, [layer])[layer]
         return pool_to_tokens(maps.float(), (pixels.size(-1) // STRIDE) ** 2)
 
+    def distance(self, vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum over pictures, each the mean over its cells. vectors: (U, N, D); targets: (U, N, K), the teacher's."""
+        if self.auxiliary is not None:
+            return self.auxiliary.loss(vectors, targets)
+        components = (vectors - self.teacher.mean) @ self.teacher.basis
+        return (components - targets).square().sum(-1).mean(1).sum() / self.variance
+
     def pixel_batches(self) -> Iterator[torch.Tensor]:
         rng = np.random.default_rng([self.recipe.seed, 0, 3])
         for numbers in picture_batches(len(self.images), self.part_size, rng):
@@ -163,7 +180,7 @@ class DistillTask(Task):
     # ---- validation
 
     def validate(self) -> dict[str, float]:
-        """1 - cosine, averaged over the cells of whole pictures: with the teacher's map of the same picture ("aligned"), and with
+        """The distance, averaged over the cells of whole pictures: to the teacher's map of the same picture ("aligned"), and to
         that of another one ("shuffled")."""
         numbers, size = list(range(len(self.val_images))), self.recipe.images_per_step
         partner = another_group(numbers)
@@ -173,7 +190,7 @@ class DistillTask(Task):
             vectors = self.see(self.val_pictures.pixels(part))
             for condition, items in of.items():
                 targets = torch.from_numpy(self.val_targets[[items[number] for number in part]])
-                totals[condition] += self.auxiliary.loss(vectors, targets.to(vectors.device)).item()
+                totals[condition] += self.distance(vectors, targets.to(vectors.device)).item()
         return {condition: total / len(numbers) for condition, total in totals.items()}
 
 

@@ -213,6 +213,7 @@ class Robot(Recording, Recipe):
 class Distill(PictureData):
     """An encoder that learns to see as another one does, from pictures alone: --data DIR. Other recipes take it by --encoder.
 
+    With --start-from PRUNED --teacher WHOLE, the encoder of a pruned model learns the maps that its decoder was trained on.
     Of the data only the pictures count, and only --data is validated on. The teacher's maps are computed once and kept on disk,
     100 kB a picture."""
 

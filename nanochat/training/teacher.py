@@ -60,7 +60,8 @@ def cells_of(targets: np.ndarray, view: View) -> np.ndarray:
 
 
 class Teacher:
-    """side: cells along a side of its map of a whole picture. mean (C,), basis (C, K): principal components, after `fit`."""
+    """side: cells along a side of its map of a whole picture. channels: C of that map. mean (C,), basis (C, K): principal
+    components, after `fit`."""
 
     def __init__(self, encoder: Encoder, image_size: int, dtype: torch.dtype, device: torch.device):
         """dtype: of the activations. Raises ValueError for an encoder without a last map at stride 32."""
@@ -68,7 +69,7 @@ class Teacher:
         self.encoder.image_size = image_size
         self.dtype, self.device = dtype, device
         shape = self.maps(torch.zeros(1, 3, image_size, image_size, device=device)).shape
-        self.side = shape[1]
+        self.side, self.channels = shape[1], shape[3]
         if shape[1] != shape[2] or shape[1] * STRIDE != image_size:
             raise UserError(
                 f"the teacher's map has {shape[1]} x {shape[2]} cells at {image_size} pixels, expected one in {STRIDE} pixels"

@@ -20,6 +20,7 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError, install
 from nanochat.files import sha256, short_repr
 from nanochat.meta import on_meta
+from nanochat.vision.hidden import described_hidden, narrow
 from nanochat.vision.inference import merge_pairs, probe_picture, same_maps
 from nanochat.vision.pixels import SquareInput, check_pixels, to_pixels
 from nanochat.vision.weights import WeightsError, one_line
@@ -79,6 +80,7 @@ class TimmEncoder(SquareInput, nn.Module):
         self.image_size = architecture.get("image_size", 224)
         self.antialias = architecture.get("antialias", True) is True
         self.net = build(name, shapes_only)
+        self.hidden = narrow(self.net, architecture.get("hidden"))
         info = getattr(self.net, "feature_info", None) or []
         # timm lists maps from fine to coarse; of several at one stride the last has seen most
         self.indices = {
@@ -95,7 +97,7 @@ class TimmEncoder(SquareInput, nn.Module):
     def architecture(self) -> dict:
         return {
             "kind": "timm", "name": self.name, "mean": self.mean, "std": self.std, "image_size": self.image_size,
-            "antialias": self.antialias, "truncated": self.truncated,
+            "antialias": self.antialias, "truncated": self.truncated, **described_hidden(self.net, self.hidden),
         }  # fmt: skip
 
     def index_of(self, layer: str | int) -> int | None:

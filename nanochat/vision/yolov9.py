@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
+from nanochat.vision.hidden import described_hidden, narrow
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
 from nanochat.vision.inference import embeddings, infer
 from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, read_rectangles, read_squares
@@ -95,6 +96,7 @@ class YOLOv9Plus(SquareInput, nn.Module):
         nn.Module.__init__(self)
         description, n = architecture["yaml"], architecture["n_layers"]
         self.set_up(description, class_names(architecture["names"]), architecture["image_size"], n, shapes_only)
+        self.hidden = narrow(self.net, architecture.get("hidden"))
         return self if shapes_only else self.to(device)
 
     def set_up(
@@ -104,6 +106,7 @@ class YOLOv9Plus(SquareInput, nn.Module):
         self.yaml = description
         self.net = build(description, None if names is None else len(names), n_layers, shapes_only)
         self.names = names or dict(self.net.names)
+        self.hidden: dict[str, int] = {}
         self.levels = dict(zip(LEVELS, head_inputs(description), strict=True))  # kept when the head is cut off
         self.eval()
 
@@ -113,7 +116,7 @@ class YOLOv9Plus(SquareInput, nn.Module):
         names = {str(i): name for i, name in self.names.items()}
         return {
             "kind": "yolov9", "yaml": self.yaml, "names": names, "image_size": self.image_size,
-            "n_layers": len(self.net.model),
+            "n_layers": len(self.net.model), **described_hidden(self.net, self.hidden),
         }  # fmt: skip
 
     @property
