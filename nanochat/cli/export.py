@@ -62,4 +62,4 @@ def prune(
     print(
         f"{kept} of {hidden} hidden units in each MLP, {of_encoder}{after / 1e6:.2f} of {before / 1e6:.2f} M parameters, in {out}"
     )
-    next_step(f"nanochat train RECIPE --start-from {shlex.quote(str(out))} --out runs/pruned, to recover what was lost: see docs/RUNTIME.md")
+    next_step(f"nanochat train RECIPE --start-from {shlex.quote(str(out))} --out runs/again, see docs/RUNTIME.md")
