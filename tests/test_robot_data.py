@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from nanochat.data.bridge import BridgeFrames
-from nanochat.data.demonstration_folder import open_demonstrations
+from nanochat.data.demonstration_folder import open_demonstrations, read_together
 from nanochat.data.lerobot import EPISODES_PATH, NO_TASK, TASKS_PATH, Episode, RobotDataset
 from nanochat.data.lerobot_writer import DATA_PATH, write_dataset
 from nanochat.data.pictures import encode_png
+from nanochat.errors import UserError
 from nanochat.files import DataError
 from nanochat.metaworld.questions import task_name
 from nanochat.vision.images import square
@@ -274,3 +275,49 @@ def test_a_name_that_is_no_utf8_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"task_index", b"ta\x9ek_index"))
     with pytest.raises(DataError, match="tasks.parquet cannot be read as parquet: 'utf-8' codec"):
         RobotDataset(tmp_path / "robot")
+
+
+# ---- several folders
+
+
+def test_folders_of_one_robot_are_read_as_one(tmp_path):
+    days = [make_episode(4 + number, number, task="ab"[number % 2]) for number in range(5)]
+    for name, episodes in (("one", days[:2]), ("two", days[2:]), ("both", days)):
+        write_dataset(tmp_path / name, episodes, 10, "arm", SHAPE)
+    folders = [open_demonstrations(tmp_path / name) for name in ("one", "two")]
+    found = read_together(folders, "all", SIZE)
+    expected = open_demonstrations(tmp_path / "both").read("all", SIZE)
+    assert found.by_task == expected.by_task and found.tasks == expected.tasks and len(found) == len(expected) == 30
+    for name in ("state", "action", "episode", "first", "end", "segment_end"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    shown = [29, 0, 8, 9, 10, 8, 28]  # the first folder has 9 frames
+    np.testing.assert_array_equal(found.images(shown), expected.images(shown))
+    assert found.names[0] != found.names[2] and str(tmp_path / "two") in found.names[2]
+    held_out = read_together(folders, "val", SIZE)
+    assert len(held_out.tasks) == 2  # one of each folder
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fps": 20}, "frames per second: 10.0 and 20.0"),
+        ({"action": 2}, "numbers in action"),
+        ({"camera": "observation.images.other"}, "cameras"),
+    ],
+)
+def test_folders_of_different_robots_are_refused(tmp_path, change, message):
+    write_dataset(tmp_path / "one", [make_episode(4, 0), make_episode(4, 1)], 10, "arm", SHAPE)
+    other = [make_episode(4, seed) for seed in (2, 3)]
+    if "action" in change:
+        other = [replace(each, columns=each.columns | {"action": each.columns["action"][:, :2]}) for each in other]
+    write_dataset(tmp_path / "two", other, change.get("fps", 10), "arm", SHAPE)
+    if "camera" in change:
+        path = tmp_path / "two/meta/info.json"
+        path.write_text(path.read_text().replace(CAMERA, change["camera"]))
+        edit_table(
+            tmp_path / "two" / DATA,
+            lambda t: t.rename_columns([n.replace(CAMERA, change["camera"]) for n in t.column_names]),
+        )
+    folders = [open_demonstrations(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(UserError, match=f"two have different {message}"):
+        read_together(folders, "fit", SIZE)

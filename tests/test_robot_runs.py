@@ -187,3 +187,22 @@ def test_rollouts_give_no_state_to_a_policy_without_one():
     assert acting(agent)(["frame"], np.zeros((1, 4)), ["go"]) == (["frame"], None, ["go"])
     agent.metadata = {"state_dim": 4}
     assert acting(agent) == agent.act
+
+
+def test_a_run_learns_from_several_folders(tmp_path, capsys):
+    days = [str(real_folder(tmp_path / name, n)) for name, n in (("monday", 4), ("tuesday", 6))]
+    recipe = Robot(data=days[0], also=(days[1],), out=str(tmp_path / "run"), steps=2, **TINY)
+    out = train_robot(replace(recipe, steps=1))
+    said = screen(capsys)
+    assert all(f"{day}: reads camera" in said for day in days)
+    assert "180 frames of 2 tasks, 120 to validate" in said  # of each task of each folder the last episode is held out
+    assert Agent.load(str(out)).training["recipe"]["also"] == [days[1]]
+    with pytest.raises(UserError, match="have different cameras"):
+        RobotTask(replace(recipe, also=(str(real_cameras(tmp_path / "other")),)))
+
+
+def real_cameras(folder):
+    episodes = (real_episode(number) for number in range(4))
+    one = [replace(each, images=dict(list(each.images.items())[:1])) for each in episodes]
+    write_dataset(folder, one, 10, "toy", (SIZE, SIZE, 3))
+    return folder

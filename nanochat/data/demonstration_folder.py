@@ -1,7 +1,8 @@
 """Folders of demonstrations: LeRobot datasets and BridgeData frames, with the cameras, columns and rate that are asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from nanochat.data.bridge import FPS as BRIDGE_FPS
 from nanochat.data.bridge import BridgeFrames
 from nanochat.data.columns import number_names
 from nanochat.data.demonstrations import ACTION, STATE, Demonstrations, TaskName, episode_task, missing
-from nanochat.data.frame_store import Frames, FrameStore, Track, skipped_line
+from nanochat.data.frame_store import Frames, FrameStore, Track, skipped_line, stacked
 from nanochat.data.lerobot import Episode, RobotDataset
 from nanochat.errors import UserError
 from nanochat.files import DataError
@@ -129,6 +130,12 @@ class DemonstrationFolder:
         """The episodes of a split, with pictures of `size` pixels from the store of frames in `cache` (None for the default
         folder). What is not in the store is decoded now. track, skip_damaged, say: see `FrameStore`. Raises as it does, and as
         `Demonstrations`."""
+        return read_together([self], split, size, track, cache, skip_damaged, say)
+
+    def decoded(
+        self, split: str, size: int, cache: Path | None, skip_damaged: bool, track: Track, say: Callable[[str], None]
+    ) -> tuple[list[int], Frames]:
+        """The episodes of a split that can be read, and their pictures. See `read`."""
         if ACTION not in self.columns or not self.cameras:
             raise missing([*self.columns, *self.cameras])
         if not (numbers := self.numbers(split)):
@@ -137,24 +144,23 @@ class DemonstrationFolder:
         frames = store.read(self.cameras, {number: self._kept(number) for number in numbers}, size)
         if frames.damaged:
             say(skipped_line(frames.damaged, len(numbers)))
-        return self._read([number for number in numbers if number not in frames.damaged], frames, track)
+        return [number for number in numbers if number not in frames.damaged], frames
 
     def read_numbers(self, split: str) -> Demonstrations:
         """The episodes of a split without pictures, in a fraction of the time. Raises as `Demonstrations`."""
         if ACTION not in self.columns:
             raise missing([*self.columns, *self.cameras])
-        return self._read(self.numbers(split))
+        return self.demonstrations(self.episodes(self.numbers(split)))
 
-    def _read(
-        self,
-        numbers: list[int],
-        frames: Frames | None = None,
-        track: Track = lambda sequence, description: sequence,
-    ) -> Demonstrations:
+    def episodes(self, numbers: list[int], track: Track = lambda sequence, description: sequence) -> Iterator[Episode]:
+        """Episodes without pictures."""
         columns = {
             self.renamed.get(key, key): key for key in self.columns if key == ACTION or key.startswith("observation.")
         }
-        episodes = (self._sampled(number, columns) for number in track(numbers, description="reading episodes"))
+        return (self._sampled(number, columns) for number in track(numbers, description="reading episodes"))
+
+    def demonstrations(self, episodes: Iterable[Episode], frames: Frames | None = None) -> Demonstrations:
+        """Episodes as this folder has them, as one. Raises as `Demonstrations`, with the names that columns have here."""
         try:
             return Demonstrations(episodes, frames, self.task_name, self.fps, self.names_of, self.data_fps)
         except DataError:
@@ -175,6 +181,36 @@ class DemonstrationFolder:
         return replace(
             episode, columns=found, frame_tasks=[episode.frame_tasks[i] for i in kept if episode.frame_tasks]
         )
+
+
+def read_together(
+    folders: Sequence[DemonstrationFolder],
+    split: str,
+    size: int,
+    track: Track = lambda sequence, description: sequence,
+    cache: Path | None = None,
+    skip_damaged: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Demonstrations:
+    """The episodes of a split of several folders of one robot, as `DemonstrationFolder.read` gives those of one. Raises UserError
+    for folders that differ in cameras, in frames per second, or in how many numbers a state or an action has."""
+    first = folders[0]
+    for other in folders[1:]:
+        for what, here, there in (
+            ("cameras", list(first.cameras), list(other.cameras)),
+            ("frames per second", first.fps, other.fps),
+            *((f"numbers in {key}", first.columns.get(key), other.columns.get(key)) for key in (ACTION, STATE)),
+        ):
+            if here != there:
+                raise UserError(
+                    f"{first.folder} and {other.folder} have different {what}: {here} and {there}; folders that are learnt "
+                    "together must be of the same robot"
+                )
+    found = [folder.decoded(split, size, cache, skip_damaged, track, say) for folder in folders]
+    episodes = chain.from_iterable(
+        folder.episodes(numbers, track) for folder, (numbers, _) in zip(folders, found, strict=True)
+    )
+    return first.demonstrations(episodes, stacked([frames for _, frames in found]))
 
 
 def with_names(message: str, renamed: dict[str, str]) -> str:

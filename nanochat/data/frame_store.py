@@ -54,9 +54,34 @@ class Frames:
     """Pictures of n frames. cameras: name -> (m, S, S, 3) uint8. rows: (n,) int64, where each frame is in these arrays.
     damaged: episode -> why its pictures cannot be read; its frames are not among the n."""
 
-    cameras: dict[str, np.ndarray]
+    cameras: dict[str, "np.ndarray | Stacked"]
     rows: np.ndarray
     damaged: dict[int, str]
+
+
+class Stacked:
+    """Arrays (m, ...) of one shape and dtype, read as one after the other. None is copied: they may be files."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays, self.starts = arrays, np.cumsum([0, *map(len, arrays)])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """rows: (n,) int64 -> (n, ...)."""
+        found = np.empty((len(rows), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
+        for array, start, end in zip(self.arrays, self.starts, self.starts[1:], strict=False):
+            inside = (rows >= start) & (rows < end)
+            found[inside] = array[rows[inside] - start]
+        return found
+
+
+def stacked(parts: Sequence[Frames]) -> Frames:
+    """The frames of several data sets with the same cameras, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    cameras = {camera: Stacked([part.cameras[camera] for part in parts]) for camera in parts[0].cameras}
+    sizes = [len(next(iter(part.cameras.values()))) for part in parts]
+    rows = [part.rows + start for part, start in zip(parts, np.cumsum([0, *sizes]), strict=False)]
+    return Frames(cameras, np.concatenate(rows), {})
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,8 @@ class Robot(Recording, Recipe):
 
     data: str = ""
     "Folder of a LeRobot dataset, v2.1 or v3.0, or of BridgeData frames (frames.jsonl)."
+    also: tuple[str, ...] = ()
+    "Further folders of the same robot, learnt with it: another day's recordings, or corrections of `nanochat record --policy`."
     camera_dropout: float = 0.0
     "Share of single cameras that are hidden at random, so that the policy can do without one (needs several cameras)."
     skip_damaged: bool = False

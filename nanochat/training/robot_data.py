@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations, read_together
 from nanochat.data.demonstrations import ACTION, STATE, Demonstrations
 from nanochat.data.lerobot import NO_TASK
 from nanochat.errors import UserError
@@ -23,23 +23,24 @@ SHORT = {"blind_share": 0.9, "dropout": 0.1, "weight_decay": 0.1, "state_noise":
 PASSES = 13  # over the frames of a recording, at most: a short one is learnt by heart (dev/LOG.md)
 
 
-def open_recipe_data(recipe: Robot) -> DemonstrationFolder:
-    """The folder of the recipe, with its cameras, columns and rate. Raises as `open_demonstrations`."""
+def open_recipe_data(recipe: Robot, folder: str = "") -> DemonstrationFolder:
+    """The folder of the recipe, or another one, with the recipe's cameras, columns and rate. Raises as `open_demonstrations`."""
     return open_demonstrations(
-        recipe.data, recipe.cameras, task_name,
+        folder or recipe.data, recipe.cameras, task_name,
         action_key=recipe.action_key, state_key=recipe.state_key, fps=recipe.fps,
     )  # fmt: skip
 
 
 def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
     """(training, validation) demonstrations of the recipe, with pictures."""
-    folder = open_recipe_data(recipe)
-    for line in describe_columns(folder):
-        say(line)
+    folders = [open_recipe_data(recipe, name) for name in (recipe.data, *recipe.also)]
+    for folder in folders:
+        for line in describe_columns(folder):
+            say(f"{folder.folder}: {line}" if recipe.also else line)
     fit, val = (
-        folder.read(
-            split, recipe.image_size, partial(track, console=console), Path(recipe.cache) if recipe.cache else None,
-            recipe.skip_damaged, say,
+        read_together(
+            folders, split, recipe.image_size, partial(track, console=console),
+            Path(recipe.cache) if recipe.cache else None, recipe.skip_damaged, say,
         )
         for split in ("fit", "val")
     )  # fmt: skip
