@@ -89,6 +89,7 @@ def importance(into: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 # ---- the encoder
 
 
+@torch.no_grad()
 def pruned_encoder(encoder: Encoder, ratio: float) -> Encoder:
     """A copy with the heaviest hidden channels of each block, in their order. An encoder of a kind that has none is as it was."""
     smaller = copy.deepcopy(encoder)
@@ -106,21 +107,21 @@ def pruned_encoder(encoder: Encoder, ratio: float) -> Encoder:
 def importance_of_channels(hidden: Hidden) -> torch.Tensor:
     """(channels,): how far a channel moves what reads it: the scale of the norm before it (Liu et al. 2017, arXiv 1708.06519)
     times the size of its weights there (L2; Li et al. 2017, arXiv 1608.08710, take L1). 0 for one that adds nothing."""
-    return scale_of(hidden) * hidden.readers[0].weight.detach().square().sum((0, 2, 3)).sqrt()
+    return scale_of(hidden) * hidden.readers[0].weight.square().sum((0, 2, 3)).sqrt()
 
 
 def scale_of(hidden: Hidden) -> torch.Tensor:
-    return torch.stack([norm.weight.detach() for norm in hidden.norms]).norm(dim=0)
+    return torch.stack([norm.weight for norm in hidden.norms]).norm(dim=0)
 
 
 def keep_mean(hidden: Hidden, kept: torch.Tensor) -> None:
     """Let the norm behind the block add what the channels that go add on average: the mean of the activation, whose input has the
     shift and the scale of the norm before it (bias correction, Nagel et al. 2019, arXiv 1906.04721)."""
     normal = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(QUANTILES) + 0.5) / QUANTILES)
-    shift = sum(norm.bias.detach() for norm in hidden.norms)
+    shift = sum(norm.bias for norm in hidden.norms)
     mean = hidden.activation(shift[:, None] + scale_of(hidden)[:, None] * normal).mean(1)
     mean[kept] = 0
-    hidden.after.running_mean -= hidden.readers[0].weight.detach().sum((2, 3)) @ mean
+    hidden.after.running_mean -= hidden.readers[0].weight.sum((2, 3)) @ mean
 
 
 def blocks_of(encoder: Encoder) -> dict[str, Hidden]:

@@ -118,7 +118,7 @@ def test_importance_is_the_scale_of_a_channel_times_the_weights_that_read_it():
         reader.weight[:, 0, 0, 0] = torch.tensor([5.0, -12.0])
         reader.weight[:, 1] = 0
     found = importance_of_channels(Hidden([], norms, torch.nn.ReLU(), [reader], norms[0]))
-    torch.testing.assert_close(found, torch.tensor([5.0 * 13.0, 0.0, 0.0]))
+    torch.testing.assert_close(found.detach(), torch.tensor([5.0 * 13.0, 0.0, 0.0]))
 
 
 # ---- in a checkpoint
