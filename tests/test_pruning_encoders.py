@@ -158,7 +158,7 @@ def test_other_channels_are_refused_in_one_line(encoder, small, hidden):
 
 
 def test_an_architecture_from_a_stranger_is_refused(encoder):
-    with pytest.raises(WeightsError, match="wrong encoder architecture: hidden is"):
+    with pytest.raises(WeightsError, match="wrong encoder architecture: .net. is no block, expected "):
         encoder_from_architecture(encoder.architecture | {"hidden": {"net": 8}}, shapes_only=True)
 
 

@@ -24,6 +24,8 @@ class Encoder(Protocol):
     architecture: a JSON-able dict from which `encoder_from_architecture` rebuilds the encoder without its weights.
         "kind" names the class; it is saved in checkpoints.
     layer: a map's name, or a module number.
+
+    One with channels that can be pruned also has `net`, its network, and `hidden`, see `vision.hidden`.
     """
 
     image_size: int

@@ -115,13 +115,13 @@ def narrow(net: nn.Module, hidden: object) -> dict[str, int]:
     Returns it. Raises WeightsError for blocks that the network does not have, and for numbers that are not fewer."""
     if hidden is None:
         return {}
-    blocks = hidden_channels(net) if isinstance(hidden, dict) else {}
-    if not isinstance(hidden, dict) or not hidden.keys() <= blocks.keys():
-        unknown = sorted(map(str, hidden.keys() - blocks.keys())) if isinstance(hidden, dict) else hidden
-        raise WeightsError(
-            f"wrong encoder architecture: hidden is {short_repr(unknown)}, expected channels by names of its blocks"
-        )
+    if not isinstance(hidden, dict):
+        raise WeightsError(f"wrong encoder architecture: hidden is {short_repr(hidden)}, expected {{block: channels}}")
+    blocks = hidden_channels(net)
     for name, width in hidden.items():
+        if name not in blocks:
+            known = short_repr(list(blocks))
+            raise WeightsError(f"wrong encoder architecture: {short_repr(name)} is no block, expected one of {known}")
         if type(width) is not int or not 0 < width < blocks[name].width:
             raise WeightsError(
                 f"wrong encoder architecture: {name} has {short_repr(width)} channels, expected 1..{blocks[name].width - 1}"
@@ -131,7 +131,7 @@ def narrow(net: nn.Module, hidden: object) -> dict[str, int]:
 
 
 def described_hidden(net: nn.Module, hidden: dict[str, int]) -> dict:
-    """The part of an `architecture` that says it: empty for a network that is not pruned. hidden: see `narrow`; blocks that were
-    cut off since are left out."""
+    """What an `architecture` says of it: nothing for a network that is not pruned. hidden: as `narrow` returned it; blocks that
+    `truncate` removed since are left out."""
     left = {name: width for name, width in hidden.items() if name in dict(net.named_modules())}
     return {"hidden": left} if left else {}
