@@ -4,7 +4,8 @@
 
 Each has one thread. The data are noise, 128 x 128, since their content costs nothing. The modes run in turn, so that other
 load on the machine affects both. On a busy machine compare the processor's time a step, summed over the processes: what they
-need more of it than one process is lost; what they wait for each other comes on top.
+need more of it than one process is lost; what they wait for each other comes on top. As many runs at once that know nothing of
+each other are what the machine allows: its cores share caches and memory.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +60,8 @@ def write_data(folder: Path) -> None:
 
 def measure(folder: str, steps: int) -> None:
     """Prints seconds a step and the processor's seconds a step, of all processes."""
-    run = Run(Robot(data=f"{folder}/data", out=f"{folder}/run", steps=steps + WARM_UP, device="cpu", threads=1))
+    out = f"{folder}/run{os.environ.get('TORCHELASTIC_RUN_ID') or os.getpid()}"  # of all processes of a run
+    run = Run(Robot(data=f"{folder}/data", out=out, steps=steps + WARM_UP, device="cpu", threads=1))
     wall, used = [], 0.0
     for step in range(steps + WARM_UP):
         since, before = time.perf_counter(), time.process_time()
@@ -85,27 +88,40 @@ def run_alone(folder: str, processes: int, steps: int) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def at_once(folder: str, runs: int, steps: int) -> dict:
+    """So many runs of one process each, at the same time: the frames of all in the time of a step."""
+    with ThreadPoolExecutor(runs) as pool:
+        found = list(pool.map(lambda _: run_alone(folder, 1, steps), range(runs)))
+    return {name: sum(each[name] for each in found) / (runs if name == "wall" else 1) for name in found[0]}
+
+
 def main(args: Args) -> None:
     if args.worker:
         measure(args.worker, args.steps)
         return
-    found: dict[int, list[dict]] = {1: [], args.processes: []}
+    n = args.processes
+    modes = {
+        "one process": lambda folder: run_alone(folder, 1, args.steps),
+        f"one run of {n} processes": lambda folder: run_alone(folder, n, args.steps),
+        f"{n} runs at once": lambda folder: at_once(folder, n, args.steps),
+    }
+    found: dict[str, list[dict]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder) / "data")
         for _ in range(args.rounds):
-            for processes, results in found.items():
-                results.append(run_alone(folder, processes, args.steps))
+            for mode, run in modes.items():
+                found[mode].append(run(folder))
     print(
         f"load of the machine {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} cores; best of {args.rounds} rounds"
     )
-    best = {
-        n: [min(result[name] for result in results) for name in ("wall", "processor")] for n, results in found.items()
-    }
-    for n, (wall, processor) in best.items():
-        speed = found[n][0]["frames"] / wall
-        print(f"{n} process{'es' * (n > 1)}: {speed:6.1f} frames/s, {processor:.3f} s of the processor a step")
-    (wall, processor), (walls, processors) = best[1], best[args.processes]
-    print(f"{wall / walls:.2f} times as fast; {args.processes * processor / processors:.2f} if nobody waited")
+    speed = {mode: max(each["frames"] / each["wall"] for each in results) for mode, results in found.items()}
+    alone = speed["one process"]
+    for mode, results in found.items():
+        processor = min(each["processor"] / each["frames"] for each in results)
+        print(
+            f"{mode:24s} {speed[mode]:6.1f} frames/s, {speed[mode] / alone:.2f} times as many; "
+            f"{1000 * processor:.2f} ms of the processor a frame"
+        )
 
 
 if __name__ == "__main__":
