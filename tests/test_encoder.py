@@ -181,7 +181,7 @@ def test_to_pixels_is_the_plain_formula(dtype):
     [np.zeros((8, 8, 3), np.uint8), np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 8, 8, 3), np.float32)],
 )
 def test_to_pixels_refuses_other_arrays(squares):
-    with pytest.raises(ValueError, match=r"must be \(B, S, S, 3\) uint8, got \("):
+    with pytest.raises(ValueError, match=r"must be \(B, H, W, 3\) uint8, got \("):
         to_pixels(squares, "cpu", torch.float32)
 
 
