@@ -89,10 +89,11 @@ def chosen_rows(args: Args, rows: dict[str, Row]) -> dict[str, Row]:
 
 
 def small_recipe(args: Args) -> Photos:
-    """The recipe `photos` for captions only, with a decoder of a third of its parameters. Mirror images are left out: few pictures
-    are seen often enough to need them, and they double the time of a frozen encoder."""
+    """The recipe `photos` for captions only, with less than half of its decoder's parameters. Mirror images are left out: few
+    pictures are seen often enough to need them, and they double the time of a frozen encoder."""
     return replace(
-        Photos(), data=args.data, epochs=args.epochs, min_steps=1, n_embd=192, n_head=3, reward_steps=0, flip="none", threads=args.threads,
+        Photos(), data=args.data, epochs=args.epochs, min_steps=1, reward_steps=0, flip="none",
+        n_embd=192, n_head=3, threads=args.threads,
         val_images=20, eval_every=10**6, save_every=50, cache=args.cache or str(args.out),
         tokenizer=str(args.out / "tokenizer.json"), device="cpu",
     )  # fmt: skip

@@ -27,10 +27,10 @@ DIR is the checkpoint of `nanochat train distill`; without it, the rows of the t
 
 `vectors`: numbers of a picture that the decoder reads, vectors x width. `trained`, `all`: parameters in millions, without
 and with those that stay as they are. `min`: the processor's minutes of training, on {threads}; a frozen encoder's maps are
-computed before and not included. `question`, `caption`: milliseconds on one thread in float32, from a picture's file to an answer of 2 and a caption of
-12 tokens, beside torchvision's ResNet-18 (`peer`: one pass, 224 pixels) in the same rounds, medians; all times were taken on a
-machine that may have had other work. `shuffled` is the score with another picture, `blind` without one; `95 %` is the bootstrap
-interval over pictures.
+computed before and not included. `question`, `caption`: milliseconds on one thread in float32, from a picture's file to an
+answer of 2 and a caption of 12 tokens, beside torchvision's ResNet-18 (`peer`: one pass, 224 pixels) in the same rounds,
+medians; all times were taken on a machine that may have had other work. `shuffled` is the score with another picture, `blind`
+without one; `95 %` is the bootstrap interval over pictures.
 
 ![BLEU-4 and the time to a caption of every row]({plot})
 """
