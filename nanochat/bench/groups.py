@@ -43,7 +43,7 @@ def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race
         ),
         Race(
             "one picture to a vector of layer p5",
-            (*embed_rows(one),),
+            embed_rows(one),
         ),
         Race(
             "one picture to boxes",

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nanochat.errors import UserError
 from nanochat.vision.images import ImageSource
-from nanochat.vision.pixels import evaluating, read_rectangles, read_squares, to_pixels
+from nanochat.vision.pixels import evaluating, of_rectangles, read_squares, to_pixels
 
 PART = 4  # pictures that go through a CPU at once: the maps of more leave its caches
 AGREEMENT = 0.999  # least cosine of a picture's mean map in bfloat16 and in float32
@@ -93,12 +93,9 @@ def embeddings(
             return features.flatten(1)
         return features.mean((2, 3)) if pool == "avg" else features.amax((2, 3))
 
-    if not rectangles:
-        return vectors(read_squares(encoder, images)[0])
-    found = {}
-    for numbers, pixels, _ in read_rectangles(encoder, images):
-        found |= dict(zip(numbers, vectors(pixels), strict=True))
-    return torch.stack([found[number] for number in sorted(found)])
+    if rectangles:
+        return torch.stack(of_rectangles(encoder, images, lambda pixels, fits: vectors(pixels)))
+    return vectors(read_squares(encoder, images)[0])
 
 
 # ---- the copy

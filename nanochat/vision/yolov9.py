@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from nanochat.vision.detections import Detection
 from nanochat.vision.hidden import described_hidden, narrow
 from nanochat.vision.images import ImageSource, Letterbox, is_batch
 from nanochat.vision.inference import embeddings, infer
-from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, read_rectangles, read_squares
+from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, of_rectangles, read_squares
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -263,11 +264,13 @@ class YOLOv9Plus(SquareInput, nn.Module):
         As by ultralytics' `predict`, pictures get borders up to a multiple of 32 only. Raises as `encode` does.
         """
         check_thresholds(conf, iou)
-        found: dict[int, list[Detection]] = {}
-        for numbers, pixels, fits in read_rectangles(self, images):
+
+        def detections(pixels: np.ndarray, fits: list[Letterbox]) -> list[list[Detection]]:
             predictions = infer(self, pixels, lambda fast, pixels: fast.run_parts(pixels, ["head"]))["head"]
-            found |= dict(zip(numbers, self.to_detections(predictions, fits, conf, iou), strict=True))
-        return [found[number] for number in sorted(found)] if is_batch(images) else found[0]
+            return self.to_detections(predictions, fits, conf, iou)
+
+        found = of_rectangles(self, images, detections)
+        return found if is_batch(images) else found[0]
 
     def to_detections(
         self, predictions: torch.Tensor, fits: list[Letterbox], conf: float, iou: float
