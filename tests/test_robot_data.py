@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from nanochat.data.bridge import BridgeFrames
-from nanochat.data.demonstration_folder import open_demonstrations, read_together
+from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.data.lerobot import EPISODES_PATH, NO_TASK, TASKS_PATH, Episode, RobotDataset
 from nanochat.data.lerobot_writer import DATA_PATH, write_dataset
 from nanochat.data.pictures import encode_png
@@ -285,7 +285,7 @@ def test_folders_of_one_robot_are_read_as_one(tmp_path):
     for name, episodes in (("one", days[:2]), ("two", days[2:]), ("both", days)):
         write_dataset(tmp_path / name, episodes, 10, "arm", SHAPE)
     folders = [open_demonstrations(tmp_path / name) for name in ("one", "two")]
-    found = read_together(folders, "all", SIZE)
+    found = folders[0].read("all", SIZE, also=folders[1:])
     expected = open_demonstrations(tmp_path / "both").read("all", SIZE)
     assert found.by_task == expected.by_task and found.tasks == expected.tasks and len(found) == len(expected) == 30
     for name in ("state", "action", "episode", "first", "end", "segment_end"):
@@ -293,7 +293,7 @@ def test_folders_of_one_robot_are_read_as_one(tmp_path):
     shown = [29, 0, 8, 9, 10, 8, 28]  # the first folder has 9 frames
     np.testing.assert_array_equal(found.images(shown), expected.images(shown))
     assert found.names[0] != found.names[2] and str(tmp_path / "two") in found.names[2]
-    held_out = read_together(folders, "val", SIZE)
+    held_out = folders[0].read("val", SIZE, also=folders[1:])
     assert len(held_out.tasks) == 2  # one of each folder
 
 
@@ -320,4 +320,4 @@ def test_folders_of_different_robots_are_refused(tmp_path, change, message):
         )
     folders = [open_demonstrations(tmp_path / name) for name in ("one", "two")]
     with pytest.raises(UserError, match=f"two have different {message}"):
-        read_together(folders, "fit", SIZE)
+        folders[0].read("fit", SIZE, also=folders[1:])

@@ -126,11 +126,19 @@ class DemonstrationFolder:
         cache: Path | None = None,
         skip_damaged: bool = False,
         say: Callable[[str], None] = lambda line: None,
+        also: Sequence["DemonstrationFolder"] = (),
     ) -> Demonstrations:
         """The episodes of a split, with pictures of `size` pixels from the store of frames in `cache` (None for the default
-        folder). What is not in the store is decoded now. track, skip_damaged, say: see `FrameStore`. Raises as it does, and as
-        `Demonstrations`."""
-        return read_together([self], split, size, track, cache, skip_damaged, say)
+        folder). What is not in the store is decoded now. track, skip_damaged, say: see `FrameStore`. also: further folders
+        of the same robot, read as one with this. Raises as `FrameStore`, as `Demonstrations`, and as `check_alike`."""
+        for other in also:
+            check_alike(self, other)
+        folders = (self, *also)
+        found = [folder.decoded(split, size, cache, skip_damaged, track, say) for folder in folders]
+        episodes = chain.from_iterable(
+            folder.episodes(numbers, track) for folder, (numbers, _) in zip(folders, found, strict=True)
+        )
+        return self.demonstrations(episodes, stacked([frames for _, frames in found]))
 
     def decoded(
         self, split: str, size: int, cache: Path | None, skip_damaged: bool, track: Track, say: Callable[[str], None]
@@ -183,34 +191,18 @@ class DemonstrationFolder:
         )
 
 
-def read_together(
-    folders: Sequence[DemonstrationFolder],
-    split: str,
-    size: int,
-    track: Track = lambda sequence, description: sequence,
-    cache: Path | None = None,
-    skip_damaged: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Demonstrations:
-    """The episodes of a split of several folders of one robot, as `DemonstrationFolder.read` gives those of one. Raises UserError
-    for folders that differ in cameras, in frames per second, or in how many numbers a state or an action has."""
-    first = folders[0]
-    for other in folders[1:]:
-        for what, here, there in (
-            ("cameras", list(first.cameras), list(other.cameras)),
-            ("frames per second", first.fps, other.fps),
-            *((f"numbers in {key}", first.columns.get(key), other.columns.get(key)) for key in (ACTION, STATE)),
-        ):
-            if here != there:
-                raise UserError(
-                    f"{first.folder} and {other.folder} have different {what}: {here} and {there}; folders that are learnt "
-                    "together must be of the same robot"
-                )
-    found = [folder.decoded(split, size, cache, skip_damaged, track, say) for folder in folders]
-    episodes = chain.from_iterable(
-        folder.episodes(numbers, track) for folder, (numbers, _) in zip(folders, found, strict=True)
-    )
-    return first.demonstrations(episodes, stacked([frames for _, frames in found]))
+def check_alike(first: DemonstrationFolder, other: DemonstrationFolder) -> None:
+    """Raises UserError for folders that differ in cameras, in frames per second, or in the sizes of states and actions."""
+    for what, here, there in (
+        ("cameras", list(first.cameras), list(other.cameras)),
+        ("frames per second", first.fps, other.fps),
+        *((f"numbers in {key}", first.columns.get(key), other.columns.get(key)) for key in (ACTION, STATE)),
+    ):
+        if here != there:
+            raise UserError(
+                f"{first.folder} and {other.folder} have different {what}: {here} and {there}; folders that are learnt "
+                "together must be of the same robot"
+            )
 
 
 def with_names(message: str, renamed: dict[str, str]) -> str:

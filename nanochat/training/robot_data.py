@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations, read_together
+from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
 from nanochat.data.demonstrations import ACTION, STATE, Demonstrations
 from nanochat.data.lerobot import NO_TASK
 from nanochat.errors import UserError
@@ -33,14 +33,14 @@ def open_recipe_data(recipe: Robot, folder: str = "") -> DemonstrationFolder:
 
 def read_data(recipe: Robot) -> tuple[Demonstrations, Demonstrations]:
     """(training, validation) demonstrations of the recipe, with pictures."""
-    folders = [open_recipe_data(recipe, name) for name in (recipe.data, *recipe.also)]
-    for folder in folders:
+    first, *others = (open_recipe_data(recipe, name) for name in (recipe.data, *recipe.also))
+    for folder in (first, *others):
         for line in describe_columns(folder):
             say(f"{folder.folder}: {line}" if recipe.also else line)
     fit, val = (
-        read_together(
-            folders, split, recipe.image_size, partial(track, console=console),
-            Path(recipe.cache) if recipe.cache else None, recipe.skip_damaged, say,
+        first.read(
+            split, recipe.image_size, partial(track, console=console),
+            Path(recipe.cache) if recipe.cache else None, recipe.skip_damaged, say, others,
         )
         for split in ("fit", "val")
     )  # fmt: skip
