@@ -11,7 +11,7 @@ import torch
 
 from nanochat import hub
 from nanochat.checkpoint import PUBLISHED, load_checkpoint, locate, save_checkpoint
-from nanochat.data.caption_questions import PREFIX
+from nanochat.data import made_of
 from nanochat.verify import read_manifest, read_training, sha256, verify
 
 TERMS = ("NOTICE", "LICENSE*")  # licences of weights that are not ours: they go wherever the weights go
@@ -82,6 +82,6 @@ def without_paths(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if key in PATHS or re.match(r"[/\\~]|[A-Za-z]:[/\\]", value):
-        made = PREFIX if value.startswith(PREFIX) else ""  # questions that were made of a folder of captions
-        return made + re.split(r"[/\\]", value.removeprefix(made).rstrip("/\\"))[-1]
+        prefix, source = made_of(value)
+        return prefix + re.split(r"[/\\]", source.rstrip("/\\"))[-1]
     return FOLDERS.sub("", value)

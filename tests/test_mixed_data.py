@@ -122,12 +122,15 @@ SIDED = [("what is it?", "noise"), ("where is the dark half?", "on the left")]
 
 @pytest.fixture(scope="module")
 def sided(tmp_path_factory):
-    """Pictures 0..5 may be mirrored; 6..11 have a text with left; 12 and 13 are asked about together."""
-    folder = write(tmp_path_factory.mktemp("data") / "sided", 14, [("what is it?", "noise")])
+    """Pictures 0..5 may be mirrored; 6..11 have a text with left; 12 and 13 are asked about together, as 14 and 15 are, of which
+    one has a text with left."""
+    folder = write(tmp_path_factory.mktemp("data") / "sided", 16, [("what is it?", "noise")])
     rows = [{"image": f"{i}.png", "question": "what is it?", "answer": "noise"} for i in range(12)]
     rows += [{"image": f"{i}.png", "question": "is the Left half dark?", "answer": "yes"} for i in range(6, 9)]
     rows += [{"image": f"{i}.png", "question": "which half is dark?", "answer": "the left one"} for i in range(9, 12)]
     rows += [{"images": ["12.png", "13.png"], "question": "which is darker?", "answer": "the first"}]
+    rows += [{"images": ["14.png", "15.png"], "question": "which is darker?", "answer": "the first"}]
+    rows += [{"image": "15.png", "question": "is the left half dark?", "answer": "yes"}]
     (folder / "captions.csv").unlink()
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "data.jsonl"
@@ -141,10 +144,11 @@ def number_of(rows):
     return {str(image).rsplit("/", 1)[-1].removesuffix(".png"): number for number, image in enumerate(rows.images)}
 
 
-def test_texts_with_sides_and_pairs_are_not_mirrored(sided, tmp_path):
+def test_pictures_of_texts_with_sides_are_not_mirrored_and_those_with_them_neither(sided, tmp_path):
     rows = run_sided(sided, tmp_path).task.rows
     numbers = number_of(rows)
-    assert [bool(rows.mirrorable[numbers[str(i)]]) for i in range(14)] == [True] * 6 + [False] * 8
+    mirrorable = [bool(rows.mirrorable[numbers[str(i)]]) for i in range(16)]
+    assert mirrorable == [True] * 6 + [False] * 6 + [True] * 2 + [False] * 2
 
 
 def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
@@ -154,7 +158,7 @@ def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
     mirrored = model.look([np.asarray(Image.open(image))[:, ::-1] for image in rows.images]).numpy()
     apart = np.abs(plain - mirrored).max((1, 2))  # of each picture
     assert (apart > 1e-2 * np.abs(plain).max()).all()
-    numbers, seen = list(range(len(rows.images))), Counter()
+    numbers, seen, name = list(range(len(rows.images))), Counter(), number_of(rows)
     for seed in range(40):
         found = vectors(numbers, np.random.default_rng(seed)).numpy()
         for number in numbers:
@@ -163,6 +167,7 @@ def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
             )
             assert is_plain != is_mirrored
             seen[number] += is_mirrored
+        assert seen[name["12"]] == seen[name["13"]]  # compared with each other
     assert all(seen[number] == 0 for number in numbers if not rows.mirrorable[number])
     assert all(8 <= seen[number] <= 32 for number in numbers if rows.mirrorable[number])
     np.testing.assert_allclose(vectors(numbers).numpy(), plain, atol=1e-6)  # without an rng, as to validate, none is
@@ -184,7 +189,7 @@ def test_trained_encoders_see_the_same_pictures_mirrored(sided, tmp_path):
     task = run_sided(sided, tmp_path, train_encoder=True).task
     vectors, rows = task.vectors, task.rows
     assert isinstance(vectors, EncodedVectors)
-    numbers, seen = list(range(len(rows.images))), Counter()
+    numbers, seen, name = list(range(len(rows.images))), Counter(), number_of(rows)
     plain = vectors.pixels(numbers)
     for seed in range(20):
         found = vectors.pixels(numbers, np.random.default_rng(seed))
@@ -194,6 +199,7 @@ def test_trained_encoders_see_the_same_pictures_mirrored(sided, tmp_path):
             )
             assert is_plain != is_mirrored
             seen[number] += is_mirrored
+        assert seen[name["12"]] == seen[name["13"]]
     assert all((seen[number] > 0) == bool(rows.mirrorable[number]) for number in numbers)
 
 

@@ -100,6 +100,10 @@ def test_both_pictures_give_the_answer(turned):
         (x, y), (to_x, to_y) = subject_cell(first, question), subject_cell(second, question)
         steps = {(0, 0): "nowhere", (1, 0): "right", (-1, 0): "left", (0, 1): "down", (0, -1): "up"}
         assert answer == steps[np.sign(to_x - x), np.sign(to_y - y)] and (answer == "nowhere") == (first == second)
+    for first, second, question, answer in changes("order")[:300]:
+        earlier, later = (subject_cell(scene, question) for scene in (first, second)[:: 1 if answer == "first" else -1])
+        (x, y), (to_x, to_y) = ((cell[0] - 1, cell[1] - 1) for cell in (earlier, later))  # from the middle, y down
+        assert x * to_y - y * to_x == (2 if " clockwise" in question else -2)  # a quarter turn from corner to corner
 
 
 @pytest.mark.parametrize("kind", pairs.KINDS)
@@ -126,9 +130,9 @@ def test_what_is_drawn():
 
 
 def test_samples(monkeypatch):
-    monkeypatch.setattr(pairs, "OWN_SPLITS", {"train": 64, "val": 32})
+    monkeypatch.setattr(pairs, "OWN_SPLITS", {"train": 72, "val": 36})
     train, val = load_dataset("pairs"), load_dataset("pairs", "val")
-    assert (train.task, len(train.samples), len(val.samples)) == ("vqa", 128, 64)
+    assert (train.task, len(train.samples), len(val.samples)) == ("vqa", 144, 72)
     assert Counter(sample.kind for sample in train.samples) == dict.fromkeys(pairs.KINDS, 16)
     assert all(
         len(sample.images) == 2 and sample.messages[0]["content"][1] == {"type": "image"} for sample in val.samples

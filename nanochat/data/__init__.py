@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanochat.data import caption_questions, easy_vqa, folder, hf, jsonl, llava, pairs, table
+from nanochat.data import caption_questions, easy_vqa, folder, hf, jsonl, llava, pairs, several_photos, table
 from nanochat.data.image_files import is_picture, short
 from nanochat.data.sample import CAPTION_PROMPT, Dataset, Sample, image_key, limit, one_per_reference
 from nanochat.data.splits import picture_groups
@@ -14,23 +14,27 @@ __all__ = [
     "DataError",
     "Dataset",
     "Sample",
-    "captions_of",
     "image_key",
     "limit",
     "load_dataset",
+    "made_of",
     "one_per_reference",
     "own_splits",
     "picture_groups",
 ]
 
 READABLE = (
-    "readable are: easy_vqa; pairs; captions-questions:DATA; .csv and .tsv with a header (file,caption or "
-    "file,question,answer), .jsonl, .json (LLaVA, COCO captions) and .parquet files; folders with such files, with "
+    "readable are: easy_vqa; pairs; captions-questions:DATA; captions-several:DATA; .csv and .tsv with a header "
+    "(file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO captions) and .parquet files; folders with such files, with "
     "{split}.jsonl, with metadata.csv, or with a .txt next to each picture; hf:owner/name from the hub. docs/DATA.md has the "
     "fields"
 )
 READERS = {".jsonl": jsonl, ".json": llava, ".parquet": hf, ".csv": table, ".tsv": table}
 DRAWN = {"easy_vqa": easy_vqa, "pairs": pairs}
+FROM_CAPTIONS = {
+    caption_questions.PREFIX: caption_questions.questions_dataset,
+    several_photos.PREFIX: several_photos.several_dataset,
+}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".zst")
 
 
@@ -46,22 +50,26 @@ def load_dataset(name_or_path: str | Path, split: str | None = "train", strict: 
         DataError: there is nothing readable, no such split, or a malformed row; the message names file and line.
         ImportError: the source needs a package that is not installed; the message names it.
     """
-    if source := captions_of(name_or_path):
-        return caption_questions.questions_dataset(load_dataset(source, split, strict))
+    prefix, source = made_of(name_or_path)
+    if prefix:
+        return FROM_CAPTIONS[prefix](load_dataset(source, split, strict))
     kind, place = _find(name_or_path)
     return kind.load(place, split, strict)
 
 
-def captions_of(name_or_path: str | Path) -> str:
-    """The caption data set DIR of "captions-questions:DIR", otherwise ""."""
+def made_of(name_or_path: str | Path) -> tuple[str, str]:
+    """("captions-questions:", DATA) of "captions-questions:DATA", so also of the other prefix of questions that are made from
+    captions; otherwise ("", the name)."""
     name = str(name_or_path)
-    return name.removeprefix(caption_questions.PREFIX) if name.startswith(caption_questions.PREFIX) else ""
+    prefix = next((prefix for prefix in FROM_CAPTIONS if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)
 
 
 def own_splits(name_or_path: str | Path) -> list[str]:
     """The splits that a source has itself; none if it is one file or folder from which "fit" and "val" are cut.
     Raises as `load_dataset`."""
-    if source := captions_of(name_or_path):
+    prefix, source = made_of(name_or_path)
+    if prefix:
         return own_splits(source)
     kind, place = _find(name_or_path)
     if kind in (easy_vqa, pairs):

@@ -8,6 +8,7 @@
     common     what is in both pictures?                red circle
     more       which picture has more shapes?           first, second, same
     same       are both pictures the same?              yes, no
+    order      the red star moves clockwise: which picture came first?    first, second
 
 An answer needs both pictures: whichever one is shown alone, all answers that it leaves open are equally likely. Each pair is
 drawn so that the first and the second picture are exchangeable, and a change is drawn without looking at what it gives. What the
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from nanochat.data.sample import Dataset, Sample
 from nanochat.data.splits import choose_split
 
-OWN_SPLITS = {"train": 8000, "val": 500}  # how many pairs
+OWN_SPLITS = {"train": 9000, "val": 540}  # how many pairs
 SIDE = 224  # pixels
 CELLS = 3  # a shape stands in one of CELLS x CELLS cells
 COLORS = {
@@ -46,6 +47,7 @@ CHANCE = {
     "common": 1 / 3,
     "more": 5 / 11,
     "same": 1 / 2,
+    "order": 1 / 2,
 }
 
 
@@ -211,6 +213,21 @@ def same(rng: random.Random) -> Change:
     return tuple(scene), after, "are both pictures the same?", "yes" if is_same else "no"
 
 
+def order(rng: random.Random) -> Change:
+    """A shape goes from corner to corner. Any corner may be the earlier one, so that one picture tells nothing."""
+    last, middle = CELLS - 1, CELLS // 2
+    corners = [(0, 0), (last, 0), (last, last), (0, last)]  # clockwise
+    subject, *others = shapes(rng, 3, [(middle, row) for row in range(CELLS)])
+    way, step = rng.choice((("clockwise", 1), ("counterclockwise", -1)))
+    start = rng.randrange(4)
+    scenes = [
+        (replace(subject, cell=corners[(start + i) % 4], shift=shift(rng)), *others) for i in (0, step)
+    ]  # in the order of time
+    answer = rng.choice(("first", "second"))
+    first, second = scenes if answer == "first" else scenes[::-1]
+    return first, second, f"the {subject.name} moves {way}: which picture came first?", answer
+
+
 KINDS: dict[str, Callable[[random.Random], Change]] = {
     "moved": moved,
     "direction": direction,
@@ -220,6 +237,7 @@ KINDS: dict[str, Callable[[random.Random], Change]] = {
     "common": common,
     "more": more,
     "same": same,
+    "order": order,
 }
 
 # ---- drawing

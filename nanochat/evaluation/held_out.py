@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.data import DataError, Sample, captions_of, image_key, load_dataset, own_splits
+from nanochat.data import DataError, Sample, image_key, load_dataset, made_of, own_splits
 from nanochat.data.splits import OWN_VALIDATION, WHOLE
 
 HELD_OUT = "the part that training held out (--split chooses another)"
@@ -29,7 +29,7 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
     own = own_splits(dataset)
     if "test" in own:
         return "test", "its test split"
-    pictures = captions_of(dataset) or dataset
+    _, pictures = made_of(dataset)
     run = next((run for run in (recipe, *earlier) if any(same_data(pictures, name) for name in sources_of(run))), None)
     if run is not None:
         split = run.get("val_split") or "val"
@@ -45,7 +45,7 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
 
 def sources_of(run: dict) -> list[str]:
     """The data sets whose pictures a run was trained on, from its recipe."""
-    return [captions_of(name) or name for name in (run.get("data"), *(run.get("also") or ())) if name]
+    return [made_of(name)[1] for name in (run.get("data"), *(run.get("also") or ())) if name]
 
 
 def same_data(dataset: str, trained_on: str) -> bool:

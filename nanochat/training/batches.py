@@ -6,7 +6,7 @@ random state.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from nanochat.training.features import Features
 from nanochat.training.squares import Squares
 
 MOST_PADDING = 2  # the longest row of a part, as a multiple of its shortest
-SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+SIDES = re.compile(r"\b(left|right|clockwise|counterclockwise|anticlockwise)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Rows:
 
     images: the distinct pictures. image_rows: the "file:row" where each is first. image_groups: the group of each: pictures that
     some row shows together are in one. groups: the rows of one dataset about the same pictures, in the order of the data.
-    mirrorable: (n_images,) bool, the pictures that may be mirrored: no text about them says left or right, and no row shows
-    them together with another picture. multi_turn: whether there are conversations of several turns.
+    mirrorable: (n_images,) bool, the pictures that may be mirrored: no text about a picture of their group says left or right.
+    multi_turn: whether there are conversations of several turns.
     """
 
     def __init__(self, samples: Sequence[Sample], tokenizer, config, sources: Sequence[int] | None = None):
@@ -70,13 +70,14 @@ class Rows:
             caption = sample.question == CAPTION_PROMPT
             row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys), caption)
             groups.setdefault((source, keys or len(groups)), []).append(row)
-            if len(keys) > 1 or any(map(SIDES.search, texts_of(sample))):
-                fixed.update(row.images)
-        self.mirrorable = np.array([number not in fixed for number in range(len(self.images))], bool)
+            if any(map(SIDES.search, texts_of(sample))):
+                fixed.update(keys)
         self.multi_turn = any(len(sample.messages) > 3 for sample in samples)
         self.groups = list(groups.values())
         together = picture_groups(samples)
         self.image_groups = [together[key] for key in numbers]
+        fixed_groups = {together[key] for key in fixed}
+        self.mirrorable = np.array([group not in fixed_groups for group in self.image_groups], bool)
 
     def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:
         """The groups of a training step, at most n_rows of each (None: all). Every epoch is another permutation of all groups."""
@@ -187,19 +188,27 @@ def exactly_right(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
 
 class CachedVectors:
-    """Vision vectors that were computed once (a frozen encoder): (U, N, D) of the given pictures. With an rng, half of those that
-    have a mirror image are replaced by it.
+    """Vision vectors that were computed once (a frozen encoder): (U, N, D) of the given pictures. With an rng, half of the groups
+    that have mirror images are replaced by them.
 
-    mirrored: vectors of mirrored pictures; mirror_of: (n_images,) for each picture its row there, or -1.
+    groups: (n_images,) what belongs together, see `Rows.image_groups`. mirrored: vectors of mirrored pictures; mirror_of:
+    (n_images,) for each picture its row there, or -1.
     """
 
-    def __init__(self, features: Features, mirrored: Features | None = None, mirror_of: np.ndarray | None = None):
-        self.features, self.mirrored, self.mirror_of = features, mirrored, mirror_of
+    def __init__(
+        self,
+        features: Features,
+        groups: Sequence[Hashable],
+        mirrored: Features | None = None,
+        mirror_of: np.ndarray | None = None,
+    ):
+        self.features, self.groups, self.mirrored, self.mirror_of = features, groups, mirrored, mirror_of
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
         found = self.features[numbers]
         if self.mirrored is not None and rng is not None:
-            rows = np.where(rng.random(len(numbers)) < 0.5, self.mirror_of[numbers], -1)
+            coins = coin_of_each_group([self.groups[number] for number in numbers], rng)
+            rows = np.where(coins, self.mirror_of[numbers], -1)
             found[rows >= 0] = self.mirrored[rows[rows >= 0]]
         return torch.from_numpy(found)
 
@@ -210,26 +219,40 @@ class EncodedVectors(Squares):
 
     def __init__(self, model: MultimodalGPT, rows: Rows, memory: float, flip: str = "none", jitter: float = 0.0):
         super().__init__(model.vision_encoder, rows.images, memory)
-        self.model, self.mirrorable, self.flip, self.jitter = model, rows.mirrorable, flip, jitter
+        self.model, self.rows, self.flip, self.jitter = model, rows, flip, jitter
 
     def pixels(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
         pixels = super().pixels(numbers)
         if rng is None:
             return pixels
-        pixels = augment(pixels, rng, self.flip, self.jitter, self.mirrorable[numbers])
+        groups = [self.rows.image_groups[number] for number in numbers]
+        pixels = augment(pixels, rng, self.flip, self.jitter, self.rows.mirrorable[numbers], groups)
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, numbers: list[int], rng: np.random.Generator | None = None) -> torch.Tensor:
         return self.model.see(self.pixels(numbers, rng))
 
 
+def coin_of_each_group(groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
+    """(n,) bool, random: pictures of one group are mirrored together, so that what is compared stays comparable."""
+    place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return (rng.random(len(place)) < 0.5)[[place[group] for group in groups]]
+
+
 def augment(
-    x: torch.Tensor, rng: np.random.Generator, flip: str, jitter: float, mirrorable: np.ndarray | bool = True
+    x: torch.Tensor,
+    rng: np.random.Generator,
+    flip: str,
+    jitter: float,
+    mirrorable: np.ndarray | bool = True,
+    groups: Sequence[Hashable] | None = None,
 ) -> torch.Tensor:
-    """Mirror, shift and zoom pictures (B, 3, S, S), each by its own random amount. mirrorable: (B,) bool, which may be."""
+    """Mirror pictures (B, 3, S, S), those of one group together, and shift and zoom each by its own random amount. mirrorable:
+    (B,) bool, which may be. groups: (B,), by default each picture is one."""
     if flip == "none" and jitter == 0:
         return x
-    mirror = rng.choice([-1.0, 1.0], size=(len(x), 2))
+    groups = range(len(x)) if groups is None else groups
+    mirror = np.stack([np.where(coin_of_each_group(groups, rng), -1.0, 1.0) for _ in range(2)], axis=1)
     zoom = 1 + rng.uniform(-jitter, jitter, size=len(x))
     shift = rng.uniform(-2 * jitter, 2 * jitter, size=(len(x), 2))  # the picture is 2 wide in grid_sample's units
     theta = np.zeros((len(x), 2, 3), np.float32)

@@ -376,7 +376,7 @@ def compute_features(model: MultimodalGPT, rows: Rows, folder: Path, mirror: boo
         progress.update(bar, completed=1, total=1)  # also where everything was cached
     mirror_of = np.full(len(rows.images), -1)
     mirror_of[numbers] = np.arange(len(numbers))
-    return CachedVectors(features, mirrored, mirror_of)
+    return CachedVectors(features, rows.image_groups, mirrored, mirror_of)
 
 
 def check_reward(recipe: PictureRecipe, samples: Sequence[Sample]) -> None:
