@@ -41,7 +41,9 @@ def test_the_captions_answer_every_question():
             place, question = sample.question.removeprefix("in the ").split(" picture, ", 1)
             answers = {q.text: q.answer for q in shown[PLACES.index(place)].questions}
             own, noun = shown[PLACES.index(place)], question.removeprefix("is there ").rstrip("?")
-            asked_for = {True: "yes", False: "no"}.get(noun in own.present) if noun in own.present | own.absent else None
+            asked_for = (
+                {True: "yes", False: "no"}.get(noun in own.present) if noun in own.present | own.absent else None
+            )
             assert 2 <= n <= MOST_FOR_ONE and sample.answer == answers.get(question, asked_for)
             continue
         noun = sample.question.rstrip("?").split(" show")[1].removeprefix("s").strip()
@@ -70,7 +72,9 @@ def test_guessing_is_near_chance():
             answers[sample.question][sample.answer] += 1
     assert places[2].total() > 300 and max(places[2].values()) < 0.58 * places[2].total()
     assert all(counts["yes"] == counts["no"] > 0 for counts in answers.values())
-    assert [sample.images for sample in several_dataset(captions(2000)).samples] == [sample.images for sample in samples]
+    assert [sample.images for sample in several_dataset(captions(2000)).samples] == [
+        sample.images for sample in samples
+    ]
 
 
 def test_the_data_name_its_splits_and_errors(tmp_path):
@@ -85,7 +89,9 @@ def test_the_data_name_its_splits_and_errors(tmp_path):
         for split in ("fit", "val")
     )
     assert train and val and not train & val
-    assert default_split(source, {"data": "pairs", "also": [source], "train_split": "fit", "val_split": "val"})[0] == "val"
+    assert (
+        default_split(source, {"data": "pairs", "also": [source], "train_split": "fit", "val_split": "val"})[0] == "val"
+    )
     assert without_paths({"also": [source]}) == {"also": [f"{PREFIX}{folder.name}"]}
     write_lines(folder / "dev.jsonl", rows[0])
     with pytest.raises(DataError, match="answer no question about several of them: needed are at least two pictures"):

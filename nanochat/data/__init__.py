@@ -25,9 +25,9 @@ __all__ = [
 
 READABLE = (
     "readable are: easy_vqa; pairs; captions-questions:DATA; captions-several:DATA; .csv and .tsv with a header "
-    "(file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO captions) and .parquet files; folders with such files, with "
-    "{split}.jsonl, with metadata.csv, or with a .txt next to each picture; hf:owner/name from the hub. docs/DATA.md has the "
-    "fields"
+    "(file,caption or file,question,answer), .jsonl, .json (LLaVA, COCO captions) and .parquet files; folders with such "
+    "files, with {split}.jsonl, with metadata.csv, or with a .txt next to each picture; hf:owner/name from the hub. "
+    "docs/DATA.md has the fields"
 )
 READERS = {".jsonl": jsonl, ".json": llava, ".parquet": hf, ".csv": table, ".tsv": table}
 DRAWN = {"easy_vqa": easy_vqa, "pairs": pairs}
