@@ -191,7 +191,8 @@ def test_the_data_name_its_splits_and_errors(tmp_path):
     assert load_dataset(source, "val").samples[0].where.startswith(str(folder / "dev.jsonl"))
     write_lines(folder / "dev.jsonl", {"image": "images/0.png", "caption": "Ein Hund ."})
     with pytest.raises(
-        DataError, match="captions of its 1 pictures answer no question: needed are several English captions"
+        DataError,
+        match="no questions from captions: those of its 1 pictures give none; needed are several English captions",
     ):
         load_dataset(source, "val")
     write_lines(folder / "dev.jsonl", {"image": "images/0.png", "question": "q", "answer": "a"})

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from nanochat.data import caption_words as words
 from nanochat.data.caption_facts import Facts, Question, read_captions
-from nanochat.data.sample import Dataset, vqa_sample
+from nanochat.data.sample import Dataset, Sample, vqa_sample
 from nanochat.files import DataError
 
 PREFIX = "captions-questions:"
@@ -38,22 +38,33 @@ def questions_dataset(captions: Dataset) -> Dataset:
     Raises:
         DataError: the dataset has no captions, or they answer no question.
     """
-    if captions.task != "caption":
-        raise DataError(f"{captions.name}: {PREFIX} needs captions, but these are questions and answers")
+    check_captions(captions, PREFIX)
     found = balanced([read_captions(sample.references) for sample in captions.samples])
     samples = [
         replace(vqa_sample(sample.images[0], question.text, question.answer), where=sample.where, kind=question.kind)
         for sample, own in zip(captions.samples, found, strict=True)
         for question in own
     ]
+    needed = "several English captions of a picture, and pictures that differ in at least five answers"
+    return made_dataset(captions, "questions", samples, KINDS, "questions from captions", needed)
+
+
+def check_captions(captions: Dataset, prefix: str) -> None:
+    if captions.task != "caption":
+        raise DataError(f"{captions.name}: {prefix} needs captions, but these are questions and answers")
+
+
+def made_dataset(
+    captions: Dataset, name: str, samples: list[Sample], kinds: Sequence[str], title: str, needed: str
+) -> Dataset:
+    """Samples that were made of captions, with a note of how many of each kind there are. Raises DataError if there are none."""
     if not samples:
         raise DataError(
-            f"{captions.name}: the captions of its {len(captions.samples)} pictures answer no question: needed are several "
-            "English captions of a picture, and pictures that differ in at least five answers"
+            f"{captions.name}: no {title}: those of its {len(captions.samples)} pictures give none; needed are {needed}"
         )
     counts = Counter(sample.kind for sample in samples)
-    note = f"{len(samples)} questions from captions: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
-    return Dataset(f"{captions.name} questions", "vqa", samples, captions.skipped, [*captions.notes, note])
+    note = f"{len(samples)} {title}: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+    return Dataset(f"{captions.name} {name}", "vqa", samples, captions.skipped, [*captions.notes, note])
 
 
 # ---- balance

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from nanochat.conversation import user_message
 from nanochat.data import caption_words as words
 from nanochat.data.caption_facts import Facts, Question, read_captions
-from nanochat.data.caption_questions import balanced
+from nanochat.data.caption_questions import balanced, check_captions, made_dataset
 from nanochat.data.sample import Dataset, Sample
-from nanochat.files import DataError
 
 PREFIX = "captions-several:"
 KINDS = ("which", "both", "one")
@@ -48,8 +47,7 @@ def several_dataset(captions: Dataset) -> Dataset:
     Raises:
         DataError: the dataset has no captions, or they answer no question about several of its pictures.
     """
-    if captions.task != "caption":
-        raise DataError(f"{captions.name}: {PREFIX} needs captions, but these are questions and answers")
+    check_captions(captions, PREFIX)
     facts = [read_captions(sample.references) for sample in captions.samples]
     photos = [Photo(*each) for each in zip(captions.samples, facts, balanced(facts), strict=True)]
     rng = random.Random(SEED)
@@ -58,14 +56,8 @@ def several_dataset(captions: Dataset) -> Dataset:
     asked = [question for group in groups for question in [*which(rng, group), *one(rng, group)]]
     asked += [question for group in groups for question in both(rng, group)]
     samples = [as_sample(*question) for question in even_answers(asked)]
-    if not samples:
-        raise DataError(
-            f"{captions.name}: the captions of its {len(captions.samples)} pictures answer no question about several of them: "
-            "needed are at least two pictures, each with three or more English captions that say what is there"
-        )
-    counts = Counter(sample.kind for sample in samples)
-    note = f"{len(samples)} questions about several pictures: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
-    return Dataset(f"{captions.name} several", "vqa", samples, captions.skipped, [*captions.notes, note])
+    needed = "at least two pictures, each with three or more English captions that say what is there"
+    return made_dataset(captions, "several", samples, KINDS, "questions about several pictures", needed)
 
 
 def as_sample(kind: str, photos: Sequence[Photo], question: str, answer: str) -> Sample:
