@@ -9,10 +9,11 @@ python=${PYTHON:-python3}
 venv=.venv
 what=${1:-demo}
 torch="torch" # a checkpoint needs it, a folder of `nanochat export` does not
+more=""
 for word in "$@"; do
   ! grep -qs '"format": "nanochat-onnx"' "$word/manifest.json" || torch=""
+  case "$word" in --frames | *.mp4 | *.m4v | *.mov | *.mkv | *.webm | *.avi) more="video" ;; esac
 done
-more=""
 case "$what" in
   test) torch="" more="dev" ;; # has all
   models | cache | tokenizer) torch="" ;;
@@ -20,7 +21,7 @@ case "$what" in
   demo | record | demos | rollout) more="robot" ;;
   serve | policy-server) more="serve" ;;
   train) more="train,eval,photos" ;;
-  eval) more="train,eval" ;;
+  eval) more="train,eval,robot" ;; # recordings of robots too
   import-upstream) more="upstream" ;;
 esac
 [ "$what ${2:-}" = "train robot" ] && more="train,eval,photos,robot" # its data has tables and videos

@@ -44,12 +44,20 @@ def test_the_demo_is_the_default_and_is_installed_once(run):
     [
         ("record", "[torch,robot]"), ("demos", "[torch,robot]"), ("rollout", "[torch,robot]"), ("inspect", "[robot]"),
         ("policy-server", "[torch,serve]"), ("serve", "[torch,serve]"), ("train", "[torch,train,eval,photos]"),
-        ("eval", "[torch,train,eval]"), ("import-upstream", "[torch,upstream]"), ("ask", "[torch]"), ("pack", "[torch]"),
+        ("eval", "[torch,train,eval,robot]"), ("import-upstream", "[torch,upstream]"), ("ask", "[torch]"), ("pack", "[torch]"),
         ("export", "[torch]"), ("chat", "[torch]"), ("models", ""), ("cache", ""),
     ],
 )  # fmt: skip
 def test_a_command_installs_what_it_needs(run, command, extras):
     assert run(command, "a b") == [f"{INSTALL}.{extras}", f"nanochat {command} a b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "extras"),
+    [(["clip.mp4", "what?"], "[torch,video]"), (["a.jpg", "what?"], "[torch]"), (["x", "?", "--frames", "8"], "[torch,video]")],
+)
+def test_questions_about_videos_install_a_reader_of_videos(run, words, extras):
+    assert run("ask", *words)[0] == f"{INSTALL}.{extras}"
 
 
 def test_training_a_robot_installs_what_reads_its_data(run):

@@ -62,8 +62,8 @@ def evaluate(
         dataset: easy_vqa, or a file or folder: .jsonl, captions.csv, LLaVA .json, .parquet, hf:owner/name; docs/DATA.md lists
             all. For a folder of `nanochat record`: questions about 1,000 random frames, or --limit of them. For a real robot's
             demonstrations: the error of each joint over the chunk, beside four baselines that need no training.
-        split: Part of the dataset, such as test; fit, val or all if it has no parts. Default: what training held out if the
-            checkpoint was trained on this data; otherwise test, or all.
+        split: Part of the dataset, such as test; fit, val or all if it has no parts. Default: test if there is one;
+            otherwise what training held out if the checkpoint was trained on this data; otherwise val, train or all.
         limit: Evaluate a random subset of this many samples.
         batch_size: Samples per batch.
         strict: Refuse data with missing pictures; by default their rows are left out.
