@@ -196,7 +196,7 @@ def drive(
             player.correct(target)
             if not dry_run:
                 arm.send_action(dict(zip(wiring.action, target.tolist(), strict=True)))
-            elif player.step % round(fps) == 0:
+            elif player.step % max(1, round(fps)) == 0:
                 say(", ".join(f"{name} -> {value:.1f}" for name, value in zip(wiring.action, target, strict=True)))
             counts["moved"] += 1
         if holding != (action is None):

@@ -114,7 +114,7 @@ class ChunkPlayer:
         self.asked = None
 
     def lose(self) -> None:
-        """There will be no answer to the observation that is under way: the next one is due when the plan needs it."""
+        """There will be no answer to the observation that is under way: the next one is due at once."""
         self.asked = self.last_asked = None
 
     def previous(self) -> np.ndarray | None:

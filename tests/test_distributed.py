@@ -205,3 +205,10 @@ def test_a_run_of_one_process_exchanges_nothing():
         and distributed.any_process(False) is False
     )
     assert distributed.is_first() and not json.loads(json.dumps(distributed.started_by_torchrun()))
+
+
+def test_a_full_gpu_is_not_told_as_a_lost_process():
+    with pytest.raises(torch.OutOfMemoryError), distributed.peers():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(distributed.LostProcess), distributed.peers():
+        raise RuntimeError("Connection closed by peer")

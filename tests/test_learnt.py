@@ -5,6 +5,8 @@ import pytest
 from nanochat.agent import Agent, Chat, learnt_by
 from nanochat.checkpoint import ASSETS, load_checkpoint, save_checkpoint
 from nanochat.data import CAPTION_PROMPT
+from nanochat.evaluation.held_out import sources_of
+from nanochat.training.resuming import first_state
 from nanochat.errors import UserError
 
 PICTURE = ASSETS / "pictures" / "0.png"
@@ -87,3 +89,10 @@ def test_what_was_learnt_is_saved_and_loaded(default, tmp_path):
     learnt = {"questions": False, "captions": True, "actions": False}
     save_checkpoint(tmp_path / "m", default[0], default[1], {"learnt": learnt})
     assert Agent.load(str(tmp_path / "m")).learnt == learnt
+
+
+def test_the_record_of_an_earlier_run_names_all_of_its_data():
+    recipe = {"data": "a", "also": ["b", "c"], "seed": 1, "train_split": "fit", "val_split": "val", "n_layer": 2}
+    (run,) = first_state({"recipe_name": "robot", "recipe": recipe, "step": 5, "seconds": 1.0})["earlier"]
+    assert [run[key] for key in ("data", "also", "seed", "step")] == ["a", ["b", "c"], 1, 5] and "n_layer" not in run
+    assert sources_of(run) == ["a", "b", "c"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nanochat.cache import cache_folder
+from nanochat.data import CAPTION_PROMPT
 from nanochat.errors import UserError
 from nanochat.training.batches import EncodedVectors, make_batch
 from nanochat.training.features import cached_features
@@ -18,6 +19,7 @@ from nanochat.training.out_folder import release_folder
 from nanochat.training.pictures import drop_features
 from nanochat.training.recipes import Folder
 from nanochat.training.resuming import check_settings
+from nanochat.training.rewards import split_row
 from nanochat.training.run import Run, started_recipe
 from nanochat.training.task import set_training
 from tests.test_stages import no_zeros
@@ -114,6 +116,38 @@ def test_the_record_keeps_the_datasets_and_a_run_resumes_with_them(captions, que
         Run(replace(started, dropout=0.3))
 
 
+def line(question, answer, *images):
+    content = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"images": list(images), "messages": messages}
+
+
+@pytest.mark.parametrize("first", ["caption", "question"])
+def test_captions_and_questions_of_one_source_about_one_picture_are_rewarded_apart(tmp_path, first):
+    folder = write(tmp_path / "both", 8, [("how many are there?", "two")])
+    (folder / "captions.csv").unlink()
+    texts = {
+        "caption": [(CAPTION_PROMPT, "a dog runs on grass"), (CAPTION_PROMPT, "a brown dog")],
+        "question": [("how many?", "two")],
+    }
+    order = texts[first] + [text for kind, own in texts.items() if kind != first for text in own]
+    lines = [line(question, answer, f"{i}.png") for i in range(8) for question, answer in order]
+    lines.append(line(CAPTION_PROMPT, "a caption of nothing"))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    task = Run(recipe_for(folder / "data.jsonl", tmp_path, train_split="all", val_split="all", reward_steps=1)).task
+    groups = task.rows.groups
+    assert [len(rows) for rows in groups if rows[0].caption] == [2] * 8
+    assert all(row.caption == rows[0].caption for rows in groups for row in rows)
+    for rows in groups:
+        answers = {task.tokenizer.decode(split_row(row)[1]) for row in rows}
+        assert ("two" in "".join(answers)) != rows[0].caption or "nothing" in "".join(answers)
+
+
+def test_reward_steps_without_captions_of_single_pictures_are_refused(questions, tmp_path):
+    with pytest.raises(UserError, match="--reward-steps need captions of single pictures, but .* holds questions"):
+        Run(recipe_for(questions, tmp_path, reward_steps=1))
+
+
 # ---- mirror images
 
 
@@ -147,8 +181,38 @@ def number_of(rows):
 def test_pictures_of_texts_with_sides_are_not_mirrored_and_those_with_them_neither(sided, tmp_path):
     rows = run_sided(sided, tmp_path).task.rows
     numbers = number_of(rows)
-    mirrorable = [bool(rows.mirrorable[numbers[str(i)]]) for i in range(16)]
+    mirrorable = [bool(rows.mirrorable[numbers[str(i)], 0]) for i in range(16)]
     assert mirrorable == [True] * 6 + [False] * 6 + [True] * 2 + [False] * 2
+
+
+def test_pictures_of_texts_that_say_up_or_down_are_not_put_upside_down(tmp_path):
+    texts = {
+        0: "is it above the line?",
+        1: "is it Left of it?",
+        2: "does it turn clockwise?",
+        3: "is it a cup?",
+        4: "is it upright?",
+    }
+    folder = write(tmp_path / "up", 5, [("what?", "it")])
+    (folder / "captions.csv").unlink()
+    rows = [{"image": f"{i}.png", "question": text, "answer": "yes"} for i, text in texts.items()]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_for(
+        folder / "data.jsonl", tmp_path, train_split="all", val_split="all", flip="both", train_encoder=True
+    )
+    task = Run(recipe).task
+    names = number_of(task.rows)
+    numbers = [names[str(i)] for i in range(5)]
+    plain, seen = task.vectors.pixels(numbers), [set() for _ in range(5)]
+    for seed in range(40):
+        for picture, (found, own) in enumerate(
+            zip(task.vectors.pixels(numbers, np.random.default_rng(seed)), plain, strict=True)
+        ):
+            for name, dims in (("plain", ()), ("mirrored", (-1,)), ("upside down", (-2,)), ("turned", (-1, -2))):
+                if torch.allclose(found, own.flip(dims), atol=1e-4):
+                    seen[picture].add(name)
+    everything = {"plain", "mirrored", "upside down", "turned"}
+    assert seen == [{"plain", "mirrored"}, {"plain", "upside down"}, {"plain"}, everything, {"plain", "mirrored"}]
 
 
 def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
@@ -168,8 +232,8 @@ def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):
             assert is_plain != is_mirrored
             seen[number] += is_mirrored
         assert seen[name["12"]] == seen[name["13"]]  # compared with each other
-    assert all(seen[number] == 0 for number in numbers if not rows.mirrorable[number])
-    assert all(8 <= seen[number] <= 32 for number in numbers if rows.mirrorable[number])
+    assert all(seen[number] == 0 for number in numbers if not rows.mirrorable[number, 0])
+    assert all(8 <= seen[number] <= 32 for number in numbers if rows.mirrorable[number, 0])
     np.testing.assert_allclose(vectors(numbers).numpy(), plain, atol=1e-6)  # without an rng, as to validate, none is
     assert task.val_vectors.mirrored is None
 
@@ -179,7 +243,7 @@ def test_the_encoder_runs_once_for_mirror_images_too(sided, tmp_path, monkeypatc
     rows, place = run.task.rows, cache_folder("features", tmp_path / "c")
     calls = []
     monkeypatch.setattr(run.model, "look", lambda images: calls.append(images))
-    images = [rows.images[number] for number in np.flatnonzero(rows.mirrorable)]
+    images = [rows.images[number] for number in np.flatnonzero(rows.mirrorable[:, 0])]
     cached_features(run.model, images, place, mirrored=True)
     cached_features(run.model, rows.images, place)
     assert not calls
@@ -200,7 +264,7 @@ def test_trained_encoders_see_the_same_pictures_mirrored(sided, tmp_path):
             assert is_plain != is_mirrored
             seen[number] += is_mirrored
         assert seen[name["12"]] == seen[name["13"]]
-    assert all((seen[number] > 0) == bool(rows.mirrorable[number]) for number in numbers)
+    assert all((seen[number] > 0) == rows.mirrorable[number, 0] for number in numbers)
 
 
 # ---- the loss

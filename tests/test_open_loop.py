@@ -1,8 +1,6 @@
-"""Open-loop errors against plain loops, baselines against brute force, and the report from a checkpoint on."""
+"""Open-loop errors against plain loops, baselines against brute force, and the tables of the report."""
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,22 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochat.checkpoint import save_checkpoint
-from nanochat.cli.main import is_recording
-from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.data.lerobot import Episode
-from nanochat.data.lerobot_writer import write_dataset
 from nanochat.errors import UserError
 from nanochat.evaluation.baselines import HOLD, LAST, MEAN, NEAREST, baselines, follows_state
 from nanochat.evaluation.controls import CONDITIONS as CONTROLS
 from nanochat.evaluation.open_loop import OpenLoop, frames_to_ask, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, liveliest, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary, verdict
-from nanochat.training.recipes import Robot
-from nanochat.training.robots import RobotTask
-from tests.data_files import demonstrations, encode, write_lines
-from tests.tiny_policy import make_policy, make_tokenizer
+from tests.data_files import demonstrations, encode
 
 SIZE = 32
 CONDITIONS = ("policy", *CONTROLS)
@@ -350,94 +341,3 @@ def test_the_episode_that_is_drawn_is_neither_the_best_nor_the_worst():
     for episode, error in enumerate((0.3, 0.1, 0.2)):
         found.chunks["policy"][found.episode == episode] = error
     assert typical_episode(found) == 2
-
-
-# ---- the command
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("arm") / "demos"
-    write_dataset(
-        path, (arm_episode(n, task=("lift", "put down")[n % 2]) for n in range(8)), 10, "arm", (SIZE, SIZE, 3),
-        {"action": ["base", "elbow", "wrist", "jaw"]},
-    )  # fmt: skip
-    return path
-
-
-def save_policy(path, data: str, **config) -> str:
-    tokenizer = make_tokenizer(["lift", "put down"], 500)
-    model = make_policy(tokenizer, image_size=SIZE)
-    for name, value in config.items():
-        setattr(model.config, name, value)
-    save_checkpoint(path, model, tokenizer, {"recipe": {"data": data}})
-    return str(path)
-
-
-def test_eval_reports_and_draws_the_episodes_that_training_held_out(nanochat, folder, tmp_path):
-    checkpoint = save_policy(tmp_path / "c", str(folder))
-    out = nanochat("eval", checkpoint, folder, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png").out
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert (result["split"], result["episodes"], result["frames"], result["fps"]) == ("val", 2, 24, 10)
-    assert [number["name"] for number in result["numbers"]] == ["base", "elbow", "wrist", "jaw"]
-    rows = ["policy", "shuffled", "blind", "other task", HOLD, LAST, MEAN, NEAREST]
-    assert list(result["rows"]) == rows and all(row in out for row in rows)
-    assert result["rows"][HOLD]["of_hold"] == 1 and result["verdict"][0] in " ".join(out.split())
-    assert Image.open(tmp_path / "a.png").format == "PNG"
-
-
-def test_frames_are_read_at_the_rate_of_the_policy(nanochat, folder, tmp_path):
-    named = {"action_names": list("abcd"), "units": "rad"}
-    checkpoint = save_policy(tmp_path / "c", str(folder), fps=5.0, **named)
-    assert "base (rad)" in nanochat("eval", checkpoint, folder, "--json", tmp_path / "a.json").out
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert (result["fps"], result["frames"]) == (5, 12)
-    checkpoint = save_policy(tmp_path / "fast", str(folder), fps=30.0)
-    assert "chooses 30 actions per second, but" in nanochat("eval", checkpoint, folder, code=2).err
-
-
-def test_without_the_training_data_two_rows_are_left_out_and_that_is_said(nanochat, folder, tmp_path):
-    checkpoint = save_policy(tmp_path / "c", "somewhere/else")
-    out = " ".join(nanochat("eval", checkpoint, folder, "--limit", 5, "--json", tmp_path / "a.json").out.split())
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert (result["split"], result["frames"]) == ("all", 5) and not {MEAN, NEAREST} & result["rows"].keys()
-    assert "the training data somewhere/else is not here: the rows mean action and nearest state are left out" in out
-
-
-def test_a_run_on_a_recording_leads_to_the_report():
-    task = SimpleNamespace(val=arm_data(0), recipe=Robot(data="my arm"))
-    commands = RobotTask.next_commands(task, Path("runs/a"))
-    assert commands == ["nanochat eval runs/a 'my arm'", "nanochat policy-server runs/a"]
-
-
-def test_data_of_another_robot_is_refused_before_it_is_decoded(nanochat, folder, tmp_path):
-    tokenizer = make_tokenizer(["lift"], 500)
-    save_checkpoint(tmp_path / "c", make_policy(tokenizer, 6, SIZE), tokenizer, {})
-    out, err = nanochat("eval", tmp_path / "c", folder, code=2)
-    assert "states of 6 numbers, but this data has 4" in err and "reading" not in out + err
-
-
-def test_a_model_that_cannot_act_and_a_plot_of_pictures_are_refused(nanochat, folder, tmp_path):
-    assert "without an action head" in nanochat("eval", "shapes", folder, code=2).err
-    assert (
-        "--plot draws a robot's actions"
-        in nanochat("eval", "shapes", "easy_vqa", "--plot", tmp_path / "a.png", code=2).err
-    )
-
-
-def test_frames_of_bridge_data_are_told_from_other_rows(tmp_path):
-    for name, row in {
-        "bridge": {"image": "0.png", "action": [0] * 7},
-        "vqa": {"image": "0.png", "question": "?"},
-    }.items():
-        (tmp_path / name).mkdir()
-        write_lines(tmp_path / name / "frames.jsonl", row)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/frames.jsonl").write_text("{")
-    found = [name for name in ("bridge", "vqa", "broken", "none") if is_recording(str(tmp_path / name))]
-    assert found == ["bridge"]
-
-
-def test_numbers_are_read_without_pictures(folder):
-    data = open_demonstrations(folder).read_numbers("val")
-    assert len(data) == 24 and data.cameras == () and data.names_of["action"] == ["base", "elbow", "wrist", "jaw"]

@@ -10,6 +10,7 @@ from benchmarks import pointing as benchmark
 from nanochat.agent import Agent
 from nanochat.errors import UserError
 from nanochat.evaluation.pointing import (
+    CRITERIA,
     Pointed,
     Pointing,
     around,
@@ -50,6 +51,19 @@ def test_cells_that_touch_a_box():
     ):
         assert cells(box, SQUARE, 64, 16, "touching") == expected
         assert cells(box, SQUARE, 64, 16) <= expected
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_box_outside_of_the_picture_has_no_cells(criterion):
+    for low, high in ((-60, -30), (-12, -4), (70, 90)):
+        for box in ((low, 20, high, 30), (20, low, 30, high), (low, low, high, high)):
+            assert not cells(box, SQUARE, 64, 16, criterion)
+
+
+def test_a_box_that_is_partly_in_the_picture_has_the_cells_with_their_centre_in_it():
+    assert cells((-30, 0, 10, 16), SQUARE, 64, 16) == {0}
+    assert cells((-30, 0, 4, 16), SQUARE, 64, 16) == set()
+    assert cells((40, 60, 80, 64), SQUARE, 64, 16) == {15}
 
 
 def test_cells_of_a_letterboxed_picture():

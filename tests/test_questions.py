@@ -51,9 +51,14 @@ def folder(tmp_path_factory):
     return path
 
 
-def save_policy(path, recipe) -> str:
+def save_policy(path, recipe, earlier=()) -> str:
     tokenizer = make_tokenizer([text for texts in INSTRUCTIONS.values() for text in texts], 600)
-    save_checkpoint(path, make_policy(tokenizer, image_size=SIZE, sequence_len=160), tokenizer, {"recipe": recipe})
+    save_checkpoint(
+        path,
+        make_policy(tokenizer, image_size=SIZE, sequence_len=160),
+        tokenizer,
+        {"recipe": recipe, "earlier": list(earlier)},
+    )
     return str(path)
 
 
@@ -157,6 +162,20 @@ def test_only_held_out_episodes_are_asked_about(checkpoint, folder, tmp_path, ca
     assert "split val, the part that training held out" in text and "was trained on" not in text
     with pytest.raises(UserError, match="no split 'vall'; demonstrations have: all, fit, val"):
         evaluate(checkpoint, folder, "vall")
+
+
+def test_every_folder_of_every_run_was_trained_on(folder, tmp_path, capsys):
+    there, name = {"data": str(tmp_path / "other")}, str(folder)
+    assert open_source(name, None, there)[1] == "all"
+    also = there | {"also": [name]}
+    for recipe, earlier in ((also, ()), (there, [{"data": name}]), (there, [there, also])):
+        capsys.readouterr()
+        assert open_source(name, None, recipe, earlier=earlier)[1] == "val"
+        open_source(name, "fit", recipe, earlier=earlier)
+        text = " ".join(capsys.readouterr().out.split())
+        assert "split val, the part that training held out" in text and "was trained on these episodes" in text
+    evaluate(save_policy(tmp_path / "run", there, [{"data": name}]), folder, None)
+    assert "split val, the part that training held out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_pictures_are_of_the_camera_that_was_trained_with(tmp_path, capsys):

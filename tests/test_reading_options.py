@@ -77,6 +77,42 @@ def test_the_usual_name_wins_and_another_can_be_chosen(tmp_path):
             open_demonstrations(folder, **{option: "speed"})
 
 
+def test_actions_and_state_may_have_each_others_names(tmp_path):
+    table = {"action": numbers(0, 2), "observation.state": numbers(1, 3), "torque": numbers(2, 4)}
+    folder = write(tmp_path / "robot", table, table, names={"action": ["x", "y"]})
+    for keys in (("observation.state", "action"), ("observation.state", "torque"), ("torque", "action")):
+        source = open_demonstrations(folder, action_key=keys[0], state_key=keys[1])
+        data = source.read("all", SIZE)
+        np.testing.assert_array_equal(data.action[:4], table[keys[0]])
+        np.testing.assert_array_equal(data.state[:4], table[keys[1]])
+        assert data.names_of["observation.state"] == (["x", "y"] if keys[1] == "action" else [])
+        (unread,) = set(table) - set(keys)
+        action, state = (f"{key} ({table[key].shape[1]} numbers)" for key in keys)
+        assert describe_columns(source)[0].startswith(f"reads camera {CAMERA}, {state}, {action}; leaves out {unread}")
+
+
+@pytest.mark.parametrize(
+    "options", [{"action_key": "observation.state"}, {"state_key": "action"}, {"action_key": "torque", "state_key": "torque"}]
+)  # fmt: skip
+def test_a_column_is_not_both_actions_and_state(tmp_path, options):
+    table = {"action": numbers(0, 2), "observation.state": numbers(1, 3), "torque": numbers(2, 4)}
+    folder = write(tmp_path / "robot", table, table)
+    column = next(iter(options.values()))
+    with pytest.raises(UserError, match=f"robot: {column} cannot be both the actions .--action-key. and the state"):
+        open_demonstrations(folder, **options)
+
+
+def test_a_message_names_a_column_that_has_the_name_of_another(tmp_path):
+    table = {"action": numbers(0, 2), "observation.state": numbers(1, 3)}
+    folder = write(tmp_path / "robot", table, table)
+    values = np.concatenate([table["observation.state"]] * 2)
+    values[5, 1] = np.nan
+    edit_table(folder / DATA, lambda t: replaced(t, "observation.state", values.tolist()))
+    source = open_demonstrations(folder, action_key="observation.state", state_key="action")
+    with pytest.raises(UserError, match="episode 1: 'observation.state' of frame 1 has nan as number 2 of 3"):
+        source.read_numbers("all")
+
+
 def test_a_number_that_is_not_finite_has_the_name_of_the_data(tmp_path):
     folder = write(tmp_path / "robot", {"actions": numbers(0, 2)}, {"actions": numbers(1, 2)})
     values = np.concatenate([numbers(0, 2), numbers(1, 2)])
@@ -176,6 +212,18 @@ def test_frames_of_motions_are_not_left_out(tmp_path):
         check_rate(data, "relative")
     whole, _ = read_data(Robot(data=str(folder), fps=30, image_size=SIZE))
     check_rate(whole, "relative")
+
+
+def test_frames_of_motions_are_not_left_out_of_further_folders(tmp_path):
+    for name, fps in (("slow", 10), ("fast", 30)):
+        write(tmp_path / name, {"action": numbers(0, 2)}, {"action": numbers(1, 2)}, fps=fps)
+    recipe = Robot(data=str(tmp_path / "slow"), also=(str(tmp_path / "fast"),), fps=10, image_size=SIZE)
+    for data in read_data(recipe):
+        check_rate(data, "absolute")
+        with pytest.raises(
+            UserError, match="--fps 10 leaves out frames of 30 per second, but the actions are relative"
+        ):
+            check_rate(data, "relative")
 
 
 def of_rate(fps: float, scene: bool = False) -> Demonstrations:

@@ -277,6 +277,30 @@ def test_a_name_that_is_no_utf8_is_named(tmp_path):
         RobotDataset(tmp_path / "robot")
 
 
+def not_utf8(texts: list[bytes]) -> pa.Array:
+    return pa.array(texts, pa.binary()).view(pa.string())
+
+
+def test_a_path_that_is_no_utf8_is_named(tmp_path):
+    write_dataset(tmp_path / "robot", [make_episode(3, n) for n in range(2)], 10, "arm", SHAPE)
+    images = pa.StructArray.from_arrays(
+        [pa.nulls(6, pa.binary()), not_utf8([b"0.png"] * 4 + [b"\xff.png"] * 2)], ["bytes", "path"]
+    )
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, CAMERA, images))
+    dataset = RobotDataset(tmp_path / "robot")
+    message = f"{DATA}: episode 1: the camera {CAMERA} cannot be read as parquet: 'utf-8' codec"
+    for read in (dataset.picture_source, lambda *place: list(dataset.pictures(*place))):
+        with pytest.raises(DataError, match=message):
+            read(1, CAMERA, [1])
+
+
+def test_a_number_of_an_episode_that_is_a_text_but_no_utf8_is_named(tmp_path):
+    write_dataset(tmp_path / "robot", [make_episode(3, n) for n in range(2)], 10, "arm", SHAPE)
+    edit_table(tmp_path / "robot" / DATA, lambda t: replaced(t, "episode_index", not_utf8([b"\xff"] * 6)))
+    with pytest.raises(DataError, match=f"{DATA} cannot be read as parquet: 'utf-8' codec"):
+        RobotDataset(tmp_path / "robot").episode(0)
+
+
 # ---- several folders
 
 
@@ -321,3 +345,16 @@ def test_folders_of_different_robots_are_refused(tmp_path, change, message):
     folders = [open_demonstrations(tmp_path / name) for name in ("one", "two")]
     with pytest.raises(UserError, match=f"two have different {message}"):
         folders[0].read("fit", SIZE, also=folders[1:])
+
+
+@pytest.mark.parametrize("key, size", [("action", 3), ("observation.state", 4)])
+def test_folders_whose_numbers_have_other_names_are_refused(tmp_path, key, size):
+    names = list("abcd"[:size])
+    for name, found in (("unnamed", None), ("one", {key: names}), ("two", {key: [*names[:-2], *names[:-3:-1]]})):
+        write_dataset(tmp_path / name, [make_episode(4, 0), make_episode(4, 1)], 10, "arm", SHAPE, found)
+    folders = [open_demonstrations(tmp_path / name) for name in ("unnamed", "one", "two")]
+    assert len(folders[0].read("all", SIZE, also=folders[1:2])) == 16
+    message = f"one and .*two have different names of number {size - 1} of {key}: {names[-2]} and {names[-1]}; "
+    for first, *others in (folders[1:], folders):  # an unnamed first folder hides no difference between the others
+        with pytest.raises(UserError, match=message):
+            first.read("all", SIZE, also=others)

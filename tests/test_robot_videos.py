@@ -138,6 +138,18 @@ def test_a_damaged_picture_of_a_video_is_named(tmp_path):
         RobotDataset(tmp_path / "robot").episode(0, ["front"])
 
 
+def test_a_damaged_last_picture_is_named(tmp_path):
+    write_video(tmp_path / "a.mp4", 10, "10", noise=True)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    end = data.index(b"moov") - 4  # of the last picture
+    data[end - 1500 : end - 500] = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
+    (tmp_path / "a.mp4").write_bytes(data)
+    times = np.arange(10) * 0.1
+    for late in (0, 1e-6):  # a time stamp that is rounded up lies behind the last picture
+        with pytest.raises(DataError, match="a.mp4: episode 0, frame 9: the picture is damaged"):
+            list(video_pictures(tmp_path / "a.mp4", 0.0, times + late, 10, "episode 0"))
+
+
 def test_a_missing_pyav_names_the_command(tmp_path, monkeypatch):
     path = video_dataset(tmp_path / "robot")
     path.parent.mkdir(parents=True)

@@ -54,7 +54,11 @@ def test_a_command_installs_what_it_needs(run, command, extras):
 
 @pytest.mark.parametrize(
     ("words", "extras"),
-    [(["clip.mp4", "what?"], "[torch,video]"), (["a.jpg", "what?"], "[torch]"), (["x", "?", "--frames", "8"], "[torch,video]")],
+    [
+        (["clip.mp4", "what?"], "[torch,video]"),
+        (["a.jpg", "what?"], "[torch]"),
+        (["x", "?", "--frames", "8"], "[torch,video]"),
+    ],
 )
 def test_questions_about_videos_install_a_reader_of_videos(run, words, extras):
     assert run("ask", *words)[0] == f"{INSTALL}.{extras}"

@@ -137,6 +137,9 @@ def test_a_full_queue_refuses_and_a_cancelled_request_leaves(agent, batcher):
 def test_a_request_that_is_too_late_is_refused_and_a_slow_answer_ends_as_it_is(agent, batcher, monkeypatch):
     with pytest.raises(Busy, match="waited for more than"):
         asyncio.run(collected(batcher, Request(prompt_of(agent, "what?"), (), 100, seconds=0)))
+    with pytest.raises(Busy, match="waited for more than"), monkeypatch.context() as patch:
+        patch.setattr(Ticket, "late", True)
+        asyncio.run(batcher.look([png("red")]))
     request = Request(prompt_of(agent, "what?"), (), 100, seconds=30)
 
     async def slow():
@@ -157,7 +160,7 @@ def test_a_request_that_is_too_late_is_refused_and_a_slow_answer_ends_as_it_is(a
         ({"prompt": [1] * 200}, "do not fit the context of 128"),
         ({"prompt": []}, "at least one token"),
         ({"pictures": [b"no picture"]}, "the picture is not an image"),
-        ({"pictures": [png()]}, "0 places for vision vectors"),
+        ({"pictures": [png("red")]}, "0 places for vision vectors"),
     ],
 )
 def test_a_wrong_request_fails_alone(agent, batcher, changes, message):

@@ -26,6 +26,7 @@ from websockets.sync.client import connect
 from nanochat.errors import UserError
 from nanochat.serving import openpi as module
 from nanochat.serving.openpi import check_settings, unpack
+from nanochat.serving.requests import Busy
 from tests.serving import running
 
 OBSERVATION = {
@@ -127,6 +128,25 @@ def test_internal_errors_are_not_exposed(serving, caplog, prompt, logged):
     with pytest.raises(RuntimeError, match="^Error in inference server:\ninternal error$"):
         client.infer(OBSERVATION | {"prompt": prompt})
     assert logged in caplog.text
+    assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
+
+
+def test_a_busy_server_says_so_and_the_connection_stays_open(serving, monkeypatch):
+    waits = [Busy("64 requests wait already: try again in 1 s", 1)]
+    plain = module.answer_observations
+
+    async def busy_once(client, policy, run):
+        async def refused(function):
+            if waits:
+                raise waits.pop()
+            return await run(function)
+
+        await plain(client, policy, refused)
+
+    monkeypatch.setattr(module, "answer_observations", busy_once)
+    client = openpi(serving())
+    with pytest.raises(RuntimeError, match="64 requests wait already: try again in 1 s$"):
+        client.infer(OBSERVATION)
     assert client.infer(OBSERVATION)["actions"].shape == (2, 2)
 
 

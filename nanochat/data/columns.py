@@ -28,12 +28,13 @@ __all__ = [
 
 
 @contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Makes DataErrors of what pyarrow raises for a broken file, also while its values are converted."""
+def parquet_errors(where: object) -> Iterator[None]:
+    """Makes DataErrors of what pyarrow raises for a broken file, also while its values are converted. where: the file, or the
+    place in it."""
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
+        raise DataError(f"{where} cannot be read as parquet: {str(error).splitlines()[0][:200]}") from error
 
 
 def read_parquet(read, path: Path, **options):
@@ -78,7 +79,11 @@ class Layout:
 
 def file_layout(path: Path) -> Layout:
     """Raises as `read_parquet`."""
-    metadata = read_parquet(pq.read_metadata, path)
+    with parquet_errors(path):
+        return layout_of(read_parquet(pq.read_metadata, path), column_names(path))
+
+
+def layout_of(metadata: pq.FileMetaData, columns: list[str]) -> Layout:
     leaves = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     with_values: set[str] = set()
     spans = []
@@ -92,7 +97,7 @@ def file_layout(path: Path) -> Layout:
                 span = (found.min, found.max)
         spans.append(span)
     empty = frozenset(leaves) - with_values
-    return Layout(frozenset(column_names(path)), frozenset(leaves), empty, tuple(spans))
+    return Layout(frozenset(columns), frozenset(leaves), empty, tuple(spans))
 
 
 def read_groups(path: Path, groups: list[int], columns: list[str], layout: Layout) -> pa.Table:

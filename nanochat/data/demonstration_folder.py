@@ -1,8 +1,9 @@
 """Folders of demonstrations: LeRobot datasets and BridgeData frames, with the cameras, columns and rate that are asked for."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -90,20 +91,25 @@ class DemonstrationFolder:
 
     def _choose_columns(self, keys: dict[str, str]) -> None:
         """Gives the columns of actions and states LeRobot's names. keys: ACTION and STATE -> the asked name, "" for the usual
-        ones. Raises UserError for a name that there is not."""
-        self.renamed: dict[str, str] = {}
+        ones. Raises UserError for a name that there is not, and for one column as both."""
+        chosen: dict[str, str] = {}
         for name, asked in keys.items():
             if asked and asked not in self.columns:
                 flag = "--action-key" if name == ACTION else "--state-key"
                 raise UserError(f"{self.folder} has no column {asked} ({flag}): it has {', '.join(self.columns)}")
             usual = [key for key in (name, *OTHER_NAMES[name]) if key in self.columns]
-            chosen = asked or next(iter(usual), name)
-            if chosen != name:
-                self.renamed[name] = chosen
-        swapped = {chosen: name for name, chosen in self.renamed.items()}
-        self.unreadable += [key for key in self.renamed if key in self.columns]
+            chosen[name] = asked or next(iter(usual), name)
+        if chosen[ACTION] == chosen[STATE]:
+            raise UserError(
+                f"{self.folder}: {chosen[ACTION]} cannot be both the actions (--action-key) and the state (--state-key), which a "
+                f"policy would copy: choose another column for one of them, of {', '.join(self.columns)}"
+            )
+        self.renamed = {name: key for name, key in chosen.items() if key != name}
+        name_here = {key: name for name, key in chosen.items()}
+        left = [name for name in chosen if name in self.columns and name not in name_here]  # another has its name
+        self.unreadable += left
         self.columns, self.names_of = (
-            {swapped.get(key, key): value for key, value in table.items() if key not in self.renamed}
+            {name_here.get(key, key): value for key, value in table.items() if key not in left}
             for table in (self.columns, self.names_of)
         )
 
@@ -131,14 +137,15 @@ class DemonstrationFolder:
         """The episodes of a split, with pictures of `size` pixels from the store of frames in `cache` (None for the default
         folder). What is not in the store is decoded now. track, skip_damaged, say: see `FrameStore`. also: further folders
         of the same robot, read as one with this. Raises as `FrameStore`, as `Demonstrations`, and as `check_alike`."""
-        for other in also:
-            check_alike(self, other)
         folders = (self, *also)
+        for one, other in combinations(folders, 2):
+            check_alike(one, other)
         found = [folder.decoded(split, size, cache, skip_damaged, track, say) for folder in folders]
         episodes = chain.from_iterable(
             folder.episodes(numbers, track) for folder, (numbers, _) in zip(folders, found, strict=True)
         )
-        return self.demonstrations(episodes, stacked([frames for _, frames in found]))
+        data_fps = max(folder.data_fps for folder in folders)  # more than fps where any leaves out frames
+        return self.demonstrations(episodes, stacked([frames for _, frames in found]), data_fps)
 
     def decoded(
         self, split: str, size: int, cache: Path | None, skip_damaged: bool, track: Track, say: Callable[[str], None]
@@ -167,10 +174,13 @@ class DemonstrationFolder:
         }
         return (self._sampled(number, columns) for number in track(numbers, description="reading episodes"))
 
-    def demonstrations(self, episodes: Iterable[Episode], frames: Frames | None = None) -> Demonstrations:
-        """Episodes as this folder has them, as one. Raises as `Demonstrations`, with the names that columns have here."""
+    def demonstrations(
+        self, episodes: Iterable[Episode], frames: Frames | None = None, data_fps: float = 0.0
+    ) -> Demonstrations:
+        """Episodes as this folder has them, as one. data_fps: of all their folders; 0 for that of this one. Raises as
+        `Demonstrations`, with the names that columns have here."""
         try:
-            return Demonstrations(episodes, frames, self.task_name, self.fps, self.names_of, self.data_fps)
+            return Demonstrations(episodes, frames, self.task_name, self.fps, self.names_of, data_fps or self.data_fps)
         except DataError:
             raise
         except UserError as error:  # its columns have LeRobot's names
@@ -192,11 +202,20 @@ class DemonstrationFolder:
 
 
 def check_alike(first: DemonstrationFolder, other: DemonstrationFolder) -> None:
-    """Raises UserError for folders that differ in cameras, in frames per second, or in the sizes of states and actions."""
+    """Raises UserError for folders that differ in cameras, in frames per second, in the sizes of states and actions, or in the
+    names of their numbers, where both have names."""
+    names = [
+        (f"names of number {place} of {key}", here, there)
+        for key in (ACTION, STATE)
+        for place, (here, there) in enumerate(
+            zip(first.names_of.get(key, ()), other.names_of.get(key, ()), strict=False), 1
+        )
+    ]
     for what, here, there in (
         ("cameras", list(first.cameras), list(other.cameras)),
         ("frames per second", first.fps, other.fps),
         *((f"numbers in {key}", first.columns.get(key), other.columns.get(key)) for key in (ACTION, STATE)),
+        *names,
     ):
         if here != there:
             raise UserError(
@@ -207,9 +226,8 @@ def check_alike(first: DemonstrationFolder, other: DemonstrationFolder) -> None:
 
 def with_names(message: str, renamed: dict[str, str]) -> str:
     """A message with the names that columns have in the data."""
-    for name, own in renamed.items():
-        message = message.replace(f"{name!r}", f"{own!r}")
-    return message
+    names = "|".join(map(re.escape, (ACTION, STATE)))  # in one pass: each may have the other's name
+    return re.sub(f"'({names})'", lambda found: repr(renamed.get(found[1], found[1])), message)
 
 
 def open_demonstrations(
@@ -230,7 +248,7 @@ def open_demonstrations(
 
     Raises:
         FileNotFoundError, DataError: the data is missing or malformed.
-        ValueError: no camera or column of that name; a rate above that of the data.
+        ValueError: no camera or column of that name; one column as actions and state; a rate above that of the data.
     """
     keys = {ACTION: action_key, STATE: state_key}
     return DemonstrationFolder(Path(folder).expanduser(), cameras, task_name, keys, fps)

@@ -238,7 +238,7 @@ class RobotDataset:
             yield from video_pictures(path, start, times, self.fps, f"episode {i}, {camera}")
         else:
             table = self._rows(i, [camera])
-            with parquet_errors(info.path):
+            with parquet_errors(f"{where}: the camera {camera}"):
                 for frame, row in zip(frames, table[camera].take(pa.array(frames, pa.int64())), strict=True):
                     yield self._still(row.as_py(), f"{where}: frame {frame} of the camera {camera}")
 
@@ -251,7 +251,9 @@ class RobotDataset:
         info, names = self.episodes[i], f"{camera}.path"  # pictures may be files that the table names
         files = [info.path]
         if names in self._layout(info.path).leaves - self._layout(info.path).empty:
-            rows = self._rows(i, [names])[camera].to_pylist()
+            column = self._rows(i, [names])[camera]
+            with parquet_errors(f"{info.path}: episode {i}: the camera {camera}"):
+                rows = column.to_pylist()
             named = [row["path"] for frame in frames if isinstance(row := rows[frame], dict)]
             paths = [path_inside(self.folder, name, str(info.path)) for name in named if isinstance(name, str)]
             files += [path for path in paths if path.is_file()]

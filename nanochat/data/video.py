@@ -20,7 +20,7 @@ def video_pictures(path: Path, start: float, times: Sequence[float], fps: float,
 
     Raises:
         ImportError: PyAV is not installed.
-        DataError: the file is not a video, or has no picture near one of the times.
+        DataError: the file is not a video, has no picture near one of the times, or that picture is damaged.
     """
     last = None  # the picture before `frame`, and its time
     done = 0
@@ -37,6 +37,7 @@ def video_pictures(path: Path, start: float, times: Sequence[float], fps: float,
     while done < len(times):  # times behind the last picture
         now, frame = last or (float("inf"), None)
         check_near(now, times[done], fps, done, (path, start, where, len(times)))
+        check_whole(frame, done, path, where)
         yield frame.to_ndarray(format="rgb24")
         done += 1
 

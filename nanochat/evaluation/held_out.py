@@ -30,7 +30,7 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
     if "test" in own:
         return "test", "its test split"
     _, pictures = made_of(dataset)
-    run = next((run for run in (recipe, *earlier) if any(same_data(pictures, name) for name in sources_of(run))), None)
+    run = next((run for run in (recipe, *earlier) if was_trained_on(run, pictures)), None)
     if run is not None:
         split = run.get("val_split") or "val"
         is_held_out = split not in (run.get("train_split"), *WHOLE)
@@ -41,6 +41,16 @@ def default_split(dataset: str, recipe: dict, earlier: Sequence[dict] = ()) -> t
     if "train" in own:
         return "train", "its only split" if len(own) == 1 else f"it has the splits {', '.join(own)}"
     return ("all", "all of it") if not own else (own[0], f"it has the splits {', '.join(own)}")
+
+
+def runs_of(training: dict) -> list[dict]:
+    """The recipe of a checkpoint's training, {} if it names none, and those of the runs that it started from, the last first."""
+    return [training.get("recipe") or {}, *(training.get("earlier") or [])[::-1]]
+
+
+def was_trained_on(run: dict, dataset: str) -> bool:
+    """Whether a run, by its recipe, read this data set."""
+    return any(same_data(dataset, name) for name in sources_of(run))
 
 
 def sources_of(run: dict) -> list[str]:

@@ -20,7 +20,7 @@ from nanochat.data.image_files import check_decodable
 from nanochat.errors import UserError
 from nanochat.evaluation import metrics
 from nanochat.evaluation.controls import CONDITIONS, SINGLE, commonest_answer, conditions, single_picture
-from nanochat.evaluation.held_out import default_split, training_overlap
+from nanochat.evaluation.held_out import default_split, runs_of, training_overlap
 from nanochat.files import atomic_path
 from nanochat.vision.images import ImageError, ImageSource
 
@@ -42,7 +42,7 @@ class Answers:
 
     @property
     def samples(self) -> list[Sample]:
-        return [sample for sample in self.dataset.samples if sample.images] or self.dataset.samples
+        return [sample for sample in self.dataset.samples if sample.images]
 
 
 def evaluate_dataset(
@@ -74,7 +74,7 @@ def evaluate_dataset(
     if split is not None:  # wrong data is reported before the model is loaded
         data = load_dataset(dataset, split, strict)
     agent = Agent.load(checkpoint, device)
-    recipe, earlier = agent.training.get("recipe") or {}, (agent.training.get("earlier") or [])[::-1]
+    recipe, *earlier = runs_of(agent.training)
     if split is None:
         split, reason = default_split(dataset, recipe, earlier)
         data = load_dataset(dataset, split, strict)

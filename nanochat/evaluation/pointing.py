@@ -121,9 +121,8 @@ def cells_on_box(
         return np.outer((starts + 1 > y1) & (starts < y2), (starts + 1 > x1) & (starts < x2)).ravel()
     centres = starts + 0.5
     inside = np.outer((centres >= y1) & (centres < y2), (centres >= x1) & (centres < x2))
-    row, column = (min(side - 1, int((low + high) / 2)) for low, high in ((y1, y2), (x1, x2)))
-    inside[row, column] = True
-    return inside.ravel()
+    holding = np.outer(starts == np.floor((y1 + y2) / 2), starts == np.floor((x1 + x2) / 2))
+    return (inside | holding).ravel()
 
 
 def point(

@@ -23,7 +23,7 @@ from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonst
 from nanochat.data.demonstrations import Demonstrations
 from nanochat.errors import UserError
 from nanochat.evaluation.controls import CONDITIONS, commonest_answer, conditions
-from nanochat.evaluation.held_out import HELD_OUT, same_data
+from nanochat.evaluation.held_out import HELD_OUT, runs_of, was_trained_on
 from nanochat.evaluation.metrics import accuracy, exact_match
 from nanochat.files import atomic_path
 from nanochat.metaworld.questions import draw_asked, has_scene, questions, task_name
@@ -62,8 +62,8 @@ def evaluate_questions(
     agent = Agent.load(checkpoint, device)
     if not agent.places_per_image:
         raise UserError(f"{checkpoint} is a text model and cannot see: these questions are about pictures")
-    recipe = agent.training.get("recipe") or {}
-    source, split = open_source(folder, split, recipe, getattr(agent.model.config, "cameras", [])[:1])
+    recipe, *earlier = runs_of(agent.training)
+    source, split = open_source(folder, split, recipe, getattr(agent.model.config, "cameras", [])[:1], earlier)
     data = read_as_trained(source, split, agent.model.config.vision_image_size, recipe)
     if not has_scene(data):
         raise UserError(
@@ -83,12 +83,13 @@ def evaluate_questions(
 
 
 def open_source(
-    folder: str, split: str | None, recipe: dict, cameras: Sequence[str] = ()
+    folder: str, split: str | None, recipe: dict, cameras: Sequence[str] = (), earlier: Sequence[dict] = ()
 ) -> tuple[DemonstrationFolder, str]:
     """(the dataset, as the model was trained with it; the split to read). Says which episodes are read, and whether the model was
-    trained on them. recipe, cameras: see `open_as_trained`. split: None for the default, see `evaluate_questions`."""
+    trained on them. recipe, cameras: see `open_as_trained`. split: None for the default, see `evaluate_questions`. earlier: the
+    recipes of the runs that the model started from."""
     source = open_as_trained(folder, recipe, cameras)
-    own = same_data(folder, recipe.get("data") or "")
+    own = any(was_trained_on(run, folder) for run in (recipe, *earlier))
     chosen = split or ("val" if own else "all")
     source.numbers(chosen)  # raises for a name that there is not
     if split is None:
@@ -113,11 +114,13 @@ def open_as_trained(folder: str, recipe: dict, cameras: Sequence[str] = ()) -> D
     return open_demonstrations(folder, cameras, task_name, fps=recipe.get("fps"), **keys)
 
 
-def read_as_trained(source: DemonstrationFolder, split: str, size: int, recipe: dict) -> Demonstrations:
-    """The episodes of a split, from the cache that the training run used, and with damaged ones left out if it did so."""
-    cache = Path(recipe["cache"]) if recipe.get("cache") else None
-    say = partial(console.print, markup=False)
-    return source.read(split, size, partial(track, console=console), cache, bool(recipe.get("skip_damaged")), say)
+def read_as_trained(
+    source: DemonstrationFolder, split: str, size: int, recipe: dict, also: Sequence[DemonstrationFolder] = ()
+) -> Demonstrations:
+    """The episodes of a split, with damaged ones left out if the training run did so. The cache is $NANOCHAT_CACHE or the
+    default, whatever training had. also: further folders, read as one with this."""
+    say, progress = partial(console.print, markup=False), partial(track, console=console)
+    return source.read(split, size, progress, None, bool(recipe.get("skip_damaged")), say, also)
 
 
 def answer_questions(

@@ -3,6 +3,7 @@ otherwise the open-loop report."""
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from nanochat.agent import Agent
 from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonstrations
 from nanochat.data.demonstrations import ACTION, STATE, Demonstrations
 from nanochat.errors import UserError
-from nanochat.evaluation.held_out import same_data
+from nanochat.evaluation.held_out import runs_of, same_data, sources_of
 from nanochat.evaluation.open_loop import check_sizes, frames_to_ask, predict, run_open_loop
 from nanochat.evaluation.open_loop_plot import Played, draw_open_loop, typical_episode
 from nanochat.evaluation.open_loop_report import number_table, row_table, summary
@@ -57,16 +58,18 @@ def evaluate_recording(
             checkpoint, folder, split, n_frames=n_frames, batch_size=batch_size, json_out=json_out, device=device
         )
     agent = Agent.load(checkpoint, device)
-    recipe = agent.training.get("recipe") or {}
+    recipe, *earlier = runs_of(agent.training)
     rate = agent.metadata["fps"]
     if rate > whole.data_fps:
         raise UserError(
             f"{checkpoint} chooses {rate:g} actions per second, but {folder} has only {whole.data_fps:g} frames per second"
         )
-    source, split = open_source(folder, split, recipe | ({"fps": rate} if rate else {}), agent.metadata["cameras"])
+    recipe = recipe | ({"fps": rate} if rate else {})
+    source, split = open_source(folder, split, recipe, agent.metadata["cameras"], earlier)
     check_sizes(agent, source.columns.get(STATE, 0), source.columns.get(ACTION, 0))  # before pictures are decoded
     data = read_as_trained(source, split, agent.metadata["image_size"], recipe)
-    known = learnt_from(agent, source, with_pictures=data.episode[-1] == 0)  # of another episode than the only one
+    is_alone = data.episode[-1] == 0  # then shuffled takes pictures of a training episode
+    known = learnt_from(agent, source, recipe, with_pictures=is_alone)
     result = {"checkpoint": str(checkpoint), "data": folder, "split": split}
     result |= evaluate_open_loop(agent, data, known, n_frames, batch_size, plot)
     if json_out is not None:
@@ -93,20 +96,22 @@ def evaluate_open_loop(
     return result
 
 
-def learnt_from(agent: Agent, source: DemonstrationFolder, with_pictures: bool) -> Demonstrations | None:
-    """The episodes that the policy was trained on; None if they are not there any more, which is said. with_pictures: if they are
-    of `source`, whose training has decoded them."""
-    recipe = agent.training.get("recipe") or {}
-    name = recipe.get("data") or ""
-    if same_data(str(source.folder), name):
-        size = agent.metadata["image_size"]
-        return read_as_trained(source, "fit", size, recipe) if with_pictures else source.read_numbers("fit")
+def learnt_from(agent: Agent, source: DemonstrationFolder, recipe: dict, with_pictures: bool) -> Demonstrations | None:
+    """The episodes that the policy was trained on; None if a folder of them cannot be read, which is said. with_pictures: if
+    `source` is among them, whose training has decoded them. recipe: see `open_as_trained`."""
+    names, cameras, size = sources_of(recipe), agent.metadata["cameras"], agent.metadata["image_size"]
     try:
-        return open_as_trained(name, recipe).read_numbers("fit")
-    except (UserError, OSError):
+        if not names:
+            raise UserError("the checkpoint does not name it")
+        first, *others = folders = [
+            source if same_data(str(source.folder), name) else open_as_trained(name, recipe, cameras) for name in names
+        ]
+        if with_pictures and source in folders:
+            return read_as_trained(first, "fit", size, recipe, others)
+        return first.demonstrations(chain.from_iterable(each.episodes(each.numbers("fit")) for each in folders))
+    except (UserError, OSError) as error:
         console.print(
-            f"the training data {name or 'of this policy'} is not here: the rows mean action and nearest state are left out",
-            markup=False,
+            f"the rows mean action and nearest state are left out, which need the training data: {error}", markup=False
         )
         return None
 

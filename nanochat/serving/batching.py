@@ -159,7 +159,7 @@ class Batcher:
                     ticket.vectors, ticket.cached = self.seen.vectors(ticket.key, ticket.request.pictures)
                 if ticket.only_look:
                     ticket.ended = True
-                    ticket.send(ticket.vectors)
+                    ticket.send(too_late(ticket) if ticket.vectors is None else ticket.vectors)
             except Exception as error:
                 ticket.ended = True
                 ticket.send(error)
@@ -212,7 +212,7 @@ class Batcher:
             if ticket.gone:
                 continue
             if ticket.late:
-                ticket.send(Busy(f"the request waited for more than {ticket.request.seconds:g} s", 5))
+                ticket.send(too_late(ticket))
                 continue
             try:
                 self.start(ticket)
@@ -363,3 +363,7 @@ def run_job(function: Callable[[], Any], future: Future) -> None:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
+
+
+def too_late(ticket: Ticket) -> Busy:
+    return Busy(f"the request waited for more than {ticket.request.seconds:g} s", 5)

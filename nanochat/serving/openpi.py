@@ -20,6 +20,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed
 
 from nanochat.errors import UserError
+from nanochat.serving.requests import Busy
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 16 * 2**20  # bytes: a few camera frames
@@ -192,7 +193,10 @@ async def answer_observations(client: Client, policy: RobotPolicy, run: Run) -> 
             return await connection.close(reason=f"no observation for {IDLE_S} s")
         since, client.busy = time.perf_counter(), True
         try:
-            answer = await run(partial(answer_to, message, act, previous_ms))
+            try:
+                answer = await run(partial(answer_to, message, act, previous_ms))
+            except Busy as error:
+                answer = str(error)
             await connection.send(answer)
         finally:
             client.since, client.busy = time.monotonic(), False

@@ -21,7 +21,11 @@ from nanochat.training.features import Features
 from nanochat.training.squares import Squares
 
 MOST_PADDING = 2  # the longest row of a part, as a multiple of its shortest
-SIDES = re.compile(r"\b(left|right|clockwise|counterclockwise|anticlockwise)", re.IGNORECASE)
+TURNS = "clockwise|counterclockwise|anticlockwise"
+SIDES = (  # what a text says that is wrong of a mirrored picture, and of one that stands upside down
+    re.compile(rf"\b(left|right|{TURNS})", re.IGNORECASE),
+    re.compile(rf"\b(up|down|above|below|beneath|under|over|top|bottom|lower|{TURNS})", re.IGNORECASE),
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,15 @@ class Rows:
     """Rendered samples, grouped by their pictures. Raises DataError for a sample that does not fit the context.
 
     images: the distinct pictures. image_rows: the "file:row" where each is first. image_groups: the group of each: pictures that
-    some row shows together are in one. groups: the rows of one dataset about the same pictures, in the order of the data.
-    mirrorable: (n_images,) bool, the pictures that may be mirrored: no text about a picture of their group says left or right.
-    multi_turn: whether there are conversations of several turns.
+    some row shows together are in one. groups: the rows of one dataset about the same pictures, captions apart, in the order of
+    the data. mirrorable: (n_images, 2) bool, the pictures that may be mirrored, and put upside down: no text about a picture of
+    their group says left or right; above or below. multi_turn: whether there are conversations of several turns.
     """
 
     def __init__(self, samples: Sequence[Sample], tokenizer, config, sources: Sequence[int] | None = None):
         """sources: the number of each sample's dataset; by default there is one."""
-        self.images, self.image_rows, numbers, groups, fixed = [], [], {}, {}, set()
+        self.images, self.image_rows, numbers, groups = [], [], {}, {}
+        fixed: tuple[set, set] = set(), set()
         for sample, source in zip(samples, sources or [0] * len(samples), strict=True):
             keys = tuple(image_key(image) for image in sample.images)
             for key, image in zip(keys, sample.images, strict=True):
@@ -67,17 +72,17 @@ class Rows:
                     f"{sample.where or 'the data'}: the conversation has {len(keys)} pictures, but the model takes "
                     f"{config.max_images} at most with --fusion cross: leave some out, or use --fusion prefix"
                 )
-            caption = sample.question == CAPTION_PROMPT
-            row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys), caption)
-            groups.setdefault((source, keys or len(groups)), []).append(row)
-            if any(map(SIDES.search, texts_of(sample))):
-                fixed.update(keys)
+            row = Row(rendered.ids, rendered.mask, tuple(numbers[key] for key in keys), is_caption(sample))
+            groups.setdefault((source, row.caption, keys or len(groups)), []).append(row)
+            for side, of_side in zip(SIDES, fixed, strict=True):
+                if any(map(side.search, texts_of(sample))):
+                    of_side.update(keys)
         self.multi_turn = any(len(sample.messages) > 3 for sample in samples)
         self.groups = list(groups.values())
         together = picture_groups(samples)
         self.image_groups = [together[key] for key in numbers]
-        fixed_groups = {together[key] for key in fixed}
-        self.mirrorable = np.array([group not in fixed_groups for group in self.image_groups], bool)
+        fixed_groups = [{together[key] for key in of_side} for of_side in fixed]
+        self.mirrorable = np.array([[group not in of for of in fixed_groups] for group in self.image_groups], bool)
 
     def step(self, step: int, n_groups: int, n_rows: int | None, seed: int) -> list[list[Row]]:
         """The groups of a training step, at most n_rows of each (None: all). Every epoch is another permutation of all groups."""
@@ -92,6 +97,12 @@ class Rows:
             picks = rng.permutation(len(group))[:n_rows]
             chosen.append([group[i] for i in picks])
         return chosen
+
+
+def is_caption(sample: Sample) -> bool:
+    """Whether it is a description of one picture, and nothing else: what reward steps can sample and score."""
+    answers = sum(message["role"] == "assistant" for message in sample.messages)
+    return sample.question == CAPTION_PROMPT and len(sample.images) == 1 and answers == 1
 
 
 def texts_of(sample: Sample) -> list[str]:
@@ -248,7 +259,7 @@ def augment(
     groups: Sequence[Hashable] | None = None,
 ) -> torch.Tensor:
     """Mirror pictures (B, 3, S, S), those of one group together, and shift and zoom each by its own random amount. mirrorable:
-    (B,) bool, which may be. groups: (B,), by default each picture is one."""
+    (B, 2) bool, which may be mirrored and put upside down. groups: (B,), by default each picture is one."""
     if flip == "none" and jitter == 0:
         return x
     groups = range(len(x)) if groups is None else groups
@@ -256,8 +267,8 @@ def augment(
     zoom = 1 + rng.uniform(-jitter, jitter, size=len(x))
     shift = rng.uniform(-2 * jitter, 2 * jitter, size=(len(x), 2))  # the picture is 2 wide in grid_sample's units
     theta = np.zeros((len(x), 2, 3), np.float32)
-    theta[:, 0, 0] = zoom * np.where(mirrorable, mirror[:, 0] if flip != "none" else 1, 1)
-    theta[:, 1, 1] = zoom * np.where(mirrorable, mirror[:, 1] if flip == "both" else 1, 1)
+    mirror = np.where(np.array([flip != "none", flip == "both"]) & mirrorable, mirror, 1)
+    theta[:, 0, 0], theta[:, 1, 1] = zoom * mirror[:, 0], zoom * mirror[:, 1]
     theta[:, :, 2] = shift
     grid = F.affine_grid(torch.from_numpy(theta).to(x.device), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)

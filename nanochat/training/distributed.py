@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.workers import default_processes
 
 PATIENCE = timedelta(
     days=1
@@ -92,7 +93,7 @@ def own_device(device: torch.device) -> torch.device:
 
 def own_threads() -> int:
     """The CPU threads of each process where all cores are shared equally."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", count())))
+    return max(1, default_processes() // int(os.environ.get("LOCAL_WORLD_SIZE", count())))
 
 
 def part_size(images: int, size: int | None) -> int | None:
@@ -189,6 +190,8 @@ def peers() -> Iterator[None]:
     """Raises LostProcess where a process that is needed in the block has ended."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo and nccl have no error of their own for this
         if os.environ.get("NANOCHAT_DEBUG"):
             raise

@@ -37,6 +37,7 @@ from nanochat.training.batches import (
     Row,
     Rows,
     exactly_right,
+    is_caption,
     make_batch,
     mask_rows,
     mask_tokens,
@@ -88,7 +89,7 @@ class PictureTask(Task):
         self.reward_steps = recipe.reward_steps
         if recipe.reward_steps:
             check_reward(recipe, self.samples)
-            captioned = (sample for data in train_sets for sample in data.samples if sample.question == CAPTION_PROMPT)
+            captioned = (sample for data in train_sets for sample in data.samples if is_caption(sample))
             self.caption_reward = CaptionReward([sample.references for sample in captioned])
 
     def new_model(self) -> tuple[MultimodalGPT, Tokenizer]:
@@ -369,7 +370,7 @@ def compute_features(model: MultimodalGPT, rows: Rows, folder: Path, mirror: boo
             progress.update(bar, completed=done, total=total)
 
         features = cached_features(model, rows.images, folder, progress=show)
-        numbers, mirrored = np.flatnonzero(rows.mirrorable), None
+        numbers, mirrored = np.flatnonzero(rows.mirrorable[:, 0]), None
         if mirror and len(numbers):
             images = [rows.images[number] for number in numbers]
             mirrored = cached_features(model, images, folder, progress=show, mirrored=True)
@@ -380,7 +381,9 @@ def compute_features(model: MultimodalGPT, rows: Rows, folder: Path, mirror: boo
 
 
 def check_reward(recipe: PictureRecipe, samples: Sequence[Sample]) -> None:
-    if all(sample.question != CAPTION_PROMPT for sample in samples):
-        raise UserError(f"--reward-steps need captions, but {recipe.data} holds questions: use --reward-steps 0")
+    if not any(map(is_caption, samples)):
+        raise UserError(
+            f"--reward-steps need captions of single pictures, but {recipe.data} holds questions: use --reward-steps 0"
+        )
     if recipe.questions_per_image < 2:
         raise UserError("--reward-steps compare samples for the same picture: --questions-per-image must be 2 or more")

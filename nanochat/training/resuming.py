@@ -48,7 +48,7 @@ def first_state(training: dict | None = None) -> dict:
     recipe = training.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {}  # packed by others
     run = {key: training.get(key) for key in ("recipe_name", "step", "seconds")}
-    run |= {key: recipe.get(key) for key in ("data", "seed", "train_split", "val_split")}
+    run |= {key: recipe.get(key) for key in ("data", "also", "seed", "train_split", "val_split")}
     # a checkpoint older than the record may have learnt anything
     learnt, earlier = training.get("learnt"), training.get("earlier")
     if not isinstance(learnt, dict):

@@ -220,7 +220,7 @@ class RobotTask(Task):
         loss = share * acting
         if questions is not None:
             weight = recipe.question_loss * len(asked) / recipe.questions_per_step
-            loss = loss + weight * self.question_loss(questions, asked_about)[0]
+            loss = loss + weight * self.model.loss(self.question_hidden(questions, asked_about), questions.targets)
         if self.auxiliary is not None:
             loss = loss + share * recipe.scene_loss * self.scene_loss(vectors.split(counts), [*frames, *about])
         loss.backward()
@@ -247,10 +247,9 @@ class RobotTask(Task):
         batch = replace(batch, inputs=with_images(batch.inputs, vectors))
         return self.model.action_head.loss(self.model, self.model.hidden(batch.inputs), batch)
 
-    def question_loss(self, batch: QuestionBatch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross-entropy in nats per token, hidden states (Q, T, C)). vectors: (S, N, D) of the batch's frames."""
-        hidden = self.model.hidden(with_images(batch.inputs, vectors))
-        return self.model.loss(hidden, batch.targets), hidden
+    def question_hidden(self, batch: QuestionBatch, vectors: torch.Tensor) -> torch.Tensor:
+        """(Q, T, C). vectors: (S, N, D) of the batch's frames."""
+        return self.model.hidden(with_images(batch.inputs, vectors))
 
     # ---- validation
 
@@ -283,7 +282,7 @@ class RobotTask(Task):
         return {name: float(np.mean(values)) for name, values in losses.items()}
 
     def right_answers(self, batch: QuestionBatch, vectors: torch.Tensor) -> float:
-        _, hidden = self.question_loss(batch, vectors)
+        hidden = self.question_hidden(batch, vectors)
         return exactly_right(self.model, hidden, batch.targets).float().mean().item()
 
     def condition_vectors(self, batches: list[list[int]], n_cameras: int = 1) -> dict[str, tuple[torch.Tensor, ...]]:
