@@ -5,9 +5,9 @@ import pytest
 from nanochat.agent import Agent, Chat, learnt_by
 from nanochat.checkpoint import ASSETS, load_checkpoint, save_checkpoint
 from nanochat.data import CAPTION_PROMPT
+from nanochat.errors import UserError
 from nanochat.evaluation.held_out import sources_of
 from nanochat.training.resuming import first_state
-from nanochat.errors import UserError
 
 PICTURE = ASSETS / "pictures" / "0.png"
 QUESTION = "what color is the shape?"
