@@ -20,6 +20,7 @@ from nanochat.serving.sources import Sources
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import make_model
 
+LIMITS = LimitFlags(max_seconds=20)
 TRAINING = {"learnt": {"questions": True, "captions": True}, "images": 2}
 
 
@@ -60,11 +61,20 @@ def about(*colours: str, question: str = "what is it?") -> list[dict]:
 
 
 @contextmanager
-def running(agents: dict, sources: Sources | None = None, key: str | None = None, **parts):
+def running(
+    agents: dict,
+    sources: Sources | None = None,
+    key: str | None = None,
+    limits: LimitFlags = LIMITS,
+    entrance: Entrance | None = None,
+    **parts,
+):
     """The address of a server in another thread. agents: by name. parts: further arguments of `create_app`."""
-    limits = LimitFlags(max_seconds=20)
-    models = Models({name: Served(name, agent, Batcher(agent)) for name, agent in agents.items()})
-    app = create_app(models, sources or Sources(), limits, Entrance(key), **parts)
+    batchers = {
+        name: Batcher(agent, limits.max_rows, limits.max_queue, limits.max_pixels) for name, agent in agents.items()
+    }
+    models = Models({name: Served(name, agent, batchers[name]) for name, agent in agents.items()})
+    app = create_app(models, sources or Sources(), limits, entrance or Entrance(key), **parts)
     server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

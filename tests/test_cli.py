@@ -17,7 +17,9 @@ from nanochat.agent import Agent
 from nanochat.checkpoint import SHIPPED
 from nanochat.cli import main as cli
 from nanochat.cli import pictures
+from nanochat.engine import Engine
 from nanochat.metaworld.simulator import SimulatorError
+from nanochat.sampling import Sampling
 from nanochat.training.recipes import RECIPES
 from nanochat.vision import YOLOv9Plus
 from tests.test_images import animated, claims, encoded
@@ -82,6 +84,19 @@ def test_sampling_is_reproducible_by_seed(nanochat):
     words = ("ask", *SHAPES, PICTURE, QUESTION, "--temperature", "3.0", "--max-new-tokens", "12")
     said = [nanochat(*words, "--seed", seed).out for seed in (1, 1, 2, 3)]
     assert said[0] == said[1] and len(set(said)) > 1
+
+
+def test_settings_of_the_sampling_reach_the_engine(nanochat, monkeypatch):
+    asked, add = [], Engine.add
+    monkeypatch.setattr(
+        Engine, "add", lambda *args, **options: (asked.append(options["sampling"]), add(*args, **options))[1]
+    )
+    settings = {"temperature": 0.7, "top_p": 0.6, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 9}
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    nanochat("ask", *SHAPES, PICTURE, QUESTION, *flags)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\n"))
+    nanochat("chat", *SHAPES, "--image", PICTURE, *flags)
+    assert asked == [Sampling(**settings)] * 2
 
 
 @pytest.fixture(scope="module")

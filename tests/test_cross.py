@@ -14,6 +14,7 @@ from nanochat.kv_cache import KVCache
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import TINY, make_model
+from tests.test_gpt import calls_of_a_block
 
 IMAGE, N, D = 96, 4, 12  # placeholder, cells of a picture and their channels in the tiny model
 
@@ -181,7 +182,7 @@ def test_a_picture_of_many_rows_is_projected_once(fusion):
 def test_gradients_are_finite_and_the_same_when_blocks_are_recomputed(counts):
     model = make_cross().train()
     rows = [[1, *[IMAGE] * n, 7, 8] for n in counts]
-    model.dropout, gradients = 0.3, []
+    model.dropout, gradients, calls = 0.3, [], calls_of_a_block(model)
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(1)
@@ -189,6 +190,7 @@ def test_gradients_are_finite_and_the_same_when_blocks_are_recomputed(counts):
         seen = pictures(*counts) if sum(counts) else None
         model(idx, seen, targets=torch.randint(0, 90, idx.shape)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert len(calls) == (3 if model.gradient_checkpointing else 1)
     plain, recomputed = gradients
     torch.testing.assert_close(plain, recomputed)
     assert all(gradient.isfinite().all() for gradient in plain.values())

@@ -191,12 +191,11 @@ def test_a_short_prompt_gets_its_first_token_in_a_step_of_its_own(model):
 
 def test_short_prompts_never_stop_the_answers_that_run(model):
     engine = Engine(model)
-    first, steps = engine.add([1, 2, 3], 6), 0
-    while first in engine.rows:
+    first = engine.add([1, 2, 3], 6)
+    for _ in range(12):
         engine.add([4, 5], 1)
         engine.step()
-        steps += 1
-    assert steps <= 12
+    assert first not in engine.rows
 
 
 def test_a_joined_cache_holds_the_rows_of_both():
@@ -274,11 +273,6 @@ def test_greedy_is_deterministic_and_streams(model):
     assert [step[0] for step in steps] == engine.generate([[1, 2, 3]], 9)[0] == uncached(model, [1, 2, 3], 9)
 
 
-def test_exactly_n_tokens_of_a_set(model):
-    tokens = Engine(model).generate([[1]], 10, sampling=Sampling(temperature=1.0, allowed_ids=(3, 5, 8)))[0]
-    assert len(tokens) == 10 and set(tokens) <= {3, 5, 8}
-
-
 @pytest.mark.parametrize(
     ("prompts", "n", "message"),
     [
@@ -325,11 +319,12 @@ def test_every_filter_keeps_the_likeliest_and_only_what_it_should(logits):
     assert all(p[p > p[i]].sum() < 0.5 + 1e-6 for i in kept)
 
 
-def test_sampling_follows_the_probabilities():
-    p = np.array([0.5, 0.3, 0.2])
-    rng = np.random.default_rng(0)
-    draws = np.bincount([choose(np.log(p).astype(np.float32), Sampling(temperature=1), rng) for _ in range(4000)])
-    np.testing.assert_allclose(draws / 4000, p, atol=0.03)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_probabilities(temperature):
+    p, rng, sampling = np.array([0.5, 0.3, 0.2]), np.random.default_rng(0), Sampling(temperature=temperature)
+    draws = np.bincount([choose(np.log(p).astype(np.float32), sampling, rng) for _ in range(4000)])
+    expected = p ** (1 / temperature)
+    np.testing.assert_allclose(draws / 4000, expected / expected.sum(), atol=0.03)
 
 
 def test_top_p_and_top_k_by_hand():

@@ -20,6 +20,13 @@ def random_gpt(config=CONFIG, seed=0):
     return model.eval()
 
 
+def calls_of_a_block(model) -> list:
+    """A list that gets an item with every pass through the first block. Where it is recomputed, a step makes two."""
+    calls = []
+    model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 def test_norm_has_unit_mean_square():
     x = torch.randn(3, 5, 16)
     expected = x / x.square().mean(-1, keepdim=True).sqrt()
@@ -186,12 +193,13 @@ def test_dropout_is_for_training_only_and_keeps_the_mean():
 
 def test_dropout_is_the_same_when_blocks_are_recomputed():
     model, idx = random_gpt().train(), torch.randint(0, 50, (2, 9))
-    model.dropout, gradients = 0.3, []
+    model.dropout, gradients, calls = 0.3, [], calls_of_a_block(model)
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(1)
         model(idx).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+        assert len(calls) == (3 if model.gradient_checkpointing else 1)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
@@ -210,9 +218,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     grads = []
     for on in (False, True):
         model = random_gpt().train()
-        model.gradient_checkpointing = on
+        model.gradient_checkpointing, calls = on, calls_of_a_block(model)
         loss = model(idx, targets)
         loss.backward()
+        assert len(calls) == (2 if on else 1)
         grads.append([loss.detach()] + [p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw
 
 from benchmarks import pointing as benchmark
 from nanochat.agent import Agent
+from nanochat.attention import attention_to_images
+from nanochat.conversation import user_message
 from nanochat.errors import UserError
 from nanochat.evaluation.pointing import (
     CRITERIA,
@@ -159,13 +161,18 @@ def test_one_picture_has_no_shuffled_row():
 
 
 def test_pointing_of_the_shipped_model():
-    """It looks at the shape more often than any constant cell does."""
-    agent = Agent.load("shapes")
-    boxes = [foreground_box(picture(n)) for n in range(4)]
-    items = [Pointed(picture(n), "what color is the shape?", "", box, str(n)) for n, box in enumerate(boxes)]
-    found = point(agent, items)
-    assert found.weights.shape == (4, 2, 4, 16) and found.answers[0] == "red"
-    assert (found.weights.sum(-1) < 1).all() and found.on_object("inside").shape == (4, 16)
+    agent, question = Agent.load("shapes"), "what color is the shape?"
+    pictures = [picture(n) for n in range(4)]
+    found = point(agent, [Pointed(shown, question, "", foreground_box(shown), shown) for shown in pictures])
+    assert found.answers[0] == "red"
+    prompt = agent.prompt([user_message(question, 1)])
+    for shown, answer, weights in zip(pictures, found.answers, found.weights, strict=True):
+        whole = attention_to_images(agent.model, [*prompt, *agent.tokenizer.encode(answer)], agent.look(shown))
+        says_it = whole[:, :, len(prompt) - 1 : -1, 0]  # each token of the answer follows from the position before it
+        np.testing.assert_allclose(weights, says_it.mean(2), atol=1e-6)
+    on, n = found.on_object("inside"), np.arange(4)
+    heads = [on[n, found.weights[:, layer, head].argmax(1)].mean() for layer in range(2) for head in range(4)]
+    assert max(heads) > on.mean(0).max()  # the best constant cell
     with pytest.raises(UserError, match="no cells"):
         point(Agent.load("robot"), [Pointed(PICTURE, "is the gripper open?", "", (0, 0, 9, 9), "")])
 

@@ -21,6 +21,7 @@ from nanochat.gpt import Inputs, pad_rows
 from nanochat.robot_gpt import RobotGPT, RobotGPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.vision import YOLOv9Plus
+from tests.tiny_policy import random_weights
 
 
 def test_a_glance_tells_places_apart():
@@ -271,8 +272,7 @@ def test_the_state_may_lie_where_it_did_in_training(tokenizer):
 @pytest.mark.parametrize("head", ["continuous", "bins"])
 def test_a_policy_without_a_state_reads_none(tokenizer, head, tmp_path):
     config = make_model(tokenizer, head).config
-    model = RobotGPT(replace(config, state_scale={}, targets="absolute"))
-    model.init_weights()
+    model = random_weights(replace(config, state_scale={}, targets="absolute"))
     model.attach_encoder(AGENT.model.vision_encoder)
     save_checkpoint(tmp_path / "c", model, tokenizer, {})
     agent = Agent.load(tmp_path / "c")
@@ -280,6 +280,9 @@ def test_a_policy_without_a_state_reads_none(tokenizer, head, tmp_path):
     images = inputs(2)[0]
     actions = agent.act(images, None, ["open", "close"])
     np.testing.assert_array_equal(agent.act(images, np.zeros((2, 0)), ["open", "close"]), actions)
+    for shown, words in ((images[::-1], ["open", "close"]), (images, ["close", "close"])):
+        other = agent.act(shown, None, words)  # the first robot sees another picture, or reads another word
+        assert np.abs(other[0] - actions[0]).max() > 1e-3
     with pytest.raises(UserError, match="trained without a state, got shape"):
         agent.act(images, np.zeros((2, 1)), ["open", "close"])
 

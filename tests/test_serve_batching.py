@@ -134,6 +134,23 @@ def test_a_full_queue_refuses_and_a_cancelled_request_leaves(agent, batcher):
     assert answers[0] == []
 
 
+def test_closing_the_events_ends_a_running_answer(agent, batcher, monkeypatch):
+    monkeypatch.setattr(agent, "stop_ids", ())
+    closed, step = threading.Event(), batcher.engine.step
+    monkeypatch.setattr(batcher.engine, "step", lambda: (batcher.new_tokens and closed.wait(20), step())[1])
+
+    async def leave():
+        events = batcher.events(Request(prompt_of(agent, "what?"), (), 100))
+        await anext(events)
+        await events.aclose()
+        closed.set()
+
+    asyncio.run(leave())
+    while batcher.running:
+        assert batcher.threads[1].is_alive()
+    assert 0 < batcher.new_tokens < 100
+
+
 def test_a_request_that_is_too_late_is_refused_and_a_slow_answer_ends_as_it_is(agent, batcher, monkeypatch):
     with pytest.raises(Busy, match="waited for more than"):
         asyncio.run(collected(batcher, Request(prompt_of(agent, "what?"), (), 100, seconds=0)))

@@ -11,6 +11,10 @@ pytest.importorskip("fastapi")
 import httpx
 import openai
 
+from nanochat.attention import attention_of_words
+from nanochat.conversation import user_message
+from nanochat.sampling import Sampling
+from nanochat.serving.batching import Batcher
 from nanochat.vision.detections import Detection
 from nanochat.vision.images import open_image
 from tests.serving import about, data_uri, make_agent, png, running
@@ -78,6 +82,21 @@ def test_a_response_as_json_whole_and_streamed(client):
         assert stream.get_final_response().output_text == found.output_text
 
 
+def test_settings_of_the_sampling_reach_the_batcher(http, monkeypatch):
+    asked, events = [], Batcher.events
+    monkeypatch.setattr(
+        Batcher, "events", lambda batcher, request: (asked.append(request), events(batcher, request))[1]
+    )
+    settings = {"temperature": 0.7, "top_p": 0.6, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 9}
+    chat = {"messages": about("red"), "max_tokens": 2} | settings
+    response = {"input": "what is it?", "max_output_tokens": 2, "temperature": 0.7, "top_p": 0.6}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/responses", response)):
+        assert http.post(path, json=body).status_code == 200
+    of_chat, of_response = (request.sampling for request in asked)
+    assert of_chat == Sampling(**settings)
+    assert of_response == Sampling(temperature=0.7, top_p=0.6, seed=of_response.seed)
+
+
 def test_instructions_reach_a_model_of_conversations(client):
     plain = client.responses.create(model="talks", input="what?", max_output_tokens=3)
     told = client.responses.create(model="talks", input="what?", instructions="is it red?", max_output_tokens=3)
@@ -105,10 +124,15 @@ def test_objects(http):
         assert answer.status_code == 503 and "--detect" in answer.json()["error"]["message"]
 
 
-def test_where_words_looked(http):
+def test_where_words_looked(http, agent):
     found = http.post("/attention", json={"messages": about("red", "blue"), "answer": "a red box"}).json()
+    prompt = agent.prompt([user_message("what is it?", 2)])
+    vectors = agent.look([open_image(png(colour)) for colour in ("red", "blue")])
+    expected = attention_of_words(agent.model, agent.tokenizer, prompt, "a red box", vectors)
     assert [word["text"] for word in found["words"]] == ["a", "red", "box"] and found["side"] == 2
-    assert np.shape([word["pictures"] for word in found["words"]]) == (3, 2, 4)
+    weights = np.array([word["pictures"] for word in found["words"]])
+    np.testing.assert_allclose(weights, np.stack([word.mean for word in expected]), atol=1e-6)
+    assert weights.shape == (3, 2, 4) and weights.std() > 0.01
     left, top, right, bottom = found["boxes"][0]
     assert (left, right) == (0, 1) and 0 < top < bottom < 1  # 8 x 6 pixels in a square
     assert http.post("/attention", json={"messages": about(), "answer": "x"}).status_code == 400

@@ -47,6 +47,18 @@ def test_a_picture_of_an_allowed_host(sources, port):
     assert sources.load(f"http://pictures.example:{port}/red.png?a=b", "p") == png()
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://other.example/x", "http://127.0.0.1/x", "http://pictures.example:99/x", "http://a@pictures.example/x"],
+)
+def test_no_other_host_port_or_user_is_asked(monkeypatch, url):
+    monkeypatch.setattr(module, "download", lambda *args: b"downloaded")
+    sources = Sources(("pictures.example",))
+    assert sources.load("http://pictures.example/x", "p") == b"downloaded"
+    with pytest.raises(ApiError, match="fetches pictures from pictures.example only"):
+        sources.load(url, "p")
+
+
 @pytest.mark.parametrize(("path", "words"), [("moved", "302; redirects are not followed"), ("other", "status 404")])
 def test_other_answers_are_errors(sources, port, path, words):
     with pytest.raises(ApiError, match=words):

@@ -144,6 +144,41 @@ def test_the_arm_holds_while_the_server_is_gone_and_moves_again_when_it_is_back(
     assert len(set(while_gone)) == 1 and poses[-1][1] > while_gone[0] > 0
 
 
+def test_a_server_that_is_gone_is_asked_once_a_second():
+    asker = Answers(delay=0, gone=lambda: True)
+    drive(Arm(), asker, seconds=4.5)
+    assert len(asker.asked) == 5
+
+
+def test_after_a_step_that_took_too_long_the_arm_does_not_hurry():
+    """A burst of the steps that were missed would move it much faster than allowed."""
+    arm, clock, times, looks = Arm(), Clock(), [], []
+    look, send = arm.get_observation, arm.send_action
+
+    def slow_once():
+        looks.append(clock.now)
+        clock.now += 1.0 if len(looks) == 4 else 0.0
+        return look()
+
+    arm.get_observation = slow_once
+    arm.send_action = lambda action: (times.append(clock.now), send(action))
+    counts, _ = drive(arm, Answers(), seconds=4, clock=clock)
+    assert counts["late"] == 1
+    assert (np.diff(times) < 0.9 / 30).sum() <= 1  # the step after the slow one comes at once, the others in their time
+
+
+def test_the_policy_is_told_the_actions_that_were_sent():
+    """Not those that it wanted: the joints are limited to 2 units a step."""
+    arm, asker, sent = Arm(), Answers(), []
+    ask = asker.send
+    asker.send = lambda observation: (sent.append(arm.sent[-2:]), ask(observation))
+    drive(arm, asker, seconds=0.5, speed=60.0, player=ChunkPlayer(5, previous=2))
+    assert len(sent) > 2 and "observation/previous" not in asker.asked[0]
+    for observation, actions in zip(asker.asked[1:], sent[1:], strict=True):
+        expected = [[action[name] for name in JOINTS] for action in actions]
+        np.testing.assert_allclose(observation["observation/previous"], expected, rtol=1e-5)
+
+
 def test_old_actions_are_not_carried_out():
     """A chunk of ten seconds, of which the first one is allowed."""
     arm = Arm()
