@@ -143,8 +143,9 @@ def pictures_matching(pattern: str, word: str, frames: int | None) -> list[Pictu
     matches = sorted(glob.glob(os.path.join(place, *parts[literal:]), recursive=True), key=by_number)
     found = [path for path in matches if not os.path.isdir(path)]
     if not found:
-        folders = f", only {len(matches)} folders: name one, or match the files in it" if matches else ""
-        raise ImageError(f"no file matches {printable(word)}{folders}")
+        hint = f", only {len(matches)} folders: name one, or match the files in it" if matches else ""
+        hint = hint or (": a question is for nanochat ask" if " " in word and word.endswith("?") else "")
+        raise ImageError(f"no file matches {printable(word)}{hint}")
     videos = [path for path in found if is_video_name(path)]
     pictures = [Picture(printable(path), path, named=False) for path in found if path not in videos]
     pictures = evenly(pictures, frames) if pictures else []

@@ -34,7 +34,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """File name -> {"size", "sha256"}, of the known files only."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
-        found = "no such folder" if not folder.exists() else "it has no manifest.json"
+        found = (
+            "it is a file" if folder.is_file() else "it has no manifest.json" if folder.exists() else "no such folder"
+        )
         raise CheckpointError(f"{folder} is no checkpoint: {found}")
     files = listed_files(manifest_path, FORMAT_VERSION, REQUIRED, COPY_AGAIN)
     for name, entry in files.items():

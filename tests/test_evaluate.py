@@ -275,6 +275,8 @@ def test_pictures_that_were_trained_on_are_counted(photos, monkeypatch):
     assert "18 of these 20 pictures are training pictures" in training_overlap(load_dataset(photos).samples, own).note
     gone = training_overlap(load_dataset(photos).samples, {"data": "/gone"})
     assert gone.trained_on is None and "was not checked" in gone.note
+    half = own | {"also": ["/gone"]}  # of what is still here, none is shown
+    assert training_overlap(load_dataset(photos, "val").samples, half).trained_on is None
     earlier = [
         {"data": str(photos), "train_split": "fit", "val_split": "val"}
     ]  # of a model that another run started from

@@ -7,6 +7,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from nanochat.cache import cache_folder, clear, entries
+from nanochat.errors import UserError
 
 NAME_WIDTH = 12  # of an entry's checksum, which is 32 long: enough to tell entries apart
 
@@ -25,6 +26,8 @@ def cache(
         cache_path: The cache folder; default $NANOCHAT_CACHE, then ~/.cache/nanochat.
     """
     folder = cache_folder("", cache_path)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, expected the cache folder")
     found = clear(list(clear_names), cache_path) if clear_names else entries(cache_path)
     for entry in found:
         kind, _, name = entry.name.partition("/")

@@ -49,7 +49,7 @@ class LimitFlags:
     max_queue: int = 128
     "Requests that wait for their turn, for each model. One more is refused with status 429 and the time to wait."
 
-    def __post_init__(self):
+    def check(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value < 2**31:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
@@ -103,6 +103,7 @@ def serve(
         detect: YOLO weights for /detect, such as yolov9t.pt; see `nanochat detect --help`. By default it answers with status 503.
     """
     settings = Settings(host, port, api_key, "--api-key", allow_host, media_path, cors, ssl_certfile, ssl_keyfile)
+    limits.check()
     run_server(checkpoints or ("photos",), settings, limits, policy, device, runtime, detect=detect)
 
 

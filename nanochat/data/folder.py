@@ -267,4 +267,4 @@ def unknown(folder: Path) -> str:
             f"it has {pictures} pictures but no text about them: write captions.csv with the header file,caption or "
             "file,question,answer, or a .txt file next to each picture"
         )
-    return "unknown kind of folder"
+    return "it is empty" if not files else "unknown kind of folder"

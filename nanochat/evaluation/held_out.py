@@ -95,7 +95,8 @@ def training_overlap(samples: Sequence[Sample], recipe: dict, earlier: Sequence[
         note = f"the training data {gone} is not here: whether the model knows these pictures was not checked"
     else:
         note = ""
-    return Overlap(both if read else None, note)
+    checked = read and not gone
+    return Overlap(both if both or checked else None, note)
 
 
 def identity(image) -> str:

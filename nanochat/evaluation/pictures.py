@@ -82,6 +82,9 @@ def evaluate_dataset(
         data.samples = limit([sample for sample in data.samples if sample.images] or data.samples, n_samples)
     overlap = training_overlap(data.samples, recipe, earlier)
     print_notes(console, [f"{dataset}: split {split}, {reason}"] if reason else [], data.notes)
+    kind = "captions" if data.task == "caption" else "questions"
+    if not agent.learnt[kind]:
+        print_notes(console, [f"{checkpoint} was not trained on {kind}: expect nothing of it"])
     if overlap.note:
         console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False, soft_wrap=True)
     with Progress(console=console) as progress:
