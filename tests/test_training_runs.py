@@ -1,5 +1,7 @@
 """What surrounds the steps of a training run: the statistics that are saved, its folder, its data, its record, its memory."""
 
+import errno
+import io
 import json
 import os
 import pty
@@ -20,6 +22,7 @@ from PIL import Image
 from nanochat.agent import Agent
 from nanochat.checkpoint import CheckpointError, load_checkpoint, load_resume
 from nanochat.errors import UserError
+from nanochat.training import task
 from nanochat.training.history import advice
 from nanochat.training.recipes import Folder
 from nanochat.training.resuming import check_record, first_state
@@ -494,3 +497,22 @@ def test_the_last_check_cannot_cost_the_model(pictures, tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         run.train()
     assert load_checkpoint(run.out)[2]["step"] == 3
+
+
+def test_a_line_for_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch):
+    """Writing fails before the SIGHUP arrives."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(task.console, "file", Gone())
+    monkeypatch.setattr(task.console, "quiet", False)
+    task.say("step 0")
+    assert task.console.quiet
+    full = Gone()
+    full.write = lambda text: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(task.console, "file", full)
+    monkeypatch.setattr(task.console, "quiet", False)
+    with pytest.raises(OSError, match="No space left"):
+        task.say("step 1")

@@ -3,6 +3,7 @@
 `pictures.PictureTask` learns conversations about pictures, `robots.RobotTask` demonstrations.
 """
 
+import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,14 @@ class TrainingConsole(Console):
     def on_broken_pipe(self) -> None:
         """The reader of a pipe is gone, as in `| head`: training goes on without output."""
         self.quiet = True
+
+    def print(self, *objects, **how) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.quiet = True  # the terminal is gone; the SIGHUP that comes with it saves the run
 
 
 console = TrainingConsole()
