@@ -411,8 +411,9 @@ def command(recipe):
 
 
 def heed_ctrl_c():
-    """A shell's background processes ignore it, and hand that on to theirs."""
+    """And a lost terminal. A shell's background processes ignore the one, nohup's the other, and hand that on to theirs."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

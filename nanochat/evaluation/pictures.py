@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from nanochat.agent import Agent
+from nanochat.agent import Agent, learnt_by
 from nanochat.beams import check_beams
 from nanochat.data import Dataset, Sample, image_key, limit, load_dataset, picture_groups
 from nanochat.data.image_files import check_decodable
@@ -83,7 +83,7 @@ def evaluate_dataset(
     overlap = training_overlap(data.samples, recipe, earlier)
     print_notes(console, [f"{dataset}: split {split}, {reason}"] if reason else [], data.notes)
     kind = "captions" if data.task == "caption" else "questions"
-    if not agent.learnt[kind]:
+    if not learnt_by(agent.training)[kind]:
         print_notes(console, [f"{checkpoint} was not trained on {kind}: expect nothing of it"])
     if overlap.note:
         console.print(f"[yellow]{escape(overlap.note)}[/yellow]", highlight=False, soft_wrap=True)
