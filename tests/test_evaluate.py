@@ -318,6 +318,10 @@ def test_eval_says_what_it_evaluates(photos, tmp_path, monkeypatch, capsys):
     assert f"split val, {HELD_OUT}" in text and "fields read: file, caption" in text and "training pictures" not in text
     result, text = run("all")
     assert result["training_pictures"] == 18 and "18 of these 20 pictures are training pictures" in text
+    assert "was not trained on" not in text
+    learnt = {"questions": True, "captions": False, "actions": False}
+    monkeypatch.setattr(Pictures, "training", Pictures.training | {"learnt": learnt})
+    assert "x was not trained on captions: expect nothing of it" in run("val")[1]
     with pytest.raises(DataError, match="no split 'vall'; it has: all, and fit and val"):
         run("vall")
 
