@@ -2,13 +2,12 @@
 
     python benchmarks/compiled.py
 
-A cache that grows has another shape in every step, and torch.compile would compile each anew. So a step here reads the whole
+A cache that grows has another shape in every step, and torch.compile would compile each of them. So a step here reads the whole
 cache, behind a mask. Milliseconds of the processor a token, one thread, batch 1, medians of runs in turn.
 """
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -30,16 +29,12 @@ class FixedCache(KVCache):
         return self.positions, (torch.arange(self.max_len) <= self.positions[..., None])[:, None]
 
 
-@dataclass(frozen=True)
 class Fixed:
     """A step in which only `layers` is compiled: what a step reads is made outside."""
 
-    model: GPT
-    compiled: bool
-
-    def __post_init__(self):
-        run = torch.compile(self.layers, fullgraph=True, dynamic=False) if self.compiled else self.layers
-        object.__setattr__(self, "run", run)
+    def __init__(self, model: GPT, compiled: bool):
+        self.model = model
+        self.run = torch.compile(self.layers, fullgraph=True, dynamic=False) if compiled else self.layers
 
     def layers(self, x: torch.Tensor, cos, sin, mask, cache: KVCache) -> torch.Tensor:
         x = norm(x)
@@ -58,11 +53,11 @@ class Fixed:
         return logits
 
 
-@dataclass(frozen=True)
 class Growing:
     """The engine's step."""
 
-    model: GPT
+    def __init__(self, model: GPT):
+        self.model = model
 
     def new_cache(self) -> KVCache:
         return KVCache(self.model.config, 1, MAX_LEN)

@@ -3,7 +3,7 @@ Chromium. Needs the extras serve and dev, and `apt-get install chromium`.
 
     python -m benchmarks.serve_page [--model photos] [--rounds 20]
 
-Each round loads the page anew and drops another picture, so that nothing of it is known. A word counts when the browser has
+Each round loads the page again and drops another picture, so that nothing of it is known. A word counts when the browser has
 painted a frame with it.
 """
 

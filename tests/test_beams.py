@@ -40,7 +40,7 @@ def test_with_beams_for_everything_it_is_the_best_of_all_answers(seed):
 
 
 class Wrapped(PreTrainedModel, GenerationMixin):
-    """One of our models as transformers' generation sees it: the whole row is read anew for each token."""
+    """One of our models as transformers' generation sees it: the whole row is read again for each token."""
 
     config_class = PretrainedConfig
     _is_stateful = False

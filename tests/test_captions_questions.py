@@ -189,17 +189,27 @@ def test_the_data_name_its_splits_and_errors(tmp_path):
     train, val = ({sample.images[0].name for sample in load_dataset(source, split).samples} for split in ("fit", "val"))
     assert train and val and not train & val
     assert load_dataset(source, "val").samples[0].where.startswith(str(folder / "dev.jsonl"))
-    write_lines(folder / "dev.jsonl", {"image": "images/0.png", "caption": "Ein Hund ."})
-    with pytest.raises(
-        DataError,
-        match="no questions from captions: those of its 1 pictures give none; needed are several English captions",
-    ):
-        load_dataset(source, "val")
-    write_lines(folder / "dev.jsonl", {"image": "images/0.png", "question": "q", "answer": "a"})
-    with pytest.raises(DataError, match="captions-questions: needs captions, but these are questions"):
-        load_dataset(source, "val")
     with pytest.raises(DataError, match="there is no such file or folder"):
         load_dataset("captions-questions:nowhere")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "texts", "reason"),
+    [
+        ("captions-questions", ["Ein Hund ."],
+         "from captions: those of its 1 pictures give none; needed are several English captions"),
+        ("captions-several", ["A dog runs .", "A dog is running .", "The dog runs ."],
+         "about several pictures: those of its 1 pictures give none; needed are at least two pictures"),
+    ],
+)  # fmt: skip
+def test_data_that_answer_no_question_are_refused(tmp_path, prefix, texts, reason):
+    folder = write_pictures(tmp_path)
+    write_lines(folder / "dev.jsonl", {"image": "images/0.png", "captions": texts})
+    with pytest.raises(DataError, match=f"no questions {reason}"):
+        load_dataset(f"{prefix}:{folder}", "val")
+    write_lines(folder / "dev.jsonl", {"image": "images/0.png", "question": "q", "answer": "a"})
+    with pytest.raises(DataError, match=f"{prefix}: needs captions, but these are questions"):
+        load_dataset(f"{prefix}:{folder}", "val")
 
 
 @needs_data

@@ -16,7 +16,7 @@ IMAGE = 96  # vision_token_id of the test model: the last of its vocabulary
 
 
 def uncached(model, prompt, n, vision=None):
-    """Greedy generation by running the whole row anew for every token."""
+    """Greedy generation by running the whole row again for every token."""
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(model(torch.tensor([ids]), vision)[0, -1].argmax()))

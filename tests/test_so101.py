@@ -57,7 +57,7 @@ class Arm:
 
 
 class Clock:
-    """Time that passes only when somebody sleeps."""
+    """Time that passes only when someone sleeps."""
 
     now = 0.0
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from nanochat.data.sample import Dataset, Sample
+from nanochat.data.sample import Dataset, Sample, question_sample
 from nanochat.data.splits import choose_split
 
 OWN_SPLITS = {"train": 9000, "val": 540}  # how many pairs
@@ -94,9 +94,7 @@ def drawn_samples(split: str, number: int) -> list[Sample]:
 
 def pair_sample(images: Sequence[bytes], where: str, kind: str, change: "Change") -> Sample:
     *_, question, answer = change
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
-    messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
-    return Sample(tuple(images), messages, where=where, kind=kind)
+    return question_sample(images, question, answer, where, kind)
 
 
 # ---- the changes: each gives (first scene, second scene, question, answer)
@@ -119,6 +117,11 @@ def shapes(rng: random.Random, n: int, cells: Sequence[tuple[int, int]] = ()) ->
     cells = rng.sample(cells or [(x, y) for x in range(CELLS) for y in range(CELLS)], n)
     names = rng.sample([(color, form) for color in COLORS for form in SHAPES], n)
     return [Shape(*name, cell, shift(rng)) for name, cell in zip(names, cells, strict=True)]
+
+
+def between_corners(rng: random.Random) -> list[Shape]:
+    """One that will be put into a corner, and two that stay in the middle column."""
+    return shapes(rng, 3, [(CELLS // 2, row) for row in range(CELLS)])
 
 
 def shift(rng: random.Random) -> tuple[int, int]:
@@ -149,8 +152,7 @@ def direction(rng: random.Random) -> Change:
     step = rng.choice(("nowhere", "sideways", "up or down"))
     cell = {"nowhere": (x, y), "sideways": (last - x, y), "up or down": (x, last - y)}[step]
     answer = {"nowhere": "nowhere", "sideways": "left" if x else "right", "up or down": "up" if y else "down"}[step]
-    middle = CELLS // 2
-    subject, *others = shapes(rng, 3, [(middle, row) for row in range(CELLS)])  # the others stand between the corners
+    subject, *others = between_corners(rng)
     before = replace(subject, cell=(x, y))
     after = replace(before, cell=cell, shift=before.shift if step == "nowhere" else shift(rng))
     question = f"where did the {subject.name} move?"
@@ -215,9 +217,9 @@ def same(rng: random.Random) -> Change:
 
 def order(rng: random.Random) -> Change:
     """A shape goes from corner to corner. Any corner may be the earlier one, so that one picture tells nothing."""
-    last, middle = CELLS - 1, CELLS // 2
+    last = CELLS - 1
     corners = [(0, 0), (last, 0), (last, last), (0, last)]  # clockwise
-    subject, *others = shapes(rng, 3, [(middle, row) for row in range(CELLS)])
+    subject, *others = between_corners(rng)
     way, step = rng.choice((("clockwise", 1), ("counterclockwise", -1)))
     start = rng.randrange(4)
     scenes = [

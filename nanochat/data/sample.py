@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from nanochat.conversation import CAPTION_PROMPT as CAPTION_PROMPT  # others import it from here
+from nanochat.conversation import user_message
 from nanochat.errors import UserError
 from nanochat.files import DataError, short_repr
 from nanochat.vision.images import ImageSource
@@ -73,9 +74,15 @@ class Dataset:
 
 
 def vqa_sample(image: ImageSource, question: str, answer: str, where: str = "", kind: str = "") -> Sample:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = ({"role": "user", "content": content}, {"role": "assistant", "content": answer})
-    return Sample((image,), messages, where=where, kind=kind)
+    return question_sample([image], question, answer, where, kind)
+
+
+def question_sample(
+    images: Sequence[ImageSource], question: str, answer: str, where: str = "", kind: str = ""
+) -> Sample:
+    """One question about all the images, which are shown before it."""
+    messages = (user_message(question, len(images)), {"role": "assistant", "content": answer})
+    return Sample(tuple(images), messages, where=where, kind=kind)
 
 
 def caption_sample(image: ImageSource, captions: Sequence[str]) -> Sample:

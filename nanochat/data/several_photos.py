@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nanochat.conversation import user_message
 from nanochat.data import caption_words as words
 from nanochat.data.caption_facts import Facts, Question, read_captions
 from nanochat.data.caption_questions import balanced, check_captions, made_dataset
-from nanochat.data.sample import Dataset, Sample
+from nanochat.data.sample import Dataset, Sample, question_sample
 
 PREFIX = "captions-several:"
 KINDS = ("which", "both", "one")
@@ -61,9 +60,8 @@ def several_dataset(captions: Dataset) -> Dataset:
 
 
 def as_sample(kind: str, photos: Sequence[Photo], question: str, answer: str) -> Sample:
-    messages = (user_message(question, len(photos)), {"role": "assistant", "content": answer})
-    images = tuple(photo.sample.images[0] for photo in photos)
-    return Sample(images, messages, where=photos[0].sample.where, kind=kind)
+    images = [photo.sample.images[0] for photo in photos]
+    return question_sample(images, question, answer, photos[0].sample.where, kind)
 
 
 def sides(group: Sequence[Photo], noun: str) -> tuple[list[Photo], list[Photo]]:

@@ -246,8 +246,14 @@ class EncodedVectors(Squares):
 
 def coin_of_each_group(groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
     """(n,) bool, random: pictures of one group are mirrored together, so that what is compared stays comparable."""
-    place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    return (rng.random(len(place)) < 0.5)[[place[group] for group in groups]]
+    numbers = group_numbers(groups)
+    return (rng.random(max(numbers) + 1) < 0.5)[numbers]
+
+
+def group_numbers(groups: Sequence[Hashable]) -> list[int]:
+    """(n,) the number of each item's group, from 0 on in the order in which the groups appear."""
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return [number_of[group] for group in groups]
 
 
 def augment(

@@ -37,6 +37,7 @@ from nanochat.training.batches import (
     Row,
     Rows,
     exactly_right,
+    group_numbers,
     is_caption,
     make_batch,
     mask_rows,
@@ -321,9 +322,9 @@ def drop_features(vectors: torch.Tensor, groups: Sequence, share: float) -> torc
     same numbers: what differs between them is to come from the pictures."""
     if not share:
         return vectors
-    mask_of = {group: mask for mask, group in enumerate(dict.fromkeys(groups))}
-    masks = F.dropout(vectors.new_ones(len(mask_of), *vectors.shape[1:]), share)
-    return vectors * masks[[mask_of[group] for group in groups]]
+    numbers = group_numbers(groups)
+    masks = F.dropout(vectors.new_ones(max(numbers) + 1, *vectors.shape[1:]), share)
+    return vectors * masks[numbers]
 
 
 def validate_rows(
