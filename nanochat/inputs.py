@@ -178,8 +178,9 @@ def camera_frame(number: int) -> np.ndarray:
         import cv2
     except ImportError as error:
         raise UserError(f"--camera needs OpenCV ({error}): pip install opencv-python-headless") from error
+    quiet = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2  # OpenCV 5 and 4
     with suppress(AttributeError):
-        cv2.setLogLevel(0)  # it prints a warning for every driver that it tries
+        quiet.setLogLevel(0)  # it prints a warning for every driver that it tries
     camera = cv2.VideoCapture(number)
     try:
         if not camera.isOpened():

@@ -150,6 +150,7 @@ def test_the_command(monkeypatch, nanochat, tmp_path):
     [
         (["--rounds", "0"], "--threads and --rounds must be at least 1, got 1 and 0"),
         (["--picture", "nowhere.jpg"], "--picture: there is no file nowhere.jpg"),
+        (["--policy", "nowhere"], "--policy: there is no checkpoint nowhere"),
         (["-o", "page.txt"], "page.txt"),
         (["--checkpoint", "nowhere", "-o", "/no/such/page.md"], "/no/such"),
     ],

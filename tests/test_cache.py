@@ -88,3 +88,5 @@ def test_the_command(full, nanochat):
     out, _ = nanochat("cache", "--clear", "frames", "--cache", full)
     assert out.splitlines()[-1] == f"2 entries, 0.000 GB deleted from {full}"
     assert "error: nothing in the cache is called x" in nanochat("cache", "--clear", "x", "--cache", full, code=2)[1]
+    assert "error: --clear needs the names of entries" in nanochat("cache", "--cache", full, "--clear", code=2)[1]
+    assert len(entries(full)) == 3

@@ -45,11 +45,11 @@ def test_shells_can_complete_commands(shell):
 
 @pytest.mark.parametrize(("command", "extras"), [("train", "torch,train"), ("ask", "torch")])
 def test_a_missing_package_is_installed_from_the_folder_of_the_project(nanochat, monkeypatch, command, extras):
-    def fails(*args):
+    def fails(*args: str):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr(cli, "train", fails)
-    monkeypatch.setattr(cli.tyro.extras, "subcommand_cli_from_dict", lambda *args, **options: fails())
+    monkeypatch.setitem(cli.COMMANDS, "ask", fails)
     assert f'pip install ".[{extras}]" in the folder of the project' in nanochat(command, code=2).err
 
 
@@ -189,3 +189,7 @@ def test_the_texts_of_models_name_their_folders():
     assert {name: about["folder"] for name, about in texts.items()} == {
         name: path.name for name, path in SHIPPED.items()
     }
+
+
+def test_an_unknown_flag_names_the_help_of_its_command(nanochat):
+    assert "run nanochat detect --help" in nanochat("detect", "--boxes", code=2)[1]

@@ -336,6 +336,14 @@ def test_other_layouts_in_a_folder_are_named(pictures):
     assert any("not read: captions.csv" in note for note in load_dataset(pictures).notes)
 
 
+def test_other_tables_in_a_folder_are_named(pictures):
+    (pictures / "captions.csv").write_text("file,caption\nimages/0.png,a\n")
+    (pictures / "captions.tsv").write_text("file\tcaption\nimages/0.png\ta\n")
+    (pictures / "questions.csv").write_text("file,question,answer\nimages/0.png,q,a\n")
+    notes = [note for note in load_dataset(pictures).notes if note.startswith("also in")]
+    assert [note.rpartition(" ")[2] for note in notes] == ["captions.tsv", "questions.csv"]
+
+
 # ---- splits ----
 
 

@@ -43,7 +43,7 @@ def ask(
 
     - nanochat ask a.jpg "what color is the car?"
     - nanochat ask a.jpg b.jpg "what changed?"
-    - nanochat ask clip.mp4 "what happens?" --frames 8
+    - nanochat ask clip.mp4 "what is the man doing?" --frames 8 --each
     - nanochat ask photos/ "is there a dog?" --each
     - nanochat ask a.jpg "what is on the table?" --show out.png
 

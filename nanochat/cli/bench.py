@@ -53,6 +53,7 @@ def bench(
     from nanochat.bench.ours import EXPORTS
     from nanochat.bench.report import growth_table, plot_growth, race_table, roofline_lines, write_section
     from nanochat.bench.runner import run_race
+    from nanochat.checkpoint import is_checkpoint
     from nanochat.files import atomic_path
 
     if min(threads, rounds) < 1:
@@ -63,6 +64,9 @@ def bench(
     shown, found = str(picture or photograph()), {}
     if not os.path.isfile(shown):
         raise UserError(f"--picture: there is no file {shown}")
+    for flag, name in (("--checkpoint", checkpoint), ("--policy", policy)):
+        if not is_checkpoint(name):
+            raise UserError(f"{flag}: there is no checkpoint {name}")
     with Console(stderr=True).status("") as status, TemporaryDirectory(prefix="nanochat-bench-") as exports:
         os.environ[EXPORTS] = exports
         for name in [*GROUPS, "growth"] if group == "all" else [group]:

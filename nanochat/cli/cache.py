@@ -13,7 +13,7 @@ NAME_WIDTH = 12  # of an entry's checksum, which is 32 long: enough to tell entr
 
 
 def cache(
-    clear_names: Annotated[tuple[str, ...], arg(name="clear", metavar="NAME...")] = (),
+    clear_names: Annotated[tuple[str, ...] | None, arg(name="clear", metavar="NAME...")] = None,
     cache_path: Annotated[Path | None, arg(name="cache", metavar="DIR")] = None,
 ) -> None:
     """List what training keeps to start faster: decoded pictures of robot data, vision vectors, a teacher's maps, exported
@@ -28,6 +28,8 @@ def cache(
     folder = cache_folder("", cache_path)
     if folder.is_file():
         raise UserError(f"{folder} is a file, expected the cache folder")
+    if clear_names == ():
+        raise UserError("--clear needs the names of entries, such as features or frames/3f8a, or all; nothing was deleted")
     found = clear(list(clear_names), cache_path) if clear_names else entries(cache_path)
     for entry in found:
         kind, _, name = entry.name.partition("/")

@@ -307,6 +307,8 @@ def main() -> None:
             print(f"nanochat-vision {__version__}")
         elif words[0] == "train":
             train(words[1:])
+        elif words[0] in COMMANDS:  # not as a subcommand, so that errors name the help of this command
+            tyro.cli(COMMANDS[words[0]], prog=f"nanochat {words[0]}", args=words[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=DESCRIPTION, args=words)
         sys.stdout.flush()

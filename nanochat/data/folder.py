@@ -68,7 +68,7 @@ def load(path: str | Path, split: str | None = None, strict: bool = False) -> Da
     data = reader.dataset(name, part)
     if len(files) > 1 and layout.name != "text files":
         data.notes.append(f"{len(files)} files read: {', '.join(str(file.relative_to(folder)) for file in files[:5])}")
-    data.notes += [f"also in {folder}, not read: {other.name}" for other in others]
+    data.notes += [f"also in {folder}, not read: {name}" for name in unread(folder, [layout, *others])]
     return data
 
 
@@ -118,6 +118,13 @@ def layouts(folder: Path, split: str | None) -> list[Layout]:
         first,
         *(other for other in fitting[1:] if not {*other.files} & {*first.files} and other.name != "one file"),
     ]
+
+
+def unread(folder: Path, found: list[Layout]) -> list[str]:
+    """What else a folder has: the other layouts that it fits, and data files that belong to none."""
+    known = {file for layout in found for file in layout.files}
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in KINDS and file.name not in NO_DATA]
+    return [layout.name for layout in found[1:]] + [file.name for file in files if file not in known and file.is_file()]
 
 
 def saved(folder: Path, files: list[Path]) -> Layout | None:
