@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -289,7 +290,7 @@ COMMANDS = {
 DESCRIPTION = (
     "A small vision-language model: ask about pictures, train on your own, control a robot.\n\n"
     f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags. "
-    "nanochat models lists the models that ship. nanochat --version prints the version. "
+    "nanochat COMMAND --help explains a command. nanochat models lists the models that ship. nanochat --version prints the version. "
     "nanochat --tyro-print-completion {bash,zsh,tcsh} prints a completion script for a shell."
 )
 WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
@@ -310,7 +311,8 @@ def main() -> None:
         elif words[0] in COMMANDS:  # not as a subcommand, so that errors name the help of this command
             tyro.cli(COMMANDS[words[0]], prog=f"nanochat {words[0]}", args=words[1:])
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanochat", description=DESCRIPTION, args=words)
+            listed = summaries(COMMANDS) if words[0] in ("-h", "--help") else COMMANDS
+            tyro.extras.subcommand_cli_from_dict(listed, prog="nanochat", description=DESCRIPTION, args=words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as in `| head`: avoid a second error when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -321,6 +323,18 @@ def main() -> None:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
         explain(error, sys.argv[1:])
+
+
+def summaries(commands: dict[str, Callable]) -> dict[str, Callable]:
+    """Functions that have only the first paragraph of the commands' help, for the list of all commands."""
+
+    def summary(command: Callable) -> Callable:
+        def named() -> None: ...
+
+        named.__doc__ = " ".join(inspect.getdoc(command).split("\n\n")[0].split())
+        return named
+
+    return {name: summary(command) for name, command in commands.items()}
 
 
 def with_new_flags(words: list[str]) -> list[str]:
