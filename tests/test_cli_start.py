@@ -35,7 +35,9 @@ def test_nanochat_alone_shows_the_help():
     assert alone.returncode == helped.returncode == 0 and alone.stdout == helped.stdout
     assert "usage: nanochat" in alone.stdout and alone.stderr == ""
     assert all(f"• {command} " in alone.stdout for command in cli.COMMANDS)
-    assert "Ask a question about a picture" in alone.stdout and "a.jpg b.jpg" not in alone.stdout  # first paragraphs only
+    assert (
+        "Ask a question about a picture" in alone.stdout and "a.jpg b.jpg" not in alone.stdout
+    )  # first paragraphs only
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

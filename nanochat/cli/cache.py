@@ -29,7 +29,9 @@ def cache(
     if folder.is_file():
         raise UserError(f"{folder} is a file, expected the cache folder")
     if clear_names == ():
-        raise UserError("--clear needs the names of entries, such as features or frames/3f8a, or all; nothing was deleted")
+        raise UserError(
+            "--clear needs the names of entries, such as features or frames/3f8a, or all; nothing was deleted"
+        )
     found = clear(list(clear_names), cache_path) if clear_names else entries(cache_path)
     for entry in found:
         kind, _, name = entry.name.partition("/")

@@ -290,7 +290,8 @@ COMMANDS = {
 DESCRIPTION = (
     "A small vision-language model: ask about pictures, train on your own, control a robot.\n\n"
     f"nanochat train {{{','.join(RECIPES)}}} trains a model; nanochat train RECIPE --help lists its flags. "
-    "nanochat COMMAND --help explains a command. nanochat models lists the models that ship. nanochat --version prints the version. "
+    "nanochat COMMAND --help explains a command. nanochat models lists the models that ship. "
+    "nanochat --version prints the version. "
     "nanochat --tyro-print-completion {bash,zsh,tcsh} prints a completion script for a shell."
 )
 WITH_JSON_ROWS = ("ask", "caption", "embed", "detect", "models")
