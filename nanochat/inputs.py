@@ -178,9 +178,8 @@ def camera_frame(number: int) -> np.ndarray:
         import cv2
     except ImportError as error:
         raise UserError(f"--camera needs OpenCV ({error}): pip install opencv-python-headless") from error
-    quiet = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2  # OpenCV 5 and 4
-    with suppress(AttributeError):
-        quiet.setLogLevel(0)  # it prints a warning for every driver that it tries
+    with suppress(AttributeError):  # it prints a warning for every driver that it tries
+        (cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging).setLogLevel(0)  # OpenCV 4, or 5
     camera = cv2.VideoCapture(number)
     try:
         if not camera.isOpened():

@@ -152,6 +152,13 @@ class Camera:
         self.released.append(self.number)
 
 
+def test_opencv_prints_nothing_about_a_camera_that_is_not_there(capfd):
+    pytest.importorskip("cv2")
+    with pytest.raises(ImageError, match="camera 99 cannot be opened"):
+        find_pictures([], camera=99)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_camera(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Camera, setLogLevel=lambda level: None))
     Camera.released.clear()
