@@ -11,7 +11,7 @@ what=${1:-demo}
 torch="torch" # a checkpoint needs it, a folder of `nanochat export` does not
 more=""
 for word in "$@"; do
-  ! grep -qs '"format": "nanochat-onnx"' "$word/manifest.json" || torch=""
+  ! grep -qs '"format": "nanochat-onnx"' -- "$word/manifest.json" || torch=""
   case "$word" in --frames | *.mp4 | *.m4v | *.mov | *.mkv | *.webm | *.avi) more="video" ;; esac
 done
 case "$what" in

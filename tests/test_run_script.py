@@ -28,7 +28,8 @@ def run(tmp_path):
     def start(*words):
         (tmp_path / "log").write_text("")
         script = [shutil.which("bash"), tmp_path / "run_multimodal.sh", *words]
-        subprocess.run(script, check=True, env=os.environ | {"PYTHON": sys.executable}, capture_output=True)
+        done = subprocess.run(script, check=True, env=os.environ | {"PYTHON": sys.executable}, capture_output=True)
+        assert done.stderr == b""
         return [line for line in (tmp_path / "log").read_text().splitlines() if "pip --version" not in line]
 
     return start
