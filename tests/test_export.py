@@ -4,9 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +23,7 @@ from nanochat.engine import Engine, Unread
 from nanochat.errors import UserError
 from nanochat.export import export
 from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export.encoder import Eyes, correct_biases, rounded
+from nanochat.export.encoder import Eyes, correct_biases, join_silu, rounded
 from nanochat.export.graph import BLOCK, Weights, quantized
 from nanochat.gpt import GPT
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -237,6 +240,23 @@ def test_rounded_weights_keep_the_means_of_their_channels(tokenizer, monkeypatch
         found = means()
     for own, wanted in zip(found[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-4)
+
+
+class Activations(torch.nn.Module):
+    """Of both orders of the factors, and products that are no SiLU."""
+
+    def forward(self, x):  # (B, 4)
+        return torch.sigmoid(x) * x + x * torch.sigmoid(x + 1) + (x + 2) * torch.sigmoid(x + 2)
+
+
+def test_silu_becomes_one_operator_and_stays_the_same(tmp_path):
+    x, path = torch.linspace(-20, 20, 64).view(16, 4), tmp_path / "graph.onnx"
+    torch.onnx.export(Activations().eval(), (x,), path, input_names=["x"], dynamo=True, external_data=False, verbose=False)
+    join_silu(path)
+    found = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert (found["QuickGelu"], found["Sigmoid"]) == (2, 1)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Activations()(x), atol=1e-5)
 
 
 # ---- folders
