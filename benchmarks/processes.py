@@ -1,6 +1,6 @@
 """How much faster two processes train than one: frames a second of the recipe `robot`, without validation and saving.
 
-    python benchmarks/processes.py [--processes 2] [--steps 30] [--rounds 2]
+    python benchmarks/processes.py [--processes 2] [--images-per-step 64] [--steps 30] [--rounds 2]
 
 Each has one thread. The data are noise, 128 x 128, since their content costs nothing. The modes run in turn, so that other
 load on the machine affects both. On a busy machine compare the processor's time a step, summed over the processes: what they
@@ -36,6 +36,8 @@ WARM_UP = 3  # steps that are not measured
 @dataclass
 class Args:
     processes: int = 2
+    images_per_step: int = Robot.images_per_step
+    "Of all processes together. What they exchange costs the same for any number."
     steps: int = 30
     rounds: int = 2
     worker: str = ""
@@ -58,10 +60,11 @@ def write_data(folder: Path) -> None:
     write_dataset(folder, episodes, 30, "toy", (SIZE, SIZE, 3))
 
 
-def measure(folder: str, steps: int) -> None:
+def measure(folder: str, images: int, steps: int) -> None:
     """Prints seconds a step and the processor's seconds a step, of all processes."""
     out = f"{folder}/run{os.environ.get('TORCHELASTIC_RUN_ID') or os.getpid()}"  # of all processes of a run
-    run = Run(Robot(data=f"{folder}/data", out=out, steps=steps + WARM_UP, device="cpu", threads=1))
+    recipe = Robot(data=f"{folder}/data", out=out, images_per_step=images, steps=steps + WARM_UP, device="cpu", threads=1)
+    run = Run(recipe)
     wall, used = [], 0.0
     for step in range(steps + WARM_UP):
         since, before = time.perf_counter(), time.process_time()
@@ -71,15 +74,16 @@ def measure(folder: str, steps: int) -> None:
             used += (time.process_time() - before) / steps
     (used,) = distributed.sum_numbers(used)
     if distributed.is_first():
-        print(json.dumps({"frames": run.recipe.images_per_step, "wall": statistics.median(wall), "processor": used}))
+        print(json.dumps({"frames": images, "wall": statistics.median(wall), "processor": used}))
 
 
-def run_alone(folder: str, processes: int, steps: int) -> dict:
+def run_alone(folder: str, processes: int, args: Args) -> dict:
     """`measure` in so many processes."""
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     )
-    words = [sys.executable, *torchrun, __file__, "--worker", folder, "--steps", str(steps)]
+    words = [sys.executable, *torchrun, __file__, "--worker", folder, "--steps", str(args.steps)]
+    words += ["--images-per-step", str(args.images_per_step)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_CACHE": f"{folder}/cache"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     ran = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -88,22 +92,22 @@ def run_alone(folder: str, processes: int, steps: int) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def at_once(folder: str, runs: int, steps: int) -> dict:
+def at_once(folder: str, runs: int, args: Args) -> dict:
     """So many runs of one process each, at the same time: the frames of all in the time of a step."""
     with ThreadPoolExecutor(runs) as pool:
-        found = list(pool.map(lambda _: run_alone(folder, 1, steps), range(runs)))
+        found = list(pool.map(lambda _: run_alone(folder, 1, args), range(runs)))
     return {name: sum(each[name] for each in found) / (runs if name == "wall" else 1) for name in found[0]}
 
 
 def main(args: Args) -> None:
     if args.worker:
-        measure(args.worker, args.steps)
+        measure(args.worker, args.images_per_step, args.steps)
         return
     n = args.processes
     modes = {
-        "one process": lambda folder: run_alone(folder, 1, args.steps),
-        f"one run of {n} processes": lambda folder: run_alone(folder, n, args.steps),
-        f"{n} runs at once": lambda folder: at_once(folder, n, args.steps),
+        "one process": lambda folder: run_alone(folder, 1, args),
+        f"one run of {n} processes": lambda folder: run_alone(folder, n, args),
+        f"{n} runs at once": lambda folder: at_once(folder, n, args),
     }
     found: dict[str, list[dict]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
