@@ -4,7 +4,8 @@
 
 Before the first run, each row that is left takes two steps on a few pictures: that finds out what is missing, and how many
 minutes the rest will take. A row that is done is not repeated, and a run that was stopped goes on where it was. After each
-row the table and the plot in --docs are written again. To repeat a row, delete its folder and its .json in --out.
+row the table and the plot in --docs are written again, from one .json for each row in --docs/ablations: rows may be of several
+days and machines. To repeat a row, delete its .json and its folder in --out.
 """
 
 import json
@@ -70,11 +71,11 @@ class Args:
     threads: int = 1
     "CPU threads of the training. Answers are timed on one."
     out: Path = Path("runs/ablations")
-    "Folder of the checkpoints and of one .json for each row that is done."
+    "Folder of the checkpoints."
     cache: str = ""
     "Cache folder, for the vision vectors of frozen encoders; default OUT."
     docs: Path = Path("docs")
-    "Where ABLATIONS.md and ablations.png are written."
+    "Where ABLATIONS.md, ablations.png, and ablations/ with one .json for each row that is done, are written."
 
 
 def chosen_rows(args: Args, rows: dict[str, Row]) -> dict[str, Row]:
@@ -130,7 +131,7 @@ def open_study(args: Args, base: Photos | None = None) -> Study:
             f"found {len(val.samples)} picture to score, expected 2 or more: each is exchanged with another one"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    args.docs.mkdir(parents=True, exist_ok=True)
+    records_folder(args).mkdir(parents=True, exist_ok=True)
     texts = (text for sample in one_per_reference(fit.samples) for text in texts_of(sample))
     Tokenizer.train(texts, base.vocab_size).save(base.tokenizer)
     return Study(args, base, rows, fit, val)
@@ -165,12 +166,17 @@ def settings_of(study: Study, row: Row) -> dict:
     """What a record must have been made with to count for this row; JSON-able."""
     moved = {*PLACES, "tokenizer", "steps"}  # places, and what follows from other rows
     settings = {key: value for key, value in asdict(recipe_of(study, row)).items() if key not in moved}
-    return json.loads(json.dumps(settings | {"scored": len(study.val.samples), "rounds": study.args.rounds}))
+    settings |= {"data": Path(study.args.data).name, "scored": len(study.val.samples), "rounds": study.args.rounds}
+    return json.loads(json.dumps(settings))
+
+
+def records_folder(args: Args) -> Path:
+    return args.docs / "ablations"
 
 
 def record_of(study: Study, name: str) -> dict | None:
     """The record of a row that is done. Raises UserError for one that was made with other settings."""
-    file = study.args.out / f"{name}.json"
+    file = records_folder(study.args) / f"{name}.json"
     if not file.exists():
         return None
     record, wanted = json_object(file.read_bytes(), file), settings_of(study, study.rows[name])
@@ -197,7 +203,7 @@ def records_of(study: Study) -> dict[str, dict]:
 def run_row(study: Study, row: Row) -> None:
     """Train, score, time, and write the record. What a stopped run of the row has done is kept."""
     args, recipe = study.args, recipe_of(study, row)
-    folder, file = Path(recipe.out), args.out / f"{row.name}.json"
+    folder, file = Path(recipe.out), records_folder(args) / f"{row.name}.json"
     if row.minutes_of:
         like, other = (record_of(study, name) for name in row.minutes_of)
         recipe = replace(recipe, steps=max(1, round(like["steps"] * other["minutes"] / like["minutes"])))
@@ -273,6 +279,7 @@ def estimate(study: Study, rows: Iterable[Row]) -> dict[str, float]:
         for row in progress.track(rows, description="trying"):
             recipe = recipe_of(study, row)
             try:
+                check_start(study, row)
                 cost = costs[row.name] = try_row(study, row, recipe, Path(folder))
             except (UserError, OSError, ImportError) as error:
                 raise UserError(f"the row {row.name} cannot run: {error}") from error
@@ -285,6 +292,15 @@ def estimate(study: Study, rows: Iterable[Row]) -> dict[str, float]:
                 encoded.add(key)
             minutes[row.name] = sum(cost) / 60
     return minutes
+
+
+def check_start(study: Study, row: Row) -> None:
+    """Raises UserError where the row that this one goes on from was made on another machine."""
+    if row.after and record_of(study, row.after) and not has_checkpoint(study.args.out / row.after):
+        raise UserError(
+            f"it goes on from {study.args.out / row.after}, which is not there: delete "
+            f"{records_folder(study.args) / row.after}.json, and that row runs again"
+        )
 
 
 def write_captions(study: Study, folder: Path) -> None:

@@ -78,7 +78,7 @@ def done(small):
     """{row: its record}, after all rows were run."""
     args, recipe = small
     ablations.main(args, recipe)
-    return {file.stem: json.loads(file.read_text()) for file in args.out.glob("*.json") if file.stem != "tokenizer"}
+    return {file.stem: json.loads(file.read_text()) for file in (args.docs / "ablations").iterdir()}
 
 
 def numbers_in(folder: Path) -> dict[str, int]:
@@ -154,12 +154,12 @@ def test_a_stopped_row_goes_on(small, done, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "take_step", stop_at_4)
         ablations.run_row(study, study.rows["cross"])
-    assert not (tmp_path / "cross.json").exists()
+    assert not (tmp_path / "ablations/cross.json").exists()
     steps = []
     monkeypatch.setattr(Run, "take_step", lambda run: steps.append(run.step) or take_step(run))
     ablations.run_row(study, study.rows["cross"])
     assert steps == [3, 4, 5, 6, 7, 8]
-    assert json.loads((tmp_path / "cross.json").read_text())["scores"] == done["cross"]["scores"]
+    assert json.loads((tmp_path / "ablations/cross.json").read_text())["scores"] == done["cross"]["scores"]
 
 
 def test_the_page_shows_every_row_and_its_controls(small, done):
@@ -222,6 +222,16 @@ def test_a_row_that_cannot_run_is_named_first(small, tmp_path):
     args = replace(args, out=tmp_path, docs=tmp_path, taught=str(tmp_path / "none"), rows=("yolo-taught",))
     with pytest.raises(UserError, match="the row yolo-taught cannot run: .*none"):
         ablations.main(args, replace(recipe, tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+def test_a_row_that_goes_on_from_a_checkpoint_elsewhere_is_named_first(small, done, tmp_path):
+    """The records may be of another machine."""
+    args, recipe = small
+    shutil.copytree(args.docs, tmp_path / "docs")
+    (tmp_path / "docs/ablations/reward.json").unlink()
+    args = replace(args, out=tmp_path / "out", docs=tmp_path / "docs", rows=("reward",))
+    with pytest.raises(UserError, match=r"row reward cannot run: it goes on from .*out/cross, .*delete .*cross.json"):
+        ablations.main(args, recipe)
 
 
 def test_latency_times_whole_answers(small, done, captions):
