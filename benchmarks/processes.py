@@ -63,7 +63,9 @@ def write_data(folder: Path) -> None:
 def measure(folder: str, images: int, steps: int) -> None:
     """Prints seconds a step and the processor's seconds a step, of all processes."""
     out = f"{folder}/run{os.environ.get('TORCHELASTIC_RUN_ID') or os.getpid()}"  # of all processes of a run
-    recipe = Robot(data=f"{folder}/data", out=out, images_per_step=images, steps=steps + WARM_UP, device="cpu", threads=1)
+    recipe = Robot(
+        data=f"{folder}/data", out=out, images_per_step=images, steps=steps + WARM_UP, device="cpu", threads=1
+    )
     run = Run(recipe)
     wall, used = [], 0.0
     for step in range(steps + WARM_UP):

@@ -251,7 +251,9 @@ class Activations(torch.nn.Module):
 
 def test_silu_becomes_one_operator_and_stays_the_same(tmp_path):
     x, path = torch.linspace(-20, 20, 64).view(16, 4), tmp_path / "graph.onnx"
-    torch.onnx.export(Activations().eval(), (x,), path, input_names=["x"], dynamo=True, external_data=False, verbose=False)
+    torch.onnx.export(
+        Activations().eval(), (x,), path, input_names=["x"], dynamo=True, external_data=False, verbose=False
+    )
     join_silu(path)
     found = Counter(node.op_type for node in onnx.load(path).graph.node)
     assert (found["QuickGelu"], found["Sigmoid"]) == (2, 1)

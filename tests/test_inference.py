@@ -152,6 +152,22 @@ def test_a_wrong_guess_is_found():
     assert norms_of(encoder)
 
 
+@torch.no_grad()
+def test_activations_of_the_copy_alone_write_over_their_input():
+    encoder = with_statistics(YOLOv9Plus("yolov9t.yaml", image_size=64), "p5")
+    fast = fast_copy(encoder, torch.float32)
+    plain = copy.deepcopy(fast)
+    before, after, copied = (
+        [part for part in net.modules() if type(part) is torch.nn.SiLU] for net in (encoder, fast, plain)
+    )
+    assert not any(part.inplace for part in before) and sum(part.inplace for part in after) > 150
+    for part in copied:
+        part.inplace = False
+    layers = ["2", "p3", "p4", "p5", "head"]
+    found, expected = (net.maps(pixels(), layers) for net in (fast, plain))
+    assert all(torch.equal(found[layer], expected[layer]) for layer in layers)
+
+
 def test_bfloat16_where_the_processor_has_it_and_it_agrees(monkeypatch):
     encoder = timm_encoder()
     monkeypatch.setattr(inference, "computes_bfloat16", lambda device: False)

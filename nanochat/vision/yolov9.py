@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,8 +165,15 @@ class YOLOv9Plus(SquareInput, nn.Module):
         return self
 
     def merge_norms(self) -> None:
-        """Merge BatchNorm into the convolutions, and parallel convolutions into one, in place: for inference only."""
+        """Merge BatchNorm into the convolutions, and parallel convolutions into one, and let activations write over what these
+        made: in place, for inference only."""
+        from ultralytics.nn.modules.conv import Conv, RepConv
+
         self.net.fuse(verbose=False)
+        for module in self.net.modules():
+            if isinstance(module, (Conv, RepConv)) and hasattr(module.act, "inplace"):
+                module.act = copy(module.act)  # one object may serve several
+                module.act.inplace = True
 
     def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
         """Those of the module behind `layer` and of the modules after it; "" for all. Raises ValueError for an unknown layer."""
