@@ -1,6 +1,7 @@
 """nanochat bench: how fast everything is, beside what else one would take."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,9 +52,7 @@ def bench(
     from nanochat.bench.groups import GROUPS
     from nanochat.bench.machine import described
     from nanochat.bench.ours import EXPORTS
-    from nanochat.bench.report import growth_table, plot_growth, race_table, roofline_lines, write_section
-    from nanochat.bench.runner import run_race
-    from nanochat.checkpoint import is_checkpoint
+    from nanochat.bench.report import write_section
     from nanochat.files import atomic_path
 
     if min(threads, rounds) < 1:
@@ -61,32 +60,17 @@ def bench(
     for path, suffix in ((out, ".md"), (json_out, ".json")):
         if path is not None:
             check_out(path, suffix)
-    shown, found = str(picture or photograph()), {}
-    if not os.path.isfile(shown):
-        raise UserError(f"--picture: there is no file {shown}")
-    for flag, name in (("--checkpoint", checkpoint), ("--policy", policy)):
-        if not is_checkpoint(name):
-            raise UserError(f"{flag}: there is no checkpoint {name}")
+    subjects, found = (weights, checkpoint, policy, str(picture or photograph())), {}
+    check_subjects(*subjects)
     with Console(stderr=True).status("") as status, TemporaryDirectory(prefix="nanochat-bench-") as exports:
         os.environ[EXPORTS] = exports
         for name in [*GROUPS, "growth"] if group == "all" else [group]:
             head = described(threads)
             if name == "growth":
-                curves = run_growth(threads, status.update)
-                plot, text = plot_path(out), growth_table(curves)
-                if plot is not None:
-                    plot_growth(curves, plot)
-                    text += f"\n\n![Time over size, both logarithmic, for each of the rows]({plot.name})"
-                found[name] = curves
+                text, figures = growth_section(threads, out, status.update)
             else:
-                races = GROUPS[name](weights, checkpoint, policy, shown)
-                results = {race.name: run_race(race, threads, rounds, status.update) for race in races}
-                text = "\n\n".join(race_table(race, results[race.name]) for race in races)
-                found[name] = {race: [asdict(result) for result in rows] for race, rows in results.items()}
-                if name == "decode":
-                    machine = measured("machine:roofline", {}, threads)
-                    text += "\n\n" + roofline_lines(machine, results)
-                    found["machine"] = machine
+                text, figures = races_section(name, subjects, threads, rounds, status.update)
+            found |= figures
             title = name if threads == 1 else f"{name}, {threads} threads"
             text = f"    nanochat bench {name} --threads {threads}\n\n{head}.\n\n{text}"
             print(f"## {title}\n\n{text}\n", flush=True)
@@ -97,6 +81,47 @@ def bench(
             new.write_text(json.dumps(found, indent=1))
     for path in filter(None, (out, json_out)):
         print(f"written to {path}", file=sys.stderr)
+
+
+def check_subjects(weights: str, checkpoint: str, policy: str, picture: str) -> None:
+    """Raises UserError before anything is timed."""
+    from nanochat.checkpoint import is_checkpoint
+
+    if not Path(picture).is_file():
+        raise UserError(f"--picture: there is no file {picture}")
+    for flag, name in (("--checkpoint", checkpoint), ("--policy", policy)):
+        if not is_checkpoint(name):
+            raise UserError(f"{flag}: there is no checkpoint {name}")
+
+
+def races_section(
+    group: str, subjects: tuple, threads: int, rounds: int, progress: Callable[[str], None]
+) -> tuple[str, dict]:
+    """(Markdown, figures by name) of the races of a group. subjects: what `GROUPS` takes."""
+    from nanochat.bench.groups import GROUPS
+    from nanochat.bench.report import race_table, roofline_lines
+    from nanochat.bench.runner import run_race
+
+    races = GROUPS[group](*subjects)
+    results = {race.name: run_race(race, threads, rounds, progress) for race in races}
+    text = "\n\n".join(race_table(race, results[race.name]) for race in races)
+    figures = {group: {race: [asdict(result) for result in rows] for race, rows in results.items()}}
+    if group == "decode":
+        figures["machine"] = machine = measured("machine:roofline", {}, threads)
+        text += "\n\n" + roofline_lines(machine, results)
+    return text, figures
+
+
+def growth_section(threads: int, out: Path | None, progress: Callable[[str], None]) -> tuple[str, dict]:
+    """As `races_section`; the plot is written beside the page `out`."""
+    from nanochat.bench.report import growth_table, plot_growth
+
+    curves, plot = run_growth(threads, progress), plot_path(out)
+    text = growth_table(curves)
+    if plot is not None:
+        plot_growth(curves, plot)
+        text += f"\n\n![Time over size, both logarithmic, for each of the rows]({plot.name})"
+    return text, {"growth": curves}
 
 
 def photograph() -> Path:
@@ -110,7 +135,7 @@ def plot_path(out: Path | None) -> Path | None:
     return None if out is None else out.with_suffix(".png")
 
 
-def run_growth(threads: int, progress) -> dict[str, list]:
+def run_growth(threads: int, progress: Callable[[str], None]) -> dict[str, list]:
     from nanochat.bench.growth import CURVES
 
     found = {}
