@@ -100,6 +100,19 @@ def test_only_the_episode_that_is_asked_for_is_read(tmp_path):
         dataset.episode(1)
 
 
+def test_the_footer_of_a_file_is_read_once(tmp_path):
+    """It grows with the number of episodes, so reading it for each of them would take quadratic time."""
+    write_robot(tmp_path / "robot", 3, 4)
+    dataset = RobotDataset(tmp_path / "robot")
+    assert_same(dataset.episode(0), make_episode(3, 0))
+    with open(tmp_path / "robot/data/chunk-000/file-000.parquet", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\xff" * 8)
+    assert_same(dataset.episode(1), make_episode(4, 1))
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        RobotDataset(tmp_path / "robot").episode(1)
+
+
 # ---- the layout, as others read it ----
 
 

@@ -69,12 +69,14 @@ def column_names(path: Path) -> list[str]:
 @dataclass(frozen=True)
 class Layout:
     """What a file says of itself. columns: their names. leaves: these and the fields in them, such as "front.path". empty: leaves
-    without any value. spans: the first and the last episode_index of each row group, as far as the file says."""
+    without any value. spans: (n, 2) float64, the first and the last episode_index of each row group, as far as the file says.
+    metadata: its footer, which grows with the number of groups: read once, as reading it for every group takes quadratic time."""
 
     columns: frozenset[str]
     leaves: frozenset[str]
     empty: frozenset[str]
-    spans: tuple[tuple[float, float], ...]
+    spans: np.ndarray
+    metadata: pq.FileMetaData
 
 
 def file_layout(path: Path) -> Layout:
@@ -97,7 +99,7 @@ def layout_of(metadata: pq.FileMetaData, columns: list[str]) -> Layout:
                 span = (found.min, found.max)
         spans.append(span)
     empty = frozenset(leaves) - with_values
-    return Layout(frozenset(columns), frozenset(leaves), empty, tuple(spans))
+    return Layout(frozenset(columns), frozenset(leaves), empty, np.array(spans, float).reshape(-1, 2), metadata)
 
 
 def read_groups(path: Path, groups: list[int], columns: list[str], layout: Layout) -> pa.Table:
@@ -107,7 +109,7 @@ def read_groups(path: Path, groups: list[int], columns: list[str], layout: Layou
         raise DataError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes or training needs")
 
     def read(path: Path) -> pa.Table:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, metadata=layout.metadata) as file:
             return file.read_row_groups(groups, columns=columns)
 
     return read_parquet(read, path)

@@ -265,7 +265,8 @@ class RobotDataset:
         path = self.episodes[i].path
         wanted = list(dict.fromkeys(["episode_index", "frame_index", *columns]))
         layout = self._layout(path)
-        groups = [group for group, (low, high) in enumerate(layout.spans) if low <= i <= high]
+        low, high = layout.spans.T
+        groups = np.flatnonzero((low <= i) & (i <= high)).tolist()
         if self._last[0] != (path, groups, wanted):
             self._last = (path, groups, wanted), read_groups(path, groups, wanted, layout)
         with parquet_errors(path):
