@@ -222,6 +222,15 @@ def encoder_of(name: str | Path | None, device="cpu", trust_pickle: bool = False
     return encoder
 
 
+def layer_of(name: str | Path | None) -> str | int:
+    """The map of `encoder_of(name)` that is meant where none is named: a checkpoint's decoder reads it; else the last one."""
+    if is_timm_name(name):
+        return "features"
+    if name is None or not is_checkpoint(name):
+        return "head"
+    return read_json(locate(name) / "config.json")["config"].get("vision_layer", "head")
+
+
 def is_checkpoint(name: str | Path) -> bool:
     """Whether a name means a checkpoint, and not an encoder's file or official name."""
     return shipped_folder(name) is not None or Path(name).expanduser().is_dir() or is_hub_name(name)

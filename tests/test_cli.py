@@ -143,16 +143,17 @@ def test_detect(nanochat, tmp_path, weights):
 
 
 def test_embed_with_the_encoder_of_a_checkpoint(nanochat, tmp_path):
-    for name, weights in (("e.npz", "shapes"), ("f.npz", SHIPPED["shapes"])):
-        words = ("-o", tmp_path / name, "--weights", weights, "--layer", "4", "--dtype", "float32")
-        nanochat("embed", PICTURE, *words)
-    vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz")]
+    """Of the map that its decoder reads, where no other one is named."""
+    for name, words in (("e.npz", ("shapes", "--layer", "4")), ("f.npz", (SHIPPED["shapes"],)), ("g.npz", ("shapes",))):
+        nanochat("embed", PICTURE, "-o", tmp_path / name, "--dtype", "float32", "--weights", *words)
+    vectors = [np.load(tmp_path / name)["embeddings"] for name in ("e.npz", "f.npz", "g.npz")]
     seen = Agent.load("shapes").model.vision_encoder.get_image_embeddings(PICTURE, layer=4)
-    assert (vectors[0] == vectors[1]).all() and vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
-    for command, out in (("embed", "g.npz"), ("detect", "g.png")):
-        error = nanochat(command, PICTURE, "-o", tmp_path / out, "--weights", "shapes", code=2).err
+    assert (vectors[0] == vectors[1]).all() and (vectors[0] == vectors[2]).all()
+    assert vectors[0] == pytest.approx(seen.numpy(), abs=1e-5)
+    for words in (["embed", "--layer", "head", "-o", "h.npz"], ["detect", "-o", "h.png"]):
+        error = nanochat(*words[:-1], tmp_path / words[-1], PICTURE, "--weights", "shapes", code=2).err
         assert "no detection head" in error and "0..4" in error and error.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npz", "f.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npz", "f.npz", "g.npz"]
 
 
 def test_a_missing_device_is_named():

@@ -66,7 +66,7 @@ def write_rows(out: Path, rows: Sequence[dict]) -> None:
 def embed(
     images: Pictures,
     out: MaybeOut = None,
-    layer: str = "head",
+    layer: str = "",
     pool: Literal["avg", "max", "flatten"] = "avg",
     dtype: Literal["auto", "float32"] = "auto",
     rectangles: bool = False,
@@ -78,7 +78,7 @@ def embed(
 
     Args:
         layer: Feature map of the encoder: head (the predictions), p3, p4, p5, a module index, or several joined by +; networks
-            of timm have features (the last map), p3, p4 and p5.
+            of timm have features (the last map), p3, p4 and p5. Default the last one, for a checkpoint what its decoder reads.
         pool: How a map becomes one vector: its mean, its maximum, or all values.
         dtype: auto computes in bfloat16 where the processor does so and the layer's vector of a test picture keeps a cosine of
             0.999 with float32's. float32 gives the same vectors on every processor, up to rounding.
@@ -87,6 +87,7 @@ def embed(
     """
     import numpy as np
 
+    from nanochat.checkpoint import layer_of
     from nanochat.files import atomic_path
     from nanochat.inputs import find_pictures, opened
     from nanochat.vision.images import rectangle, square
@@ -101,7 +102,7 @@ def embed(
     names, parts, batch = [], [], []
     with written_rows(json_rows) as add:
         pictures = find_pictures(images, camera)
-        encoder = vision.encoder()
+        encoder, layer = vision.encoder(), layer or layer_of(vision.weights)
         computes = None if dtype == "float32" else quick_dtype(encoder, layer)
 
         def flush() -> None:
