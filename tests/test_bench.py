@@ -6,10 +6,12 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanochat.bench import growth, report, runner
+from nanochat.bench import compiled, growth, ours, report, runner
 from nanochat.bench.groups import GROUPS
 from nanochat.bench.runner import Contestant, Race, Result, Worker, run_race
+from nanochat.engine import Engine
 from nanochat.errors import UserError
 
 TURNS: list[str] = []
@@ -83,6 +85,31 @@ def test_every_contestant_exists_and_takes_its_arguments():
             for one in race.contestants:
                 module, function = one.make.split(":")
                 signature(getattr(import_module(f"nanochat.bench.{module}"), function)).bind(**one.arguments)
+
+
+class Forgetful(compiled.FixedCache):
+    """A token sees the first place alone."""
+
+    def plan(self, T):
+        positions, mask = super().plan(T)
+        return positions, mask if T > 1 else mask & (torch.arange(self.max_len) < 1)
+
+
+def test_fixed_shapes_say_what_the_engine_says(monkeypatch):
+    """Uncompiled: torch.compile changes no shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name)
+    monkeypatch.setitem(ours.SHAPES, "tiny", (32, 2, 2, 50))
+    generate, about = compiled.decode("tiny", 5, 6)
+    with torch.no_grad():
+        assert generate()[0] == Engine(ours.model_of("tiny")).generate([ours.prompt(5, 50)], 6)[0]
+    assert about["parameters"] == ours.model_of("tiny").num_parameters()
+    monkeypatch.setattr(compiled, "FixedCache", Forgetful)
+    with pytest.raises(ImportError, match="says something else"):
+        compiled.decode("tiny", 5, 6)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ImportError, match="needs a C\\+\\+ compiler"):
+        compiled.decode("tiny", 5, 6)
 
 
 # ---- growth

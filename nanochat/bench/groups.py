@@ -105,6 +105,7 @@ def decode(weights: str, checkpoint: str, policy: str, picture: str) -> list[Rac
         work = {"shape": shape, "n_prompt": PROMPT, "n_tokens": TOKENS[shape]}
         contestants = [
             Contestant("nanochat, torch", "ours:decode", work),
+            Contestant("nanochat, torch, fixed shapes, torch.compile", "compiled:decode", work),
             Contestant("nanochat, ONNX Runtime, float32", "ours:decode_onnx", work | {"int8": False}),
             Contestant("nanochat, ONNX Runtime, int8", "ours:decode_onnx", work | {"int8": True}),
             Contestant("transformers NanoChat", "peers:decode", work | {"kind": "NanoChat"}),
