@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from nanochat.data import lerobot_writer
+from nanochat.data import lerobot, lerobot_writer
+from nanochat.data.columns import read_groups
 from nanochat.data.lerobot import BOOKKEEPING, EPISODE_FIELDS, Episode, RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.statistics import QUANTILES
@@ -111,6 +112,25 @@ def test_the_footer_of_a_file_is_read_once(tmp_path):
     assert_same(dataset.episode(1), make_episode(4, 1))
     with pytest.raises(DataError, match="cannot be read as parquet"):
         RobotDataset(tmp_path / "robot").episode(1)
+
+
+@pytest.mark.parametrize("order", ["one after the other", "mixed"])
+def test_a_row_group_of_several_episodes_is_read_once(tmp_path, monkeypatch, order):
+    """For every set of columns that is asked for, also in turns; reading it for each episode would take quadratic time."""
+    write_robot(tmp_path / "robot", 3, 4, 2)
+    path = tmp_path / "robot/data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    if order == "mixed":  # the frames of an episode stay in their order
+        table = table.sort_by([("frame_index", "ascending"), ("episode_index", "descending")])
+    pq.write_table(table, path)
+    reads = []
+    monkeypatch.setattr(lerobot, "read_groups", lambda *given: reads.append(given[2]) or read_groups(*given))
+    dataset = RobotDataset(tmp_path / "robot")
+    for i, n in enumerate((3, 4, 2)):
+        expected = make_episode(n, i)
+        assert_same(dataset.episode(i), expected)
+        assert list(dataset.pictures(i, CAMERA, [0, n - 1])) == [expected.images[CAMERA][k] for k in (0, n - 1)]
+    assert len(reads) == len(set(map(tuple, reads))) == 2
 
 
 # ---- the layout, as others read it ----

@@ -23,7 +23,8 @@ except ImportError as error:
 
 __all__ = [
     "Layout", "check_fetched", "column_names", "file_layout", "fill_template", "is_camera", "is_feature", "natural_number",
-    "number_names", "pa", "parquet_errors", "pc", "pq", "read_groups", "read_parquet", "read_rows", "to_arrow", "to_numpy",
+    "number_names", "pa", "parquet_errors", "pc", "places_of", "pq", "read_groups", "read_parquet", "read_rows",
+    "to_arrow", "to_numpy",
 ]  # fmt: skip
 
 
@@ -190,6 +191,13 @@ def to_numpy(values: pa.ChunkedArray, where: str = "") -> np.ndarray:
         frame = array.is_null().index(True).as_py() // max(1, math.prod(shape[1:]))
         raise DataError(f"{where}: must be numbers, found {array.null_count} missing, the first in frame {frame}")
     return np.array(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def places_of(values: np.ndarray) -> dict[float, np.ndarray]:
+    """(T,) -> {value: the places that have it, in increasing order}."""
+    order = np.argsort(values, kind="stable")
+    found, starts = np.unique(values[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=False))  # no value has one empty part
 
 
 def other_row(lists: pa.Array, lengths: pa.Array) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from nanochat.data.bridge import CAMERA, FPS, BridgeFrames
-from nanochat.data.columns import column_names, number_names, pq, read_parquet, to_numpy
+from nanochat.data.columns import column_names, number_names, places_of, pq, read_parquet, to_numpy
 from nanochat.data.lerobot import Episode, RobotDataset
 from nanochat.errors import UserError
 from nanochat.files import DataError
@@ -265,7 +265,7 @@ def stamps_by_episode(path: Path) -> dict[int, np.ndarray] | None:
     stamps, episode = (
         to_numpy(table[key], f"{path}: {key!r}").ravel()[: len(table)] for key in ("timestamp", "episode_index")
     )
-    return {int(number): stamps[episode == number].astype(np.float64) for number in np.unique(episode)}
+    return {int(number): stamps[places].astype(np.float64) for number, places in places_of(episode).items()}
 
 
 def video_header(path: Path) -> tuple[Camera, float]:

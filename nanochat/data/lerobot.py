@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from nanochat.data.columns import (
     natural_number,
     pa,
     parquet_errors,
-    pc,
+    places_of,
     read_groups,
     read_rows,
     to_numpy,
@@ -119,7 +120,7 @@ class RobotDataset:
         self.stats = json_object(stats.read_bytes(), stats) if stats.is_file() else {}
         self.tasks = self._read_tasks()
         self._layouts: dict[Path, Layout] = {}
-        self._last: tuple[tuple, pa.Table | None] = ((), None)  # what _rows has read
+        self._read: dict[tuple[str, ...], Groups] = {}  # what _rows has read last, by its columns
         self.episodes = [self._episode_info(row, number) for number, row in enumerate(self._episode_rows())]
         found = {"total_episodes": len(self), "total_frames": sum(episode.length for episode in self.episodes)}
         if any(self.info.get(key) != count for key, count in found.items()):
@@ -263,14 +264,15 @@ class RobotDataset:
         """The rows of an episode. Row groups that hold several episodes are read once, if these are asked for one after the
         other. Raises DataError if the frames are not those of the episode."""
         path = self.episodes[i].path
-        wanted = list(dict.fromkeys(["episode_index", "frame_index", *columns]))
+        wanted = tuple(dict.fromkeys(["episode_index", "frame_index", *columns]))
         layout = self._layout(path)
         low, high = layout.spans.T
-        groups = np.flatnonzero((low <= i) & (i <= high)).tolist()
-        if self._last[0] != (path, groups, wanted):
-            self._last = (path, groups, wanted), read_groups(path, groups, wanted, layout)
-        with parquet_errors(path):
-            table = self._last[1].filter(pc.equal(self._last[1]["episode_index"], i))
+        source = path, np.flatnonzero((low <= i) & (i <= high)).tolist()
+        if wanted not in self._read or self._read[wanted].source != source:
+            table = read_groups(*source, list(wanted), layout)
+            with parquet_errors(path):
+                self._read[wanted] = Groups(source, table, places_of(one_number(table, "episode_index", str(path))))
+        table = self._read[wanted].episode(i)
         self._check_frames(table, i)
         return table
 
@@ -332,6 +334,20 @@ class RobotDataset:
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path} is missing")
         return path.read_bytes()
+
+
+class Groups(NamedTuple):
+    """Row groups of a file. source: its path and their numbers; rows: {episode: the numbers of its rows in the table}."""
+
+    source: tuple[Path, list[int]]
+    table: pa.Table
+    rows: dict[int, np.ndarray]
+
+    def episode(self, i: int) -> pa.Table:
+        rows = self.rows.get(i, np.empty(0, np.int64))
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # nothing is copied
+            return self.table.slice(rows[0], len(rows))
+        return self.table.take(pa.array(rows))
 
 
 def instruction(text: object, key: str, where: str) -> str:
