@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from PIL import Image
 
 from nanochat.agent import Agent, Chat
@@ -23,7 +24,7 @@ from nanochat.engine import Engine, Unread
 from nanochat.errors import UserError
 from nanochat.export import export
 from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export.encoder import Eyes, correct_biases, join_silu, rounded
+from nanochat.export.encoder import Eyes, correct_biases, export_encoder, join_silu, quantize_encoder, rounded
 from nanochat.export.graph import BLOCK, Weights, quantized
 from nanochat.gpt import GPT
 from nanochat.multimodal_gpt import MultimodalGPT
@@ -240,6 +241,21 @@ def test_rounded_weights_keep_the_means_of_their_channels(tokenizer, monkeypatch
         found = means()
     for own, wanted in zip(found[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_ranges_are_the_mean_of_the_pictures_extremes(tokenizer, tmp_path):
+    """So that one picture cannot make the steps of all maps coarse."""
+    export_encoder(make_policy(tokenizer), tmp_path / "float.onnx")
+    rng, scales = np.random.default_rng(0), {}
+    dark, bright = (rng.integers(0, most, (64, 64, 3), np.uint8) for most in (30, 256))
+    for name, squares in {"dark": [dark], "bright": [bright], "both": [dark, bright]}.items():
+        path = shutil.copy(tmp_path / "float.onnx", tmp_path / f"{name}.onnx")
+        quantize_encoder(path, squares, 1)
+        constants = {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+        nodes = [node for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+        scales[name] = np.array([constants[node.input[1]] for node in nodes])
+    assert len(scales["both"]) > 5 and (scales["bright"] > 2 * scales["dark"]).any()
+    np.testing.assert_allclose(scales["both"], (scales["dark"] + scales["bright"]) / 2, rtol=0.02)
 
 
 class Activations(torch.nn.Module):

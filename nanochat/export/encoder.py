@@ -123,6 +123,7 @@ def quantize_encoder(path: Path, squares: Sequence[np.ndarray], cameras: int) ->
         quantize_static(
             ready, path, Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=QUANTIZED,
             nodes_to_exclude=first_and_last(ready), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            extra_options={"CalibMovingAverage": True},  # the mean of all pictures' extremes: one picture makes no steps coarse
         )  # fmt: skip
     ready.unlink()
 
