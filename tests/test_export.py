@@ -214,6 +214,14 @@ def test_actions_are_the_same(policies, tokenizer, head):
         runtime.act(prompts, vectors.numpy(), None)
 
 
+def test_the_action_head_stays_in_float32(tokenizer, tmp_path):
+    """In 8 bits it would round each action of a chunk by itself, so that the arm shakes."""
+    decoders(make_policy(tokenizer), tmp_path, int8=True)
+    graph = onnx.load(tmp_path / "policy.onnx", load_external_data=False).graph
+    readers = {name: node.op_type for node in graph.node for name in node.input}
+    assert readers["action_head.T"] == "MatMul" and "MatMulNBits" in readers.values()
+
+
 def test_rounded_weights_keep_the_means_of_their_channels(tokenizer, monkeypatch):
     """With weights of 3 bits the loss shows."""
     monkeypatch.setattr("nanochat.export.encoder.LEVELS", 3)

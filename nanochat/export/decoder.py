@@ -154,7 +154,8 @@ def export_decoder(model, weights: Weights, int8: bool, path: Path) -> None:
 def export_policy(model, weights: Weights, int8: bool, path: Path) -> None:
     graph, config = DecoderGraph(model, weights, int8), model.config
     hidden = graph.layers(graph.words(committed=config.known_rows > 0), cached=False)
-    chunk = graph.linear(hidden, "action_head", graph.state["action_head.weight"])
+    # 8-bit steps would differ from one action of a chunk to the next, which shakes the arm
+    chunk = graph.exact_linear(hidden, "action_head", graph.state["action_head.weight"])
     chunk = graph.op("Reshape", chunk, graph.numbers([0, config.chunk, config.action_dim]))
     graph.output(chunk, "chunk", "float32", ("batch", config.chunk, config.action_dim))
     graph.save(path)

@@ -92,7 +92,7 @@ class Graph:
     def linear(self, x: str, name: str, weight: np.ndarray) -> str:
         """x (..., in) times a weight (out, in)."""
         if not self.int8:
-            return self.op("MatMul", x, self.weight(f"{name}.T", weight.T))
+            return self.exact_linear(x, name, weight)
         blocks, scales = quantized(weight)
         n_out, n_in = weight.shape
         n_blocks = scales.shape[1]
@@ -101,6 +101,10 @@ class Graph:
             self.weight(f"{name}.scales", scales), domain=MICROSOFT,
             K=n_in, N=n_out, bits=8, block_size=BLOCK, accuracy_level=INT8_COMPUTE,
         )  # fmt: skip
+
+    def exact_linear(self, x: str, name: str, weight: np.ndarray) -> str:
+        """`linear` in float32, also in an int8 model."""
+        return self.op("MatMul", x, self.weight(f"{name}.T", weight.T))
 
     def rows_of(self, ids: str, name: str, table: np.ndarray) -> str:
         """Rows of a table (V, C) by their numbers."""
