@@ -66,7 +66,7 @@ def main(args: Args) -> None:
     print(text)
     if args.page is not None:
         words = " ".join(["python benchmarks/quantized.py", *(["--pruned", *args.pruned] if args.pruned else [])])
-        write_section(args.page, SECTION, f"    {words} --episodes {args.episodes}\n\n{about(args)}\n\n{text}")
+        write_section(args.page, SECTION, f"{about(args)}\n\n    {words} --episodes {args.episodes}\n\n{text}")
 
 
 def sources(name: str, pruned: tuple[str, ...]) -> Iterator[tuple[str, str]]:
