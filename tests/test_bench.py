@@ -143,10 +143,10 @@ def test_parameters_are_counted_as_the_models_have_them():
 
 def test_a_group_replaces_its_own_section_only(tmp_path):
     page = tmp_path / "benchmarks.md"
-    for group, text in (("embed", "first"), ("ask", "asked"), ("embed", "second")):
+    for group, text in (("embed", "first"), ("ask", "asked"), ("embed", "    a command\n\nsecond")):
         report.write_section(page, group, text)
     text = page.read_text()
-    assert text == report.HEAD + "\n## embed\n\nsecond\n\n## ask\n\nasked\n"
+    assert text == report.HEAD + "\n## embed\n\n    a command\n\nsecond\n\n## ask\n\nasked\n"
 
 
 def test_roofline():

@@ -101,7 +101,8 @@ def write_section(path: Path, group: str, text: str) -> None:
     """Put the section of a group into the page, in place of an older one."""
     page = path.read_text(encoding="utf-8") if path.exists() else HEAD
     parts = re.split(r"(?m)^(?=## )", page)
-    section = f"## {group}\n\n{text.strip()}\n\n"
+    body = text.strip("\n")  # a first line that is indented stays so
+    section = f"## {group}\n\n{body}\n\n"
     at = next((i for i, part in enumerate(parts) if part.startswith(f"## {group}\n")), None)
     if at is None:
         parts = [*[part.rstrip("\n") + "\n\n" for part in parts], section]
