@@ -502,7 +502,11 @@ def test_embed_and_detect(nanochat, tmp_path, weights):
     encoder = open_encoder(name, image_size=64)
     expected = encoder(read_pixels(encoder, tmp_path / "a.png")[0], "p4").mean((2, 3)).detach().numpy()
     np.testing.assert_allclose(np.load(tmp_path / "e.npz")["embeddings"], expected, rtol=1e-4, atol=1e-5)
-    error = nanochat(*words, "-o", tmp_path / "f.npz", code=2).err
+    for out, flags in (("f.npz", ()), ("g.npz", ("--layer", "features"))):  # the last map where none is named
+        nanochat(*words, *flags, "-o", tmp_path / out)
+    last = [np.load(tmp_path / out)["embeddings"] for out in ("f.npz", "g.npz")]
+    assert np.array_equal(*last) and not np.array_equal(last[0], expected)
+    error = nanochat(*words, "--layer", "head", "-o", tmp_path / "h.npz", code=2).err
     assert "has no layer 'head': it has p2, p3, p4, p5, features" in error
     error = nanochat("detect", *words[1:], code=2).err
     assert "finds no objects, it is no detector: use --weights yolov9t.pt" in error
