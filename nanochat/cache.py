@@ -22,7 +22,6 @@ from nanochat.files import json_object
 KINDS = {
     "frames": "pictures of robot data, decoded",
     "features": "vision vectors of a frozen encoder",
-    "teacher": "maps of a teacher",
     "exports": "models exported for ONNX Runtime",
     "digests": "checksums of files",
 }

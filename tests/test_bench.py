@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.bench import compiled, growth, ours, report, runner
+from nanochat.bench import fixed, growth, ours, report, runner
 from nanochat.bench.groups import GROUPS
-from nanochat.bench.runner import Contestant, Race, Result, Worker, run_race
+from nanochat.bench.runner import Contestant, Race, Result, Worker, on_device, run_race
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 
@@ -84,10 +84,25 @@ def test_every_contestant_exists_and_takes_its_arguments():
             assert len({one.label for one in race.contestants}) == len(race.contestants), name
             for one in race.contestants:
                 module, function = one.make.split(":")
-                signature(getattr(import_module(f"nanochat.bench.{module}"), function)).bind(**one.arguments)
+                takes = signature(getattr(import_module(f"nanochat.bench.{module}"), function))
+                takes.bind(**one.arguments)
+                if one.only != "cpu":
+                    takes.bind(**one.arguments, device="cuda")
 
 
-class Forgetful(compiled.FixedCache):
+def test_on_a_gpu_run_those_who_can():
+    both, here, there = (
+        Contestant(only or "both", "ours:forward", {"length": 4}, only) for only in ("", "cpu", "cuda")
+    )
+    race = Race("a race", (both, here, there))
+    assert on_device(race, "cpu").contestants == (both, here)
+    ran = on_device(race, "cuda:1").contestants
+    assert [(one.label, one.arguments) for one in ran] == [
+        (label, {"length": 4, "device": "cuda:1"}) for label in ("both", "cuda")
+    ]
+
+
+class Forgetful(fixed.FixedCache):
     """A token sees the first place alone."""
 
     def plan(self, T):
@@ -98,18 +113,18 @@ class Forgetful(compiled.FixedCache):
 def test_fixed_shapes_say_what_the_engine_says(monkeypatch):
     """Uncompiled: torch.compile changes no shape."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: name)
+    monkeypatch.setattr(fixed.shutil, "which", lambda name: name)
     monkeypatch.setitem(ours.SHAPES, "tiny", (32, 2, 2, 50))
-    generate, about = compiled.decode("tiny", 5, 6)
+    generate, about = fixed.decode("tiny", 5, 6, compiled=True)
     with torch.no_grad():
         assert generate()[0] == Engine(ours.model_of("tiny")).generate([ours.prompt(5, 50)], 6)[0]
     assert about["parameters"] == ours.model_of("tiny").num_parameters()
-    monkeypatch.setattr(compiled, "FixedCache", Forgetful)
+    monkeypatch.setattr(fixed, "FixedCache", Forgetful)
     with pytest.raises(ImportError, match="says something else"):
-        compiled.decode("tiny", 5, 6)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+        fixed.decode("tiny", 5, 6, compiled=True)
+    monkeypatch.setattr(fixed.shutil, "which", lambda name: None)
     with pytest.raises(ImportError, match="needs a C\\+\\+ compiler"):
-        compiled.decode("tiny", 5, 6)
+        fixed.decode("tiny", 5, 6, compiled=True)
 
 
 # ---- growth
@@ -176,6 +191,8 @@ def test_the_command(monkeypatch, nanochat, tmp_path):
     ("words", "message"),
     [
         (["--rounds", "0"], "--threads and --rounds must be at least 1, got 1 and 0"),
+        (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "cuda:99"], "there is no cuda:99 here"),
         (["--picture", "nowhere.jpg"], "--picture: there is no file nowhere.jpg"),
         (["--policy", "nowhere"], "--policy: there is no checkpoint nowhere"),
         (["-o", "page.txt"], "page.txt"),

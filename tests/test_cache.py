@@ -19,7 +19,7 @@ def full(tmp_path):
     (tmp_path / "frames/.ab22.npy.17.tmp").write_bytes(b"x" * 500)
     (tmp_path / "features/cc").mkdir()
     (tmp_path / "features/cc/part.npy").write_bytes(b"x" * 200)
-    (tmp_path / "teacher/dd").mkdir()
+    (tmp_path / "exports/dd").mkdir()
     (tmp_path / "digests/ee.json").write_text("damaged")
     return tmp_path
 
@@ -40,7 +40,7 @@ def test_the_folder_is_the_flags_the_variables_or_the_usual_one(monkeypatch, tmp
 def test_entries_are_listed_the_largest_first(full):
     found = entries(full)
     assert [(entry.name, entry.size) for entry in found] == [
-        ("frames/aa11", 3029), ("frames/ab22", 500), ("features/cc", 200), ("digests/ee", 7), ("teacher/dd", 0),
+        ("frames/aa11", 3029), ("frames/ab22", 500), ("features/cc", 200), ("digests/ee", 7), ("exports/dd", 0),
     ]  # fmt: skip
     assert [entry.about for entry in found[:2]] == [
         "front of a robot",
@@ -52,9 +52,9 @@ def test_entries_are_listed_the_largest_first(full):
 @pytest.mark.parametrize(
     "names, left",
     [
-        (["frames/aa"], ["frames/ab22", "features/cc", "digests/ee", "teacher/dd"]),
-        (["frames"], ["features/cc", "digests/ee", "teacher/dd"]),
-        (["features/cc", "teacher"], ["frames/aa11", "frames/ab22", "digests/ee"]),
+        (["frames/aa"], ["frames/ab22", "features/cc", "digests/ee", "exports/dd"]),
+        (["frames"], ["features/cc", "digests/ee", "exports/dd"]),
+        (["features/cc", "exports"], ["frames/aa11", "frames/ab22", "digests/ee"]),
         (["all"], []),
     ],
 )

@@ -1,5 +1,5 @@
-"""Feature distillation: the targets are the teacher's own maps, a view and its target show the same part of the picture, and a
-run learns, resumes and leaves an encoder."""
+"""Feature distillation: the teacher sees what its student sees, views show parts of their pictures, and a run learns, resumes and
+leaves an encoder."""
 
 import json
 from dataclasses import replace
@@ -17,8 +17,7 @@ from nanochat.training import distill
 from nanochat.training.distill import pictures_of_step
 from nanochat.training.recipes import Distill, Folder
 from nanochat.training.run import Run
-from nanochat.training.teacher import Teacher, cells_of, draw_views, pixels_of, principal_components
-from nanochat.vision.pixels import to_pixels
+from nanochat.training.teacher import Teacher, mixed, principal_components, random_views
 from nanochat.vision.timm_encoder import TimmEncoder, described
 from tests.test_train import interrupt_at
 
@@ -80,61 +79,74 @@ def recipe(pictures, teacher_file, tmp_path):
 # ---- views and targets
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_a_view_and_its_target_show_the_same_part_of_the_picture(windows):
-    side, rng = 4, np.random.default_rng(0)
-    teacher = Teacher(ColourTeacher(), 32 * side, torch.float32, torch.device("cpu"))
-    teacher.mean, teacher.basis = torch.zeros(3), torch.eye(3)
-    square = rng.integers(0, 256, (32 * side, 32 * side, 3), np.uint8)
-    picture = to_pixels(square[None], "cpu", torch.float32)[0]
-    targets = teacher.look([square], mirrored=True)[0].reshape(2, side, side, 3)
-    views = set(draw_views(rng, 200, side, windows))
-    for view in views:
-        seen = F.avg_pool2d(pixels_of(picture, view), 32)  # (3, H, W), what a perfect student would say
-        assert torch.allclose(seen.flatten(1).T, torch.from_numpy(cells_of(targets, view)), atol=1e-6)
-    assert len(views) == (2 * 3 * 3 if windows else 2)
-    assert {view.side for view in views} == {2 if windows else 4}
+def coordinates(n):
+    """(n, 3, 64, 64): red and green are the column and the row of a pixel, in -1 .. 1; blue is the number of the picture."""
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    red, green = axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
+    return torch.stack([torch.stack([red, green, torch.full((SIZE, SIZE), float(i))]) for i in range(n)])
 
 
-def test_targets_are_principal_components_of_the_teachers_own_maps(recipe):
-    run = Run(recipe)
-    task, encoder = run.task, encoder_of(recipe.teacher)
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_views_are_squares_of_their_pictures_and_half_of_them_mirrored(size):
+    n = 200
+    views = random_views(coordinates(n), np.random.default_rng(0), 0.5, size)
+    assert views.shape == (n, 3, size, size)
+    columns, rows, number = views.unbind(1)
+    assert torch.allclose(number, torch.arange(float(n))[:, None, None].expand_as(number))
+    width, height = (columns[:, 0, -1] - columns[:, 0, 0]) / 2, (rows[:, -1, 0] - rows[:, 0, 0]) / 2
+    seen = 1 - 1 / size  # from the middle of the first pixel to that of the last one
+    assert torch.allclose(width.abs(), height, atol=0.03)
+    assert 0.45 * seen < height.min() < 0.55 and 0.95 * seen < height.max() <= 1
+    assert 70 < (width < 0).sum() < 130
+    assert columns.min() < -0.95 and columns.max() > 0.95 and rows.min() < -0.95 and rows.max() > 0.95
+
+
+def test_the_smallest_view_of_all_is_the_picture_itself_or_its_mirror_image():
+    pixels = torch.rand(20, 3, SIZE, SIZE)
+    for view, picture in zip(random_views(pixels, np.random.default_rng(0), 1.0, SIZE), pixels, strict=True):
+        assert torch.allclose(view, picture, atol=1e-5) or torch.allclose(view, picture.flip(-1), atol=1e-5)
+
+
+def test_a_share_of_the_pictures_has_another_one_over_it():
+    pixels = torch.eye(100)[:, :, None, None].expand(100, 100, 2, 2)  # picture i is 1 in channel i alone
+    own = mixed(pixels, np.random.default_rng(0), 0.4)[range(100), range(100), 0, 0]
+    assert 25 < (own < 1).sum() < 55 and own.min() >= 0.5
+    assert torch.allclose(mixed(pixels, np.random.default_rng(0), 1.0).sum(1), torch.ones(100, 2, 2))
+    assert torch.equal(mixed(pixels, np.random.default_rng(0), 0.0), pixels)
+
+
+def test_the_loss_compares_the_students_cells_with_the_teachers_of_the_same_pixels(recipe):
+    task, encoder = Run(recipe).task, encoder_of(recipe.teacher)
     pixels = task.pictures.pixels([0, 7])
     with torch.no_grad():
-        cells = (
-            torch.stack([encoder(pixels), encoder(pixels.flip(-1))], 1).permute(0, 1, 3, 4, 2).flatten(1, 3)
-        )  # (2, 8, C)
-    expected = (cells - task.teacher.mean) @ task.teacher.basis
-    assert torch.allclose(torch.from_numpy(task.targets[[0, 7]]), expected, atol=1e-5)
-    with torch.no_grad():
-        cells = encoder(task.val_pictures.pixels([1])).permute(0, 2, 3, 1).flatten(1, 2)
-    expected = (cells - task.teacher.mean) @ task.teacher.basis
-    assert torch.allclose(torch.from_numpy(task.val_targets[[1]]), expected, atol=1e-5)
+        cells = encoder(pixels).permute(0, 2, 3, 1).flatten(1, 2)  # (2, 4, C)
+    assert torch.allclose(task.teacher.cells(pixels), cells, atol=1e-4)
+    head = task.auxiliary
+    wanted = (cells - head.components.mean) @ head.components.basis
+    vectors = task.see(pixels)
+    expected = 1 - F.cosine_similarity(head.linear(vectors), wanted, dim=-1)
+    assert torch.allclose(head.loss(vectors, cells), expected.mean(1).sum(), atol=1e-5)
+
+
+def test_the_teacher_looks_at_the_very_pixels_of_the_student(recipe):
+    task, seen = Run(replace(recipe, mixed=1.0)).task, {}
+    see, cells = task.see, task.teacher.cells
+    task.see = lambda pixels: see(seen.setdefault("student", pixels))
+    task.teacher.cells = lambda pixels: cells(seen.setdefault("teacher", pixels))
+    task.model.train()
+    task.backward(0)
+    assert torch.equal(seen["student"], seen["teacher"])
 
 
 def test_principal_components_keep_the_most_variance():
     cells = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 1, 3, 0.1, 0.2, 2]) + 7
-    mean, basis = principal_components(cells, 3)
-    _, _, expected = np.linalg.svd((cells - cells.mean(0)).numpy(), full_matrices=False)
+    mean, basis, variance = principal_components(cells, 3)
+    _, sizes, expected = np.linalg.svd((cells - cells.mean(0)).numpy(), full_matrices=False)
+    assert variance.item() == pytest.approx((sizes[:3] ** 2).sum() / 500, rel=1e-4)
     assert torch.allclose(mean, cells.mean(0), atol=1e-5)
     assert np.allclose(np.abs(expected[:3] @ basis.numpy()), np.eye(3), atol=1e-4)
     with pytest.raises(UserError, match="at most the 6 channels of the teacher, got 7"):
         principal_components(cells, 7)
-
-
-def test_the_cache_is_read_instead_of_running_the_teacher(recipe, tmp_path, monkeypatch):
-    first = Run(recipe).task
-    assert (tmp_path / "teacher").is_dir()
-    monkeypatch.setattr(Teacher, "look", lambda *args: pytest.fail("the teacher runs again"))
-    second = Run(recipe).task
-    assert np.array_equal(first.targets[:], second.targets[:])
-    assert np.array_equal(first.val_targets[:], second.val_targets[:])
-
-
-def test_another_teacher_or_other_components_have_a_cache_of_their_own(recipe, tmp_path):
-    Run(recipe)
-    Run(replace(recipe, components=4))
-    assert len(list((tmp_path / "teacher").iterdir())) == 2
 
 
 # ---- runs
@@ -154,7 +166,7 @@ def test_the_student_learns_to_see_as_its_teacher(trained):
     assert checks[-1]["aligned"] < checks[-1]["shuffled"] - 0.1
 
 
-def test_windows_first_then_whole_pictures_and_only_the_encoder_moves(recipe):
+def test_small_views_first_then_whole_ones_and_only_the_encoder_moves(recipe):
     run, seen = Run(recipe), []
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     see = run.task.see
@@ -239,3 +251,8 @@ def test_a_teacher_of_another_stride_is_refused():
 
     with pytest.raises(UserError, match="has 2 x 2 cells at 128 pixels, expected one in 32 pixels"):
         Teacher(Coarse(), 128, torch.float32, torch.device("cpu"))
+
+
+def test_a_share_that_is_none_is_refused(recipe):
+    with pytest.raises(UserError, match="--mixed is a share and must lie in 0..1, got 1.5"):
+        Run(replace(recipe, mixed=1.5))

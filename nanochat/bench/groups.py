@@ -11,7 +11,7 @@ RESNET = "ResNet-18 of torchvision alone, ready pixels"
 def on_onnx(name: str, make: str, arguments: dict) -> tuple[Contestant, ...]:
     """The same on ONNX Runtime, in float32 and with 8-bit weights and products."""
     return tuple(
-        Contestant(f"{name}, ONNX Runtime, {label}", make, arguments | {"runtime": runtime})
+        Contestant(f"{name}, ONNX Runtime, {label}", make, arguments | {"runtime": runtime}, only="cpu")
         for label, runtime in (("float32", "onnx"), ("int8", "int8"))
     )
 
@@ -26,7 +26,8 @@ def embed_rows(arguments: dict) -> tuple[Contestant, ...]:
         ("ultralytics embed", "peers:embed", {}),
         ("ultralytics embed, squares", "peers:embed", {"rectangles": False}),
     )
-    return tuple(Contestant(label, make, arguments | given) for label, make, given in rows)
+    half = Contestant("ultralytics embed, float16", "peers:embed", arguments | {"half": True}, only="cuda")
+    return (*(Contestant(label, make, arguments | given) for label, make, given in rows), half)
 
 
 def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
@@ -36,8 +37,8 @@ def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race
             "16 pictures of 480 x 640 to vectors of layer p5, per picture",
             (
                 *embed_rows(sixteen),
-                Contestant("ONNX Runtime, float32, squares", "ours:embed_onnx", sixteen | {"int8": False}),
-                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", sixteen | {"int8": True}),
+                Contestant("ONNX Runtime, float32, squares", "ours:embed_onnx", sixteen | {"int8": False}, only="cpu"),
+                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", sixteen | {"int8": True}, only="cpu"),
             ),
             times=16,
         ),
@@ -57,6 +58,7 @@ def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race
 
 def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     shown = {"checkpoint": checkpoint, "picture": picture}
+    question = shown | {"question": QUESTION}
     return [
         Race(
             "a picture's file to its caption",
@@ -70,28 +72,29 @@ def ask(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
         Race(
             "a picture's file and a question to the answer",
             (
-                Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION}),
-                *on_onnx(checkpoint, "ours:ask", shown | {"question": QUESTION}),
+                Contestant(checkpoint, "ours:ask", question),
+                *on_onnx(checkpoint, "ours:ask", question),
                 Contestant(RESNET, "peers:resnet18", {"size": 224}),
             ),
         ),
         Race(
             "a new process to the answer to a question: imports, loading, the answer (memory: without that process)",
-            tuple(
-                Contestant(label, "ours:cold", shown | {"question": QUESTION, "runtime": runtime})
-                for label, runtime in (
-                    (f"{checkpoint}, ONNX Runtime, int8", "int8"),
-                    (f"{checkpoint}, ONNX Runtime, float32", "onnx"),
-                    (checkpoint, "torch"),
-                )
+            (
+                Contestant(
+                    f"{checkpoint}, ONNX Runtime, int8", "ours:cold", question | {"runtime": "int8"}, only="cpu"
+                ),
+                Contestant(
+                    f"{checkpoint}, ONNX Runtime, float32", "ours:cold", question | {"runtime": "onnx"}, only="cpu"
+                ),
+                Contestant(checkpoint, "ours:cold", question),
             ),
             rounds=7,
         ),
         Race(
             "a picture and a question to the first token",
             (
-                Contestant(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
-                *on_onnx(checkpoint, "ours:ask", shown | {"question": QUESTION, "n_tokens": 1}),
+                Contestant(checkpoint, "ours:ask", question | {"n_tokens": 1}),
+                *on_onnx(checkpoint, "ours:ask", question | {"n_tokens": 1}),
                 Contestant("SmolVLM, 256 M, one tile of 512 x 512", "peers:smolvlm", {"tiles": 1, "n_text": 20}),
             ),
             rounds=5,
@@ -105,9 +108,12 @@ def decode(weights: str, checkpoint: str, policy: str, picture: str) -> list[Rac
         work = {"shape": shape, "n_prompt": PROMPT, "n_tokens": TOKENS[shape]}
         contestants = [
             Contestant("nanochat, torch", "ours:decode", work),
-            Contestant("nanochat, torch, fixed shapes, torch.compile", "compiled:decode", work),
-            Contestant("nanochat, ONNX Runtime, float32", "ours:decode_onnx", work | {"int8": False}),
-            Contestant("nanochat, ONNX Runtime, int8", "ours:decode_onnx", work | {"int8": True}),
+            Contestant(
+                "nanochat, torch, fixed shapes, CUDA graph", "fixed:decode", work | {"compiled": False}, only="cuda"
+            ),
+            Contestant("nanochat, torch, fixed shapes, torch.compile", "fixed:decode", work | {"compiled": True}),
+            Contestant("nanochat, ONNX Runtime, float32", "ours:decode_onnx", work | {"int8": False}, only="cpu"),
+            Contestant("nanochat, ONNX Runtime, int8", "ours:decode_onnx", work | {"int8": True}, only="cpu"),
             Contestant("transformers NanoChat", "peers:decode", work | {"kind": "NanoChat"}),
             Contestant("transformers Llama", "peers:decode", work | {"kind": "Llama"}),
             Contestant("transformers Llama, static cache", "peers:decode", work | {"kind": "Llama", "cache": "static"}),
@@ -172,7 +178,7 @@ def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]
             "embedding extraction (RTX 2080 SUPER: ~50 ms)",
             (
                 *embed_rows(one),
-                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", one | {"int8": True}),
+                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", one | {"int8": True}, only="cpu"),
             ),
         ),
         Race(

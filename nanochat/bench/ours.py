@@ -1,4 +1,4 @@
-"""The contestants of this project. Each function returns what is timed, and what is said about it."""
+"""The contestants of this project. Each function returns what is timed, and what is said about it. device: of torch."""
 
 import atexit
 import hashlib
@@ -38,14 +38,14 @@ def prompt(n: int, vocab: int) -> list[int]:
 # ---- encoders
 
 
-def embed(weights: str, n: int, dtype: str = "bfloat16", rectangles: bool = False):
+def embed(weights: str, n: int, dtype: str = "bfloat16", rectangles: bool = False, device: str = "cpu"):
     import torch
 
     from nanochat.vision.encoder import open_encoder
     from nanochat.vision.inference import computes_bfloat16, embeddings
 
-    encoder, shown = open_encoder(weights), pictures(n)
-    if dtype == "bfloat16" and not computes_bfloat16(torch.device("cpu")):
+    encoder, shown = open_encoder(weights, device=device), pictures(n)
+    if dtype == "bfloat16" and not computes_bfloat16(torch.device(device)):
         raise ImportError("this processor computes no bfloat16")
     return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype), rectangles), {"dtype": dtype}
 
@@ -73,23 +73,23 @@ def export_encoder(folder: str, weights: str, int8: bool) -> None:
     export_checkpoint(folder, f"{folder}/torch", int8)
 
 
-def detect(weights: str):
+def detect(weights: str, device: str = "cpu"):
     from nanochat.vision.encoder import open_encoder
 
-    encoder, shown = open_encoder(weights), pictures(1)
+    encoder, shown = open_encoder(weights, device=device), pictures(1)
     return lambda: encoder.detect(shown), {}
 
 
 # ---- pictures to words
 
 
-def agent_of(checkpoint: str, runtime: str = "torch"):
+def agent_of(checkpoint: str, runtime: str = "torch", device: str = "cpu"):
     """runtime: torch, or onnx or int8 for the checkpoint's export to ONNX Runtime. An export runs as it is."""
     from nanochat.agent import Agent
 
-    return Agent.load(
-        checkpoint if runtime == "torch" else exported("export_checkpoint", checkpoint, runtime == "int8")
-    )
+    if runtime == "torch":
+        return Agent.load(checkpoint, device)
+    return Agent.load(exported("export_checkpoint", checkpoint, runtime == "int8"))
 
 
 def exported(function: str, *arguments) -> str:
@@ -128,13 +128,20 @@ def export_checkpoint(folder: str, checkpoint: str, int8: bool) -> None:
     export(checkpoint, f"{folder}/onnx", int8=int8, calibrate=calibrate)
 
 
-def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None = None, runtime: str = "torch"):
+def ask(
+    checkpoint: str,
+    picture: str,
+    question: str = "",
+    n_tokens: int | None = None,
+    runtime: str = "torch",
+    device: str = "cpu",
+):
     """From the file of a picture to the text. An empty question asks for a caption; n_tokens: 1 for the first token alone."""
     from nanochat.agent import question_message
     from nanochat.data.sample import CAPTION_PROMPT
     from nanochat.engine import Engine
 
-    agent, message = agent_of(checkpoint, runtime), question_message(question or CAPTION_PROMPT, 1)
+    agent, message = agent_of(checkpoint, runtime, device), question_message(question or CAPTION_PROMPT, 1)
 
     def reply() -> str:
         vectors, ids = agent.look([picture]), agent.prompt([message])
@@ -148,28 +155,28 @@ def ask(checkpoint: str, picture: str, question: str = "", n_tokens: int | None 
 COLD = """
 import sys
 from nanochat.agent import Agent
-agent = Agent.load(sys.argv[1])
+agent = Agent.load(sys.argv[1], sys.argv[4])
 print("".join(agent.ask(sys.argv[3], agent.look(sys.argv[2]))))
 """
 
 
-def cold(checkpoint: str, picture: str, question: str, runtime: str = "torch"):
+def cold(checkpoint: str, picture: str, question: str, runtime: str = "torch", device: str = "cpu"):
     """A new process that loads a model and answers a question."""
     name = checkpoint if runtime == "torch" else exported("export_checkpoint", checkpoint, runtime == "int8")
-    words = [sys.executable, "-P", "-c", COLD, name, picture, question]
+    words = [sys.executable, "-P", "-c", COLD, name, picture, question, device]
     return lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL), {}
 
 
-def look(checkpoint: str, picture: str, runtime: str = "torch"):
-    agent = agent_of(checkpoint, runtime)
+def look(checkpoint: str, picture: str, runtime: str = "torch", device: str = "cpu"):
+    agent = agent_of(checkpoint, runtime, device)
     return lambda: agent.look([picture]), {}
 
 
 # ---- words
 
 
-def model_of(shape: str):
-    """A GPT with random weights, none of them zero."""
+def model_of(shape: str, device: str = "cpu"):
+    """A GPT in float32 with random weights, none of them zero."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig
@@ -181,13 +188,13 @@ def model_of(shape: str):
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, 0.0, 0.02)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def decode(shape: str, n_prompt: int, n_tokens: int):
+def decode(shape: str, n_prompt: int, n_tokens: int, device: str = "cpu"):
     from nanochat.engine import Engine
 
-    model = model_of(shape)
+    model = model_of(shape, device)
     ids = prompt(n_prompt, model.config.vocab_size)
     return lambda: Engine(model).generate([ids], n_tokens), {"parameters": model.num_parameters()}
 
@@ -211,17 +218,17 @@ def export_shape(folder: str, shape: str, int8: bool) -> None:
     export(f"{folder}/torch", f"{folder}/onnx", int8=int8)
 
 
-def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
+def decode_uncached(shape: str, n_prompt: int, n_tokens: int, device: str = "cpu"):
     """The loop of a model without a cache: every token reads the whole row again."""
     import torch
 
-    model = model_of(shape)
+    model = model_of(shape, device)
     ids = prompt(n_prompt, model.config.vocab_size)
 
     def generate() -> None:
         row = list(ids)
         for _ in range(n_tokens):
-            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+            row.append(int(model(torch.tensor([row], device=device))[0, -1].argmax()))
 
     return generate, {}
 
@@ -229,10 +236,10 @@ def decode_uncached(shape: str, n_prompt: int, n_tokens: int):
 # ---- actions
 
 
-def act(checkpoint: str, cameras: int, height: int, width: int, runtime: str = "torch"):
+def act(checkpoint: str, cameras: int, height: int, width: int, runtime: str = "torch", device: str = "cpu"):
     """From camera frames to a chunk of actions. A policy that has another number of cameras is made with random weights."""
     if cameras == 1 or runtime == "torch":
-        agent = agent_of(checkpoint, runtime)
+        agent = agent_of(checkpoint, runtime, device)
     else:
         agent = agent_of(exported("export_cameras", checkpoint, cameras, runtime == "int8"))
     if cameras != len(agent.metadata["cameras"] or [""]):
@@ -252,6 +259,7 @@ def with_cameras(agent, n: int):
     model = RobotGPT(replace(agent.model.config, cameras=[f"camera_{number}" for number in range(n)]))
     model.init_weights()
     model.attach_encoder(agent.model.vision_encoder)
+    model.to(agent.model.device).set_compute_dtype(agent.model.compute_dtype)
     return Agent(model.eval(), agent.tokenizer)
 
 
@@ -267,12 +275,12 @@ def export_cameras(folder: str, checkpoint: str, n: int, int8: bool) -> None:
 # ---- training, and the description's table
 
 
-def train(shape: str, rows: int, length: int):
+def train(shape: str, rows: int, length: int, device: str = "cpu"):
     """Forward and backward of a batch (rows, length), without the optimiser."""
     import torch
 
-    model = model_of(shape).train()
-    ids = torch.tensor([prompt(length + 1, model.config.vocab_size)] * rows)
+    model = model_of(shape, device).train()
+    ids = torch.tensor([prompt(length + 1, model.config.vocab_size)] * rows, device=device)
 
     @torch.enable_grad()
     def step() -> None:
@@ -282,7 +290,7 @@ def train(shape: str, rows: int, length: int):
     return step, {"parameters": model.num_parameters()}
 
 
-def small_model():
+def small_model(device: str):
     import torch
 
     from nanochat.config import MultimodalGPTConfig
@@ -292,29 +300,29 @@ def small_model():
     shape = dict(sequence_len=512, vocab_size=1000, n_layer=2, n_head=4, n_kv_head=4, n_embd=256)
     model = create_multimodal_gpt(MultimodalGPTConfig(**shape))
     model.init_weights()
-    return model.eval()
+    return model.eval().to(device)
 
 
-def forward(length: int):
+def forward(length: int, device: str = "cpu"):
     import torch
 
-    model = small_model()
-    ids = torch.tensor([prompt(length, 999)])
+    model = small_model(device)
+    ids = torch.tensor([prompt(length, 999)], device=device)
     return lambda: model(ids), {"parameters": model.num_parameters()}
 
 
-def generate(n_tokens: int):
+def generate(n_tokens: int, device: str = "cpu"):
     """Tokens after a picture's vectors, as the description's `generate_with_image` makes them."""
     import torch
 
-    model, ids = small_model(), prompt(15, 999)
-    options = dict(vision_embeddings=torch.rand(1, 1, 84), max_new_tokens=n_tokens, temperature=0.0)
+    model, ids = small_model(device), prompt(15, 999)
+    options = dict(vision_embeddings=torch.rand(1, 1, 84, device=device), max_new_tokens=n_tokens, temperature=0.0)
     return lambda: model.generate_with_image(ids, **options), {}
 
 
-def load_encoder(weights: str):
+def load_encoder(weights: str, device: str = "cpu"):
     from nanochat.vision.encoder import open_encoder
 
     since = time.perf_counter()
-    open_encoder(weights)
-    return lambda: open_encoder(weights), {"first_seconds": round(time.perf_counter() - since, 2)}
+    open_encoder(weights, device=device)
+    return lambda: open_encoder(weights, device=device), {"first_seconds": round(time.perf_counter() - since, 2)}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nanochat.errors import UserError
 
@@ -20,11 +20,13 @@ WARM_UP = 3  # calls that do not count
 @dataclass(frozen=True)
 class Contestant:
     """make: "module:function" of this package, called with `arguments`; returns a function to time and a dict about it. Raises
-    ImportError where what it needs is not installed: it is then left out, and that is said."""
+    ImportError where what it needs is not installed: it is then left out, and that is said. only: "cpu" or "cuda" for one that
+    runs there alone."""
 
     label: str
     make: str
     arguments: dict = field(default_factory=dict)
+    only: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Result:
     peak: int = 0  # bytes
     about: dict = field(default_factory=dict)
     missing: str = ""
+
+
+def on_device(race: Race, device: str) -> Race:
+    """The race on a device, with the contestants that run there."""
+    kind = device.split(":")[0]
+    able = [one for one in race.contestants if one.only in ("", kind)]
+    if kind != "cpu":
+        able = [replace(one, arguments=one.arguments | {"device": device}) for one in able]
+    return replace(race, contestants=tuple(able))
 
 
 class Worker:

@@ -2,7 +2,7 @@
 
 Reads one line of JSON, {"make": "ours:embed", "arguments": {...}}, and prints {"about": {...}}. Then for each line with a number
 it calls the contestant so many times and prints {"wall": [...], "own": [...], "peak": ...}: seconds that passed, seconds of the
-process on all of its threads, and the most bytes that it ever had in memory. Ends with its input.
+process on all of its threads, and the most bytes that it ever had in memory, the GPU's if it uses one. Ends with its input.
 """
 
 import json
@@ -20,9 +20,17 @@ def make(name: str, arguments: dict):
     return getattr(import_module(f"nanochat.bench.{module}"), function)(**arguments)
 
 
+def gpu():
+    """torch.cuda where it is in use, else None. The runtime needs no torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 def timed(call) -> tuple[float, float]:
     since, own = time.perf_counter(), own_seconds()
     call()
+    if cuda := gpu():
+        cuda.synchronize()
     return time.perf_counter() - since, own_seconds() - own
 
 
@@ -32,7 +40,10 @@ def own_seconds() -> float:
 
 
 def peak() -> int:
-    """Bytes. Linux's ru_maxrss is no less than that of the process which started this one, so its VmHWM is read there."""
+    """Bytes, of the GPU where one is in use. Linux's ru_maxrss is no less than that of the process which started this one, so its
+    VmHWM is read there."""
+    if cuda := gpu():
+        return cuda.max_memory_allocated()
     with suppress(OSError), open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

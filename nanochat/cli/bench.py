@@ -18,6 +18,7 @@ def bench(
     group: Annotated[Positional[Group], arg(metavar="GROUP")] = "all",
     threads: int = 1,
     rounds: int = 15,
+    device: str = "cpu",
     weights: str = "yolov9t.yaml",
     checkpoint: str = "photos",
     policy: str = "robot",
@@ -35,6 +36,7 @@ def bench(
         group: embed, ask, decode, act, train, spec, growth, or all.
         threads: CPU threads of each process.
         rounds: Turns that each contestant gets; long ones get fewer.
+        device: cpu, or cuda for the races on a GPU, without ONNX Runtime and growth.
         weights: YOLOv9 weights for embed, detect and spec: .pt, or .yaml for random ones. The time is the same.
         checkpoint: Model that is asked.
         policy: Model that acts.
@@ -53,10 +55,17 @@ def bench(
     from nanochat.bench.machine import described
     from nanochat.bench.ours import EXPORTS
     from nanochat.bench.report import write_section
+    from nanochat.devices import pick_device
     from nanochat.files import atomic_path
 
     if min(threads, rounds) < 1:
         raise UserError(f"--threads and --rounds must be at least 1, got {threads} and {rounds}")
+    names = [*GROUPS, "growth"] if group == "all" else [group]
+    if device != "cpu":
+        pick_device(device)
+        if group == "growth":
+            raise UserError("growth is measured on the CPU: leave --device out")
+        names = [name for name in names if name != "growth"]
     for path, suffix in ((out, ".md"), (json_out, ".json")):
         if path is not None:
             check_out(path, suffix)
@@ -64,15 +73,16 @@ def bench(
     check_subjects(*subjects)
     with Console(stderr=True).status("") as status, TemporaryDirectory(prefix="nanochat-bench-") as exports:
         os.environ[EXPORTS] = exports
-        for name in [*GROUPS, "growth"] if group == "all" else [group]:
-            head = described(threads)
+        for name in names:
+            head = described(threads, device)
             if name == "growth":
                 text, figures = growth_section(threads, out, status.update)
             else:
-                text, figures = races_section(name, subjects, threads, rounds, status.update)
+                text, figures = races_section(name, subjects, device, threads, rounds, status.update)
             found |= figures
-            title = name if threads == 1 else f"{name}, {threads} threads"
-            text = f"    nanochat bench {name} --threads {threads}\n\n{head}.\n\n{text}"
+            title = ", ".join([name, *[f"{threads} threads"] * (threads > 1), *["GPU"] * (device != "cpu")])
+            flags = f"--threads {threads}" + f" --device {device}" * (device != "cpu")
+            text = f"    nanochat bench {name} {flags}\n\n{head}.\n\n{text}"
             print(f"## {title}\n\n{text}\n", flush=True)
             if out is not None:
                 write_section(out, title, text)
@@ -95,19 +105,19 @@ def check_subjects(weights: str, checkpoint: str, policy: str, picture: str) -> 
 
 
 def races_section(
-    group: str, subjects: tuple, threads: int, rounds: int, progress: Callable[[str], None]
+    group: str, subjects: tuple, device: str, threads: int, rounds: int, progress: Callable[[str], None]
 ) -> tuple[str, dict]:
     """(Markdown, figures by name) of the races of a group. subjects: what `GROUPS` takes."""
     from nanochat.bench.groups import GROUPS
     from nanochat.bench.report import race_table, roofline_lines
-    from nanochat.bench.runner import run_race
+    from nanochat.bench.runner import on_device, run_race
 
-    races = GROUPS[group](*subjects)
+    races = [on_device(race, device) for race in GROUPS[group](*subjects)]
     results = {race.name: run_race(race, threads, rounds, progress) for race in races}
     text = "\n\n".join(race_table(race, results[race.name]) for race in races)
     figures = {group: {race: [asdict(result) for result in rows] for race, rows in results.items()}}
     if group == "decode":
-        figures["machine"] = machine = measured("machine:roofline", {}, threads)
+        figures["machine"] = machine = measured("machine:roofline", {"device": device}, threads)
         text += "\n\n" + roofline_lines(machine, results)
     return text, figures
 

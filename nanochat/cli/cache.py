@@ -16,8 +16,7 @@ def cache(
     clear_names: Annotated[tuple[str, ...] | None, arg(name="clear", metavar="NAME...")] = None,
     cache_path: Annotated[Path | None, arg(name="cache", metavar="DIR")] = None,
 ) -> None:
-    """List what training keeps to start faster: decoded pictures of robot data, vision vectors, a teacher's maps, exported
-    models; or delete it.
+    """List what training keeps to start faster: decoded pictures of robot data, vision vectors, exported models; or delete it.
 
     All of it can be made again, so deleting only costs time. A run that uses an entry now goes on.
 

@@ -64,12 +64,50 @@ class PositionsHead(AuxiliaryHead):
         return (F.linear(vectors.flatten(1), weight, bias) - targets).abs().mean(-1).sum()
 
 
-class CellsHead(AuxiliaryHead):
-    """From the vector of each cell to a teacher's: cosine distance, averaged over the cells of a picture. See distill.py."""
+class Components(nn.Module):
+    """Principal components of a teacher's vectors: mean (C,), basis (C, K), variance () in them together. In resume.safetensors,
+    since the same sums on another machine can give others, above all with other signs."""
 
-    def loss(self, vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """vectors: (U, N, D); targets: (U, N, K), the teacher's vectors of the same cells."""
-        return (1 - F.cosine_similarity(self.linear(vectors), targets, dim=-1)).mean(1).sum()
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, variance: torch.Tensor):
+        super().__init__()
+        for name, value in (("mean", mean), ("basis", basis), ("variance", variance)):
+            self.register_buffer(name, value)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., K)."""
+        return (vectors - self.mean) @ self.basis
+
+
+class TeacherHead(nn.Module):
+    """How far the vectors of a student are from those of its teacher, cell by cell. See distill.py."""
+
+    def __init__(self, components: Components):
+        super().__init__()
+        self.components = components
+
+    def loss(self, vectors: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Sum over pictures, each the mean over its cells. vectors: (U, N, D) the student's; cells: (U, N, C) the teacher's."""
+        raise NotImplementedError
+
+
+class DirectionHead(TeacherHead):
+    """A linear layer from the student's vector of a cell to the direction of the teacher's: 1 - cosine."""
+
+    def __init__(self, n_in: int, components: Components):
+        super().__init__(components)
+        self.linear = nn.Linear(n_in, components.basis.size(1))
+
+    def loss(self, vectors: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        return (1 - F.cosine_similarity(self.linear(vectors), self.components(cells), dim=-1)).mean(1).sum()
+
+
+class EqualHead(TeacherHead):
+    """The student's vectors shall be the teacher's, up to what lies outside of the principal components: squared error in units
+    of the teacher's variance. Nothing in it learns."""
+
+    def loss(self, vectors: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        error = self.components(vectors) - self.components(cells)
+        return error.square().sum(-1).mean(1).sum() / self.components.variance
 
 
 def answer_tokens(rows) -> list[list[int]]:

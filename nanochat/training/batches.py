@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from nanochat.conversation import render
 from nanochat.data import CAPTION_PROMPT, DataError, Sample, image_key, picture_groups
 from nanochat.gpt import GPT, IGNORE_INDEX, Inputs, pad_rows
 from nanochat.multimodal_gpt import MultimodalGPT
 from nanochat.training.features import Features
-from nanochat.training.squares import Squares
+from nanochat.training.squares import Squares, warp
 
 MOST_PADDING = 2  # the longest row of a part, as a multiple of its shortest
 TURNS = "clockwise|counterclockwise|anticlockwise"
@@ -276,8 +275,7 @@ def augment(
     mirror = np.where(np.array([flip != "none", flip == "both"]) & mirrorable, mirror, 1)
     theta[:, 0, 0], theta[:, 1, 1] = zoom * mirror[:, 0], zoom * mirror[:, 1]
     theta[:, :, 2] = shift
-    grid = F.affine_grid(torch.from_numpy(theta).to(x.device), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return warp(x, theta, x.size(-1))
 
 
 def reduce_gradient(vectors: torch.Tensor, share: float) -> torch.Tensor:

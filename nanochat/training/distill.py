@@ -3,8 +3,9 @@
     view of a picture ──┬── student ──> (N, D) ── linear ──> (N, K) ───────────────┐
                         └── teacher ──> (N, C) ── principal components ──> (N, K) ─┴─> 1 - cosine in each of the N cells
 
-No answers are needed, only pictures: the teacher's map of a picture says far more about it than a caption. The linear layer is
-a helper of the training; what is kept is the student, which other recipes read with --encoder.
+No answers are needed, only pictures: the teacher's map of a picture says far more about it than a caption. In every epoch both
+see another view of each picture. The linear layer is a helper of the training; what is kept is the student, which other recipes
+read with --encoder.
 
 With --start-from, the decoder of that checkpoint goes on reading the map, as that of a pruned model does. So there is no linear
 layer: the map itself shall be the teacher's, up to what lies outside of the principal components, and the loss is the squared
@@ -17,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
-from nanochat.cache import cache_folder
 from nanochat.checkpoint import encoder_of
 from nanochat.data import image_key, load_dataset
 from nanochat.errors import UserError
@@ -27,16 +26,18 @@ from nanochat.evaluation.controls import another_group
 from nanochat.fusion import pool_to_tokens
 from nanochat.multimodal_gpt import MultimodalGPT, MultimodalGPTConfig
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.auxiliary import CellsHead
-from nanochat.training.distributed import first_goes_first
+from nanochat.training.auxiliary import DirectionHead, EqualHead
 from nanochat.training.fingerprint import samples_fingerprint
 from nanochat.training.recipes import Distill
 from nanochat.training.squares import Squares
 from nanochat.training.statistics import picture_batches
-from nanochat.training.task import StepResult, Task, console, model_shape, open_recipe_encoder, say
-from nanochat.training.teacher import Teacher, View, cells_of, draw_views, pixels_of
+from nanochat.training.task import StepResult, Task, model_shape, open_recipe_encoder, say
+from nanochat.training.teacher import Teacher, mixed, random_views
 from nanochat.vision.images import ImageSource
 from nanochat.vision.pixels import STRIDE
+
+MARGIN = 2  # cells by which views are smaller than the map at first
+SMALLEST_FIRST, SMALLEST_LAST = 0.5, 0.8  # sides of the smallest views, of their picture's
 
 
 class DistillTask(Task):
@@ -80,30 +81,18 @@ class DistillTask(Task):
             )
         if recipe.start_from:
             self.unit = "squared error / variance"
-        else:
-            self.auxiliary = CellsHead(channels, recipe.components).to(model.device)
 
     def load_images(self) -> None:
-        """The teacher's maps, from the cache or by running it, which takes as long as some epochs of training."""
-        recipe, teacher = self.recipe, self.teacher
-        self.model.vision_encoder.to(memory_format=torch.channels_last)
+        """The teacher's principal components, from some of the pictures."""
+        recipe, model = self.recipe, self.model
+        model.vision_encoder.to(memory_format=torch.channels_last)
         memory = recipe.picture_memory * 1e9
-        self.val_pictures = Squares(self.model.vision_encoder, self.val_images, memory)
-        self.pictures = Squares(self.model.vision_encoder, self.images, memory - self.val_pictures.n_bytes)
-        folder = cache_folder("teacher", recipe.cache)
-        with Progress(console=console) as progress:
-            bar = progress.add_task("running the teacher", total=None)
-
-            def show(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            with first_goes_first():
-                teacher.fit(self.images, recipe.components, recipe.seed, folder)
-                self.targets = teacher.targets(self.images, True, show)
-                self.val_targets = teacher.targets(self.val_images, False, show)
-            progress.update(bar, completed=1, total=1)
-        self.variance = float(np.square(self.val_targets[:]).sum(-1).mean())  # targets have no mean
-        teacher.release()
+        self.val_pictures = Squares(model.vision_encoder, self.val_images, memory)
+        self.pictures = Squares(model.vision_encoder, self.images, memory - self.val_pictures.n_bytes)
+        components = self.teacher.components(self.images, recipe.components, recipe.seed)
+        channels = model.config.vision_embedding_dim
+        head = EqualHead(components) if recipe.start_from else DirectionHead(channels, components)
+        self.auxiliary = head.to(model.device)
 
     def fingerprint(self) -> dict[str, dict]:
         return {
@@ -126,35 +115,31 @@ class DistillTask(Task):
 
     # ---- steps
 
-    def views(self, numbers: Sequence[int], rng: np.random.Generator, windows: bool) -> tuple[torch.Tensor, list[View]]:
-        """A random view of each picture: pixels (B, 3, S', S'), and which view it is."""
-        views = draw_views(rng, len(numbers), self.teacher.side, windows)
-        pictures = self.pictures.pixels(numbers)
-        pixels = torch.stack([pixels_of(picture, view) for picture, view in zip(pictures, views, strict=True)])
-        return pixels.contiguous(memory_format=torch.channels_last), views
+    def views(self, numbers: Sequence[int], rng: np.random.Generator, last: bool) -> torch.Tensor:
+        """A random view of each picture, (B, 3, S', S'). last: as they are at the end of the run."""
+        side = self.teacher.side if last else max(1, self.teacher.side - MARGIN)
+        smallest = SMALLEST_LAST if last else SMALLEST_FIRST
+        pixels = random_views(self.pictures.pixels(numbers), rng, smallest, side * STRIDE)
+        if not last:
+            pixels = mixed(pixels, rng, self.recipe.mixed)
+        return pixels.contiguous(memory_format=torch.channels_last)
 
-    def sees_windows(self, step: int) -> bool:
-        """Windows until the learning rates begin to fall: in every epoch another one, for half the price. Then whole pictures, as
-        the encoder will see them; Touvron et al. 2019, arXiv 1906.06423, measure why the larger size comes last."""
-        return step < (1 - self.recipe.cooldown) * self.steps
+    def is_last_part(self, step: int) -> bool:
+        """Until the learning rates begin to fall, views are small, for half of the price. Then they are nearly the whole pictures,
+        as the encoder will see them; Touvron et al. 2019, arXiv 1906.06423, measure why the larger size comes last."""
+        return step >= (1 - self.recipe.cooldown) * self.steps
 
     def backward(self, step: int) -> StepResult:
         recipe = self.recipe
         numbers = pictures_of_step(len(self.images), step, recipe.images_per_step, recipe.seed)
-        n, windows = self.n_parts, self.sees_windows(step)
+        n, last = self.n_parts, self.is_last_part(step)
         own = self.own_parts(step, n, purpose=2)
-        return sum((self.part_gradients(numbers[part::n], windows, rng) for part, rng in own), StepResult())
+        return sum((self.part_gradients(numbers[part::n], last, rng) for part, rng in own), StepResult())
 
-    def part_gradients(self, numbers: list[int], windows: bool, rng: np.random.Generator) -> StepResult:
+    def part_gradients(self, numbers: list[int], last: bool, rng: np.random.Generator) -> StepResult:
         """Accumulate the gradients of some pictures; they weigh as much as they are of those of a step."""
-        pixels, views = self.views(numbers, rng, windows)
-        side = self.teacher.side
-        targets = [
-            cells_of(self.targets[number].reshape(2, side, side, -1), view)
-            for number, view in zip(numbers, views, strict=True)
-        ]
-        learnt = torch.from_numpy(np.stack(targets)).to(pixels.device)
-        loss = self.distance(self.see(pixels), learnt) / self.recipe.images_per_step
+        pixels = self.views(numbers, rng, last)
+        loss = self.auxiliary.loss(self.see(pixels), self.teacher.cells(pixels)) / self.recipe.images_per_step
         loss.backward()
         return StepResult(loss.item(), 0, len(numbers))
 
@@ -165,17 +150,10 @@ class DistillTask(Task):
             maps = self.model.vision_encoder.maps(pixels, [layer])[layer]
         return pool_to_tokens(maps.float(), (pixels.size(-1) // STRIDE) ** 2)
 
-    def distance(self, vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum over pictures, each the mean over its cells. vectors: (U, N, D); targets: (U, N, K), the teacher's."""
-        if self.auxiliary is not None:
-            return self.auxiliary.loss(vectors, targets)
-        components = (vectors - self.teacher.mean) @ self.teacher.basis
-        return (components - targets).square().sum(-1).mean(1).sum() / self.variance
-
     def pixel_batches(self) -> Iterator[torch.Tensor]:
         rng = np.random.default_rng([self.recipe.seed, 0, 3])
         for numbers in picture_batches(len(self.images), self.part_size, rng):
-            yield self.views(numbers, rng, windows=False)[0]
+            yield self.views(numbers, rng, last=True)
 
     # ---- validation
 
@@ -189,8 +167,8 @@ class DistillTask(Task):
         for part in (numbers[start : start + size] for start in range(0, len(numbers), size)):
             vectors = self.see(self.val_pictures.pixels(part))
             for condition, items in of.items():
-                targets = torch.from_numpy(self.val_targets[[items[number] for number in part]])
-                totals[condition] += self.distance(vectors, targets.to(vectors.device)).item()
+                cells = self.teacher.cells(self.val_pictures.pixels([items[number] for number in part]))
+                totals[condition] += self.auxiliary.loss(vectors, cells).item()
         return {condition: total / len(numbers) for condition, total in totals.items()}
 
 

@@ -73,28 +73,16 @@ def cached_features(
         DataError: a file of the cache is damaged (it is named, and is to be deleted).
         ImageError: an image cannot be read. OSError: the disk is full. Vectors computed before are kept.
     """
-    place = Path(folder).expanduser() / cache_key(model, mirrored)
-    return cached_vectors(place, images, lambda missing: look(model, missing, mirrored), batch_size, progress)
-
-
-def cached_vectors(
-    place: Path,
-    images: Sequence[ImageSource],
-    look: Callable[[list[ImageSource]], Sequence[np.ndarray]],
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> Features:
-    """What `look` says of the images, (N, D) float32 of each, from the folder `place`; it is asked only for what is not there.
-    Raises as `cached_features`."""
     if not images:
         raise UserError("there are no images to compute features of")
+    place = Path(folder).expanduser() / cache_key(model, mirrored)
     digests = [source_digest(image) for image in images]
     make_folder(place)
     cached = {digest for path in place.glob("*.json") for digest in read_index(path)["images"]}
     missing = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in cached}
     if missing:
         check_writable(place)
-    compute(missing, place, look, batch_size, progress)
+    compute(missing, place, lambda some: look(model, some, mirrored), batch_size, progress)
     parts: list[np.ndarray] = []
     rows: dict[str, tuple[int, int]] = {}
     for path in sorted(place.glob("*.json")):

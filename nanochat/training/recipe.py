@@ -23,7 +23,7 @@ AT_LEAST = {
 }  # fmt: skip
 SHARES = (
     "jitter", "blind_share", "word_dropout", "decoder_gradient", "cooldown", "dropout", "feature_dropout", "label_smoothing",
-    "wrong_words",
+    "wrong_words", "mixed",
 )  # fmt: skip
 
 DType = Literal["float32", "bfloat16"]

@@ -216,13 +216,14 @@ class Distill(PictureData):
     """An encoder that learns to see as another one does, from pictures alone: --data DIR. Other recipes take it by --encoder.
 
     With --start-from PRUNED --teacher WHOLE, the encoder of a pruned model learns the maps that its decoder was trained on.
-    Of the data only the pictures count, and only --data is validated on. The teacher's maps are computed once and kept on disk,
-    100 kB a picture."""
+    Of the data only the pictures count, and only --data is validated on."""
 
     teacher: str = "efficientnet_lite2"
     "The encoder to learn from, named as in --encoder."
     components: int = 256
     "Principal components of the teacher's map that are learnt."
+    mixed: float = 0.0
+    "Share of the views of the first part of a run with another picture over them; for runs of a hundred epochs and more."
 
     layer: str = "p5+p4+p3+8"
     vision_tokens: int = 49

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nanochat.vision.encoder import Encoder
 from nanochat.vision.images import ImageSource, square
@@ -41,3 +42,10 @@ class Squares:
         device = next(self.encoder.parameters()).device
         pixels = to_pixels(np.stack([self.square(number) for number in numbers]), device, torch.float32)
         return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def warp(pixels: torch.Tensor, theta: np.ndarray, size: int) -> torch.Tensor:
+    """(B, 3, S, S) -> (B, 3, size, size): where an affine map, theta (B, 2, 3) in units of half a picture, finds each pixel.
+    Beyond the border, the border goes on."""
+    grid = F.affine_grid(torch.from_numpy(theta).to(pixels.device), [len(pixels), 3, size, size], align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)

@@ -16,7 +16,6 @@ from nanochat.checkpoint import encoder_of
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.auxiliary import AuxiliaryHead
 from nanochat.training.distributed import parts_of
 from nanochat.training.optimizers import learning_rate_factor
 from nanochat.training.recipe import Recipe
@@ -70,7 +69,7 @@ class Task:
     steps: int
     reward_steps = 0
     unit = "loss (nats per token)"
-    auxiliary: AuxiliaryHead | None = None
+    auxiliary: torch.nn.Module | None = None
     images_learnt = 1
     multi_turn = False
     memory_advice = ""
