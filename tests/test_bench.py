@@ -23,12 +23,17 @@ class Fake(Worker):
     def __init__(self, contestant, threads):
         self.contestant, self.wall, self.own, self.peak = contestant, [], [], 0
         self.about, self.times = {"threads": threads}, iter(contestant.arguments["times"])
-        if not contestant.arguments["times"]:
+
+    def make(self):
+        if not self.contestant.arguments["times"]:
             raise ChildProcessError("ImportError: no such package")
 
-    def ask(self, line):
-        TURNS.extend([self.contestant.label] * int(line))
-        seconds = [next(self.times) for _ in range(int(line))]
+    def tell(self, line):
+        self.n = int(line)
+
+    def answer(self):
+        TURNS.extend([self.contestant.label] * self.n)
+        seconds = [next(self.times) for _ in range(self.n)]
         return {"wall": seconds, "own": [2 * value for value in seconds], "peak": 7_000_000}
 
     def close(self):
@@ -72,6 +77,7 @@ def test_a_peer_that_cannot_run_is_named_and_ours_is_an_error(fakes):
 
 def test_a_process_of_its_own(tmp_path):
     worker = Worker(Contestant("ours", "ours:forward", {"length": 4}), threads=1)
+    worker.make()
     worker.run(2)
     worker.close()
     assert worker.about["parameters"] > 2e6 and len(worker.wall) == 2 and min(worker.own) > 0 and worker.peak > 5e7

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 from nanochat.errors import UserError
@@ -74,23 +74,30 @@ class Worker:
         self.process = subprocess.Popen(
             words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.about = self.ask(json.dumps({"make": contestant.make, "arguments": contestant.arguments}))["about"]
+        self.tell(json.dumps({"make": contestant.make, "arguments": contestant.arguments}))
 
-    def ask(self, line: str) -> dict:
-        """Raises ChildProcessError with the last line that the process wrote if it has ended."""
-        try:
+    def tell(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # then there is no answer either
             self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+
+    def answer(self) -> dict:
+        """Raises ChildProcessError with the last line that the process wrote if it has ended."""
+        answer = self.process.stdout.readline()
         if not answer:
-            errors = self.process.communicate()[1].strip().splitlines() or ["it ended without a message"]
+            self.process.wait()
+            errors = self.process.stderr.read().strip().splitlines() or ["it ended without a message"]
             raise ChildProcessError(errors[-1])
         return json.loads(answer)
 
+    def make(self) -> dict:
+        """Wait until it is ready; returns what the contestant says about itself. Raises as `answer`."""
+        self.about = self.answer()["about"]
+        return self.about
+
     def run(self, n: int, counts: bool = True) -> None:
-        found = self.ask(str(n))
+        self.tell(str(n))
+        found = self.answer()
         self.peak = found["peak"]
         if counts:
             self.wall += found["wall"]
@@ -111,18 +118,21 @@ def run_race(
     """A result for each contestant, in their order. Raises UserError if ours cannot run."""
     results: dict[str, Result] = {}
     with ExitStack() as stack:
-        workers = []
-        for contestant in race.contestants:
-            progress(f"{race.name}: {contestant.label} starts")
+        started, workers = [], []
+        for contestant in race.contestants:  # all at once: loading takes far longer than what is timed
+            started.append(Worker(contestant, threads))
+            stack.callback(started[-1].close)
+        for worker in started:
+            label = worker.contestant.label
+            progress(f"{race.name}: {label} starts")
             try:
-                workers.append(Worker(contestant, threads))
-                stack.callback(workers[-1].close)
-                workers[-1].run(WARM_UP, counts=False)
+                worker.make()
+                worker.run(WARM_UP, counts=False)
+                workers.append(worker)
             except ChildProcessError as error:
-                if contestant is race.contestants[0]:
-                    raise UserError(f"{race.name}: {contestant.label} cannot run: {error}") from error
-                results[contestant.label] = Result(contestant.label, missing=str(error))
-                workers = [worker for worker in workers if worker.contestant is not contestant]
+                if worker is started[0]:
+                    raise UserError(f"{race.name}: {label} cannot run: {error}") from error
+                results[label] = Result(label, missing=str(error))
         n = min(rounds, race.rounds)
         for number in range(n):
             progress(f"{race.name}: round {number + 1} of {n}")

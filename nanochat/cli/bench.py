@@ -159,9 +159,10 @@ def measured(make: str, arguments: dict, threads: int) -> dict:
     """What a contestant that measures at once says, in a process of its own."""
     from nanochat.bench.runner import Contestant, Worker
 
+    worker = Worker(Contestant(make, make, arguments), threads)
     try:
-        worker = Worker(Contestant(make, make, arguments), threads)
+        return worker.make()
     except ChildProcessError as error:
         raise UserError(f"{make} cannot run: {error}") from error
-    worker.close()
-    return worker.about
+    finally:
+        worker.close()

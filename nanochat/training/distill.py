@@ -125,8 +125,8 @@ class DistillTask(Task):
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def is_last_part(self, step: int) -> bool:
-        """Until the learning rates begin to fall, views are small, for half of the price. Then they are nearly the whole pictures,
-        as the encoder will see them; Touvron et al. 2019, arXiv 1906.06423, measure why the larger size comes last."""
+        """Until the learning rates begin to fall, views are small, for half of the price. Then they are nearly whole pictures, as
+        the encoder will see them; Touvron et al. 2019, arXiv 1906.06423, measure why the larger size comes last."""
         return step >= (1 - self.recipe.cooldown) * self.steps
 
     def backward(self, step: int) -> StepResult:

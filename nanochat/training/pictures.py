@@ -10,6 +10,7 @@ model does not use the pictures.
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -354,11 +355,11 @@ def validate_rows(
 
 
 def decode_all(parts: Sequence[EncodedVectors]) -> None:
-    with Progress(console=console) as progress:
+    """In threads: Pillow decodes without Python's lock."""
+    with Progress(console=console) as progress, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         bar = progress.add_task("decoding pictures", total=sum(len(vectors.images) for vectors in parts))
         for vectors in parts:
-            for number in range(len(vectors.images)):
-                vectors.square(number)
+            for _ in pool.map(vectors.square, range(len(vectors.images))):
                 progress.advance(bar)
 
 

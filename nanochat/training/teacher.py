@@ -70,7 +70,7 @@ def principal_components(cells: torch.Tensor, n: int) -> tuple[torch.Tensor, tor
 
 
 def random_views(pixels: torch.Tensor, rng: np.random.Generator, smallest: float, size: int) -> torch.Tensor:
-    """(B, 3, S, S) -> (B, 3, size, size): a random square of each picture, `smallest` to all of its side, half of them mirrored."""
+    """(B, 3, S, S) -> (B, 3, size, size): a square of each picture, `smallest` to all of its side, half of them mirrored."""
     n = len(pixels)
     zoom, mirror = rng.uniform(smallest, 1, n), np.where(rng.random(n) < 0.5, -1, 1)
     theta = np.zeros((n, 2, 3), np.float32)
@@ -81,6 +81,6 @@ def random_views(pixels: torch.Tensor, rng: np.random.Generator, smallest: float
 
 def mixed(pixels: torch.Tensor, rng: np.random.Generator, share: float) -> torch.Tensor:
     """The same pictures (B, 3, S, S), a random share of them with another one of the batch over it (mixup, Zhang et al. 2018,
-    arXiv 1710.09412). A teacher has an answer to these too, so that few pictures become many (Beyer et al. 2022, arXiv 2106.05237)."""
+    arXiv 1710.09412). A teacher has an answer to these too, so few pictures become many (Beyer et al. 2022, arXiv 2106.05237)."""
     weight = np.where(rng.random(len(pixels)) < share, rng.uniform(0.5, 1, len(pixels)), 1).astype(np.float32)
     return pixels.flip(0).lerp(pixels, torch.from_numpy(weight).to(pixels.device)[:, None, None, None])
