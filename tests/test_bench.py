@@ -193,6 +193,20 @@ def test_the_command(monkeypatch, nanochat, tmp_path):
     assert json.loads(found.read_text())["act"]["one camera of 128 x 128 to a chunk of actions"][0]["label"] == "robot"
 
 
+def test_a_run_that_is_stopped_leaves_the_races_that_it_has(monkeypatch, nanochat, tmp_path):
+    def race(race, *_):
+        if "two cameras" in race.name:
+            raise KeyboardInterrupt
+        return [Result(one.label, 1.0, 1, 1, 1, 9_000_000) for one in race.contestants]
+
+    monkeypatch.setattr(runner, "run_race", race)
+    page, found = tmp_path / "page.md", tmp_path / "found.json"
+    printed = nanochat("bench", "act", "-o", page, "--json", found, code=130).out
+    for text in (printed, page.read_text()):
+        assert "| one camera of 128 x 128 to a chunk of actions | ms |" in text and "two cameras" not in text
+    assert list(json.loads(found.read_text())["act"]) == ["one camera of 128 x 128 to a chunk of actions"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

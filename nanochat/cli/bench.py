@@ -1,7 +1,7 @@
 """nanochat bench: how fast everything is, beside what else one would take."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,21 +74,23 @@ def bench(
     with Console(stderr=True).status("") as status, TemporaryDirectory(prefix="nanochat-bench-") as exports:
         os.environ[EXPORTS] = exports
         for name in names:
-            head = described(threads, device)
-            if name == "growth":
-                text, figures = growth_section(threads, out, status.update)
-            else:
-                text, figures = races_section(name, subjects, device, threads, rounds, status.update)
-            found |= figures
             title = ", ".join([name, *[f"{threads} threads"] * (threads > 1), *["GPU"] * (device != "cpu")])
             flags = f"--threads {threads}" + f" --device {device}" * (device != "cpu")
-            text = f"    nanochat bench {name} {flags}\n\n{head}.\n\n{text}"
+            text = f"    nanochat bench {name} {flags}\n\n{described(threads, device)}."
             print(f"## {title}\n\n{text}\n", flush=True)
-            if out is not None:
-                write_section(out, title, text)
-    if json_out is not None:
-        with atomic_path(json_out) as new:
-            new.write_text(json.dumps(found, indent=1))
+            if name == "growth":
+                parts = growth_parts(threads, out, status.update)
+            else:
+                parts = race_parts(name, subjects, device, threads, rounds, status.update)
+            for part, figures in parts:  # shown and written at once: a run that is stopped leaves what it has
+                print(f"{part}\n", flush=True)
+                text += f"\n\n{part}"
+                found.setdefault(name, {}).update(figures)
+                if out is not None:
+                    write_section(out, title, text)
+                if json_out is not None:
+                    with atomic_path(json_out) as new:
+                        new.write_text(json.dumps(found, indent=1))
     for path in filter(None, (out, json_out)):
         print(f"written to {path}", file=sys.stderr)
 
@@ -104,26 +106,26 @@ def check_subjects(weights: str, checkpoint: str, policy: str, picture: str) -> 
             raise UserError(f"{flag}: there is no checkpoint {name}")
 
 
-def races_section(
+def race_parts(
     group: str, subjects: tuple, device: str, threads: int, rounds: int, progress: Callable[[str], None]
-) -> tuple[str, dict]:
-    """(Markdown, figures by name) of the races of a group. subjects: what `GROUPS` takes."""
+) -> Iterator[tuple[str, dict]]:
+    """(Markdown, figures by name) of each race of a group. subjects: what `GROUPS` takes."""
     from nanochat.bench.groups import GROUPS
     from nanochat.bench.report import race_table, roofline_lines
     from nanochat.bench.runner import on_device, run_race
 
-    races = [on_device(race, device) for race in GROUPS[group](*subjects)]
-    results = {race.name: run_race(race, threads, rounds, progress) for race in races}
-    text = "\n\n".join(race_table(race, results[race.name]) for race in races)
-    figures = {group: {race: [asdict(result) for result in rows] for race, rows in results.items()}}
+    results = {}
+    for race in GROUPS[group](*subjects):
+        race = on_device(race, device)
+        results[race.name] = rows = run_race(race, threads, rounds, progress)
+        yield race_table(race, rows), {race.name: [asdict(result) for result in rows]}
     if group == "decode":
-        figures["machine"] = machine = measured("machine:roofline", {"device": device}, threads)
-        text += "\n\n" + roofline_lines(machine, results)
-    return text, figures
+        machine = measured("machine:roofline", {"device": device}, threads)
+        yield roofline_lines(machine, results), {"machine": machine}
 
 
-def growth_section(threads: int, out: Path | None, progress: Callable[[str], None]) -> tuple[str, dict]:
-    """As `races_section`; the plot is written beside the page `out`."""
+def growth_parts(threads: int, out: Path | None, progress: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
+    """As `race_parts`; the plot is written beside the page `out`."""
     from nanochat.bench.report import growth_table, plot_growth
 
     curves, plot = run_growth(threads, progress), plot_path(out)
@@ -131,7 +133,7 @@ def growth_section(threads: int, out: Path | None, progress: Callable[[str], Non
     if plot is not None:
         plot_growth(curves, plot)
         text += f"\n\n![Time over size, both logarithmic, for each of the rows]({plot.name})"
-    return text, {"growth": curves}
+    yield text, curves
 
 
 def photograph() -> Path:
