@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from nanochat.errors import UserError
 from nanochat.training.auxiliary import Components
 from nanochat.training.squares import warp
+from nanochat.training.task import console
 from nanochat.vision.encoder import Encoder
 from nanochat.vision.images import ImageSource
 from nanochat.vision.inference import make_copy
@@ -49,8 +51,9 @@ class Teacher:
         """The principal components of the cells of up to FIT_PICTURES images. Raises UserError where there are fewer than n."""
         numbers = np.random.default_rng([seed, 0, 4]).permutation(len(images))[:FIT_PICTURES]
         chosen = [images[number] for number in numbers]
-        batches = (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
-        cells = [self.cells(read_pixels(self.encoder, batch)[0].to(self.device)).flatten(0, 1) for batch in batches]
+        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+        shown = track(batches, "running the teacher", console=console)
+        cells = [self.cells(read_pixels(self.encoder, batch)[0].to(self.device)).flatten(0, 1) for batch in shown]
         return Components(*principal_components(torch.cat(cells).cpu(), n)).to(self.device)
 
 
