@@ -95,7 +95,7 @@ def cells(text: str, record: dict) -> list[str]:
 
 
 def plot(records: Mapping[str, dict]) -> Figure:
-    """BLEU-4 and CIDEr with their intervals and controls, and the time to a caption beside that of the peer; a line for each row."""
+    """BLEU-4 and CIDEr with their intervals and controls, and the time to a caption beside the peer's; a line for each row."""
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(records)), layout="constrained")
     FigureCanvasAgg(figure)
     *scores, speed = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
@@ -110,7 +110,7 @@ def plot(records: Mapping[str, dict]) -> Figure:
         axes.set_xlabel(label)
     times = [record["ms"]["caption"] / record["ms"][PEER] for record in records.values()]  # in the same rounds
     speed.barh(places, times, color="#a9cfa0")
-    speed.set_xlabel(f"time to a caption, of that of {PEER}")
+    speed.set_xlabel(f"time to a caption / {PEER}")
     speed.set_yticks(places, [name.replace("`", "") for name in records])
     speed.invert_yaxis()
     figure.legend(*scores[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
