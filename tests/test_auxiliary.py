@@ -2,7 +2,7 @@
 
 import torch
 
-from nanochat.training.auxiliary import AnswerTokensHead, CellsHead
+from nanochat.training.auxiliary import AnswerTokensHead, Components, DirectionHead, EqualHead
 
 
 def test_the_loss_of_answer_tokens_equals_a_plain_loop():
@@ -21,10 +21,26 @@ def test_the_loss_of_answer_tokens_equals_a_plain_loop():
 def test_the_loss_of_cells_equals_a_plain_loop():
     """Each picture: the mean over its cells of the cosine distance."""
     torch.manual_seed(0)
-    head, vectors, targets = CellsHead(6, 5), torch.randn(3, 4, 6), torch.randn(3, 4, 5)
+    mean, basis = torch.randn(8), torch.linalg.qr(torch.randn(8, 5)).Q
+    head, vectors, cells = (
+        DirectionHead(6, Components(mean, basis, torch.tensor(1.0))),
+        torch.randn(3, 4, 6),
+        torch.randn(3, 4, 8),
+    )
     expected = torch.zeros(())
-    for picture, teacher in zip(vectors, targets, strict=True):
-        for cell, target in zip(picture, teacher, strict=True):
-            found = head.linear.weight @ cell + head.linear.bias
+    for picture, teacher in zip(vectors, cells, strict=True):
+        for cell, seen in zip(picture, teacher, strict=True):
+            found, target = head.linear.weight @ cell + head.linear.bias, basis.T @ (seen - mean)
             expected += (1 - found @ target / (found.norm() * target.norm())) / 4
-    torch.testing.assert_close(head.loss(vectors, targets), expected)
+    torch.testing.assert_close(head.loss(vectors, cells), expected)
+
+
+def test_the_loss_of_equal_cells_is_their_squared_error_in_units_of_the_variance():
+    torch.manual_seed(0)
+    mean, basis = torch.randn(8), torch.linalg.qr(torch.randn(8, 5)).Q
+    head, cells, off = EqualHead(Components(mean, basis, torch.tensor(2.0))), torch.randn(3, 4, 8), torch.randn(5)
+    outside = torch.linalg.svd(basis.T)[2][-1]  # what no component sees
+    torch.testing.assert_close(head.loss(cells + basis @ off + 3 * outside, cells), 3 * (off @ off) / 2)
+    assert head.loss(cells, cells) == 0
+    assert {name for name, _ in head.named_parameters()} == set()
+    assert {"components.mean", "components.basis", "components.variance"} == set(head.state_dict())
