@@ -5,7 +5,7 @@
     /tmp/lerobot/bin/python benchmarks/lerobot_loader.py demos              # what `nanochat record` wrote
     /tmp/lerobot/bin/python benchmarks/lerobot_loader.py theirs --write     # LeRobot writes a small dataset first, with videos
 
-Every frame is compared: numbers, pictures, instructions, times, and the rows of `language_events`. Ends with code 1 where
+Every frame is compared: numbers, pictures, instructions, and the rows of `language_events`. Ends with code 1 where
 anything differs.
 """
 
@@ -23,11 +23,8 @@ from nanochat.data.language import EVENTS, VQA
 from nanochat.data.lerobot import RobotDataset
 from nanochat.vision.images import open_image
 
-VIDEO, SIZE, FPS = (
-    3,
-    64,
-    30,
-)  # grey levels by which two decoders may differ on average; pixels, and frames a second, of --write
+VIDEO = 3  # grey levels by which two decoders may differ on average
+SIZE, FPS = 64, 30  # of what --write writes: pixels, and frames a second
 
 
 @dataclass

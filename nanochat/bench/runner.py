@@ -85,7 +85,6 @@ class Worker:
         """Raises ChildProcessError with the last line that the process wrote if it has ended."""
         answer = self.process.stdout.readline()
         if not answer:
-            self.process.wait()
             errors = self.process.stderr.read().strip().splitlines() or ["it ended without a message"]
             raise ChildProcessError(errors[-1])
         return json.loads(answer)

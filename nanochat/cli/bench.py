@@ -61,8 +61,8 @@ def bench(
     if min(threads, rounds) < 1:
         raise UserError(f"--threads and --rounds must be at least 1, got {threads} and {rounds}")
     names = [*GROUPS, "growth"] if group == "all" else [group]
+    device = str(pick_device(device))
     if device != "cpu":
-        pick_device(device)
         if group == "growth":
             raise UserError("growth is measured on the CPU: leave --device out")
         names = [name for name in names if name != "growth"]

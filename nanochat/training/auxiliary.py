@@ -106,7 +106,7 @@ class EqualHead(TeacherHead):
     of the teacher's variance. Nothing in it learns."""
 
     def loss(self, vectors: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        error = self.components(vectors) - self.components(cells)
+        error = (vectors - cells) @ self.components.basis
         return error.square().sum(-1).mean(1).sum() / self.components.variance
 
 

@@ -93,6 +93,8 @@ class DistillTask(Task):
         channels = model.config.vision_embedding_dim
         head = EqualHead(components) if recipe.start_from else DirectionHead(channels, components)
         self.auxiliary = head.to(model.device)
+        parts = self.val_parts()
+        self.val_cells = torch.cat([self.teacher.cells(self.val_pictures.pixels(part)) for part in parts])
 
     def fingerprint(self) -> dict[str, dict]:
         return {
@@ -157,17 +159,22 @@ class DistillTask(Task):
 
     # ---- validation
 
+    def val_parts(self) -> list[range]:
+        """The numbers of the validation pictures, as many at a time as a step has."""
+        numbers, size = range(len(self.val_images)), self.recipe.images_per_step
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
     def validate(self) -> dict[str, float]:
         """The distance, averaged over the cells of whole pictures: to the teacher's map of the same picture ("aligned"), and to
         that of another one ("shuffled")."""
-        numbers, size = list(range(len(self.val_images))), self.recipe.images_per_step
+        numbers = list(range(len(self.val_images)))
         partner = another_group(numbers)
         of = {"aligned": numbers} | ({"shuffled": partner} if partner else {})
         totals = dict.fromkeys(of, 0.0)
-        for part in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+        for part in self.val_parts():
             vectors = self.see(self.val_pictures.pixels(part))
             for condition, items in of.items():
-                cells = self.teacher.cells(self.val_pictures.pixels([items[number] for number in part]))
+                cells = self.val_cells[[items[number] for number in part]]
                 totals[condition] += self.auxiliary.loss(vectors, cells).item()
         return {condition: total / len(numbers) for condition, total in totals.items()}
 
