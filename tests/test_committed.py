@@ -173,6 +173,7 @@ def test_training_gives_up_to_so_many_actions_and_does_not_learn_them():
     batch = give_known(batch_of(model, chunks), 2, np.random.default_rng(0))
     counts = batch.inputs.committed[..., -1].sum(1).int()
     assert set(counts.tolist()) == {0, 1, 2}
+    assert 0.6 < (counts == 0).float().mean() < 0.9  # most rows are as they are without a delay
     for row, count in enumerate(counts.tolist()):
         assert batch.inside[row].tolist() == [False] * count + [True] * (3 - count)
         assert torch.equal(batch.inputs.committed[row, :count, :-1], chunks[row, :count])

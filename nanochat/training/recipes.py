@@ -200,7 +200,7 @@ class Robot(Recording, Recipe):
     """Share of training rows with the instruction of a task of another scene, for which the robot must not move (relative actions
     only). For data in which each task has a scene of its own; of the simulator's tasks, those that share one are known."""
     committed: int = 0
-    "Show up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: none."
+    "Show a quarter of the rows up to so many actions that the robot carries out while a chunk is made (docs/ROBOT.md); 0: none."
     questions_per_step: int = 16
     "Questions per optimiser step, in addition to the frames (only for data of a simulator)."
     question_loss: float = 0.3

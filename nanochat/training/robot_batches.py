@@ -19,6 +19,7 @@ from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, mask_images, padded, row_inputs
 
+COMMITTED_SHARE = 0.25  # of training rows that begin with committed actions: four of five make a policy worse without a delay
 HIDDEN_SHARE = 0.2  # of training rows without the last actions, where a policy reads them
 
 
@@ -74,9 +75,12 @@ def another_task(task: str, data: Demonstrations, rng: np.random.Generator) -> s
 def give_known(
     batch: ActionBatch, most: int, rng: np.random.Generator | None, moved: np.ndarray | None = None
 ) -> ActionBatch:
-    """The same batch in which the motions `moved` are given (see `acting.known_rows`), and the first 0 to `most` actions of each
-    chunk, none without rng. What is given is not learnt."""
-    counts = np.zeros(len(batch.chunks), int) if rng is None else rng.integers(0, most + 1, len(batch.chunks))
+    """The same batch in which the motions `moved` are given (see `acting.known_rows`), and of COMMITTED_SHARE of the chunks the
+    first 1 to `most` actions, of none without rng. What is given is not learnt."""
+    counts = np.zeros(len(batch.chunks), int)
+    if rng is not None and most:
+        shown = rng.random(len(counts)) < COMMITTED_SHARE
+        counts[shown] = rng.integers(1, most + 1, shown.sum())
     known = torch.from_numpy(known_rows(batch.chunks.cpu().numpy(), counts, most, moved)).to(batch.chunks.device)
     learnt = torch.from_numpy(np.arange(batch.chunks.shape[1]) >= counts[:, None]).to(known.device)
     return replace(batch, inputs=replace(batch.inputs, committed=known), inside=batch.inside & learnt)
