@@ -11,7 +11,7 @@ from nanochat.cameras import check_names
 from nanochat.errors import UserError
 from nanochat.files import short_repr
 from nanochat.previous_actions import MOTION_STEPS, PREVIOUS
-from nanochat.vision.images import MAX_IMAGE_SIZE
+from nanochat.vision.letterbox import MAX_IMAGE_SIZE
 
 # Beyond the largest models of this kind: a larger number is a mistake, or a file from a stranger that would fill the memory
 LARGEST = {

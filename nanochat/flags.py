@@ -113,7 +113,7 @@ class EncoderFlags:
 
     weights: str | None = None
     """Official name (yolov9t.pt, ...), .pt file, .yaml file (random weights), efficientnet_lite2, timm:NAME, or a checkpoint,
-    whose encoder is used; default $NANOCHAT_YOLO_WEIGHTS, then yolov9t.pt."""
+    whose encoder is used (embed: or an exported one); default $NANOCHAT_YOLO_WEIGHTS, then yolov9t.pt."""
     image_size: int | None = None
     "Side of the square input in pixels, a multiple of 32; default 640, 224 for timm's, or the checkpoint's."
     device: Device = "auto"

@@ -15,7 +15,8 @@ from PIL import Image
 from nanochat.attention import WordAttention
 from nanochat.config import grid_side
 from nanochat.files import atomic_path
-from nanochat.vision.images import ImageSource, Letterbox, letterbox, open_image
+from nanochat.vision.images import ImageSource, open_image
+from nanochat.vision.letterbox import Letterbox, letterbox
 
 # Words about the sentence and not about the picture: left out where there are others
 FUNCTION_WORDS = frozenset(

@@ -8,7 +8,7 @@ import pytest
 from nanochat.data.bridge import CAMERA, BridgeFrames
 from nanochat.data.demonstration_folder import open_demonstrations
 from nanochat.files import DataError
-from nanochat.vision.images import square
+from nanochat.vision.letterbox import square
 from tests.conftest import REAL_DATA
 
 needs_bridge = pytest.mark.skipif(

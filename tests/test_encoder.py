@@ -15,7 +15,8 @@ from PIL import Image
 import nanochat.vision
 from nanochat.vision import YOLOv9Plus
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
-from nanochat.vision.images import ImageError, as_list, letterbox, square
+from nanochat.vision.images import ImageError, as_list
+from nanochat.vision.letterbox import letterbox, square
 from nanochat.vision.pixels import evaluating, read_pixels, to_pixels
 from nanochat.vision.weights import WeightsError
 from tests.test_yolov9 import NAMES, PICTURES, assert_distinct, calibrate, save_detector
@@ -268,7 +269,8 @@ sys.modules["torch"] = None
 import nanochat.vision
 from nanochat.vision import Detection, ImageError
 from nanochat.vision.detections import draw_detections
-from nanochat.vision.images import as_list, image_digest, open_image, square
+from nanochat.vision.images import as_list, image_digest, open_image
+from nanochat.vision.letterbox import square
 pixels, fit = square({str(tmp_path / "red.png")!r}, 32)
 assert pixels.shape == (32, 32, 3) and (pixels[16, 16] == (255, 0, 0)).all() and fit.pad_y == 8
 assert image_digest(pixels) and len(as_list([pixels, pixels])) == 2

@@ -14,7 +14,7 @@ from nanochat.data.demonstration_folder import DemonstrationFolder, open_demonst
 from nanochat.data.lerobot import RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.files import DataError
-from nanochat.vision.images import square
+from nanochat.vision.letterbox import square
 from tests.data_files import CAMERA, SHAPE, make_episode
 from tests.test_robot_data import DATA, edit_table, replaced
 from tests.test_robot_videos import video_dataset, write_video

@@ -10,7 +10,7 @@ from PIL import Image
 from nanochat.attention import WordAttention
 from nanochat.cli import ask
 from nanochat.heatmaps import Drawn, draw_attention, heat, panels, shown_words, with_heat
-from nanochat.vision.images import square
+from nanochat.vision.letterbox import square
 from tests.test_cli import PICTURE, QUESTION, picture
 
 

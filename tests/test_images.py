@@ -12,18 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochat.vision.images import (
-    MAX_PIXELS,
-    ImageError,
-    Letterbox,
-    file_bytes,
-    image_digest,
-    letterbox,
-    open_image,
-    rectangle,
-    resize_bilinear,
-    square,
-)
+from nanochat.vision.images import MAX_PIXELS, ImageError, file_bytes, image_digest, open_image
+from nanochat.vision.letterbox import Letterbox, letterbox, rectangle, resize_bilinear, square
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # height 5, width 7, no two pixels equal

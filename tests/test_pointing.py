@@ -23,7 +23,7 @@ from nanochat.evaluation.pointing import (
     pointing_score,
     simulated_box,
 )
-from nanochat.vision.images import Letterbox, square
+from nanochat.vision.letterbox import Letterbox, square
 from tests.test_cli import PICTURE, picture
 
 SQUARE = Letterbox(1.0, 0, 0, 64, 64)

@@ -18,7 +18,7 @@ from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
 from nanochat.files import DataError
 from nanochat.metaworld.questions import task_name
-from nanochat.vision.images import square
+from nanochat.vision.letterbox import square
 from tests.data_files import CAMERA, SHAPE, demonstrations, make_episode, write_lines
 
 DATA = DATA_PATH.format(chunk_index=0, file_index=0)

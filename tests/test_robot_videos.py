@@ -16,7 +16,7 @@ from nanochat.data.lerobot import EPISODES_PATH, RobotDataset
 from nanochat.data.lerobot_writer import write_dataset
 from nanochat.data.video import video_pictures
 from nanochat.files import DataError
-from nanochat.vision.images import square
+from nanochat.vision.letterbox import square
 from tests.data_files import SHAPE, encode, make_episode
 from tests.test_robot_data import DATA, SIZE, edit_info, edit_table, replaced
 

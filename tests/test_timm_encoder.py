@@ -21,8 +21,8 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.training.features import cache_key
 from nanochat.vision import TimmEncoder, timm_encoder
 from nanochat.vision.encoder import Encoder, encoder_from_architecture, open_encoder
-from nanochat.vision.images import letterbox, square
 from nanochat.vision.inference import embeddings
+from nanochat.vision.letterbox import letterbox, square
 from nanochat.vision.pixels import read_pixels
 from nanochat.vision.timm_encoder import described
 from nanochat.vision.weights import WeightsError

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nanochat.vision import Detection, YOLOv9Plus
 from nanochat.vision.detections import draw_detections
-from nanochat.vision.images import letterbox
+from nanochat.vision.letterbox import letterbox
 from nanochat.vision.pixels import read_pixels
 from nanochat.vision.yolov9_weights import import_ultralytics
 from tests.conftest import REAL_DATA, REAL_WEIGHTS, needs_data, needs_weights

@@ -30,21 +30,30 @@ def embed_rows(arguments: dict) -> tuple[Contestant, ...]:
     return (*(Contestant(label, make, arguments | given) for label, make, given in rows), half)
 
 
+def embed_onnx_rows(arguments: dict) -> tuple[Contestant, ...]:
+    return tuple(
+        Contestant(
+            f"nanochat embed of an export{flag}, {dtype}",
+            "ours:embed_onnx",
+            arguments | {"int8": dtype == "int8", "rectangles": bool(flag)},
+            only="cpu",
+        )
+        for flag in (" --rectangles", "")
+        for dtype in ("int8", "float32")
+    )
+
+
 def embed(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]:
     sixteen, one = {"weights": weights, "n": 16}, {"weights": weights, "n": 1}
     return [
         Race(
             "16 pictures of 480 x 640 to vectors of layer p5, per picture",
-            (
-                *embed_rows(sixteen),
-                Contestant("ONNX Runtime, float32, squares", "ours:embed_onnx", sixteen | {"int8": False}, only="cpu"),
-                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", sixteen | {"int8": True}, only="cpu"),
-            ),
+            (*embed_rows(sixteen), *embed_onnx_rows(sixteen)),
             times=16,
         ),
         Race(
             "one picture to a vector of layer p5",
-            embed_rows(one),
+            (*embed_rows(one), *embed_onnx_rows(one)),
         ),
         Race(
             "one picture to boxes",
@@ -176,10 +185,7 @@ def spec(weights: str, checkpoint: str, policy: str, picture: str) -> list[Race]
         ),
         Race(
             "embedding extraction (RTX 2080 SUPER: ~50 ms)",
-            (
-                *embed_rows(one),
-                Contestant("ONNX Runtime, int8, squares", "ours:embed_onnx", one | {"int8": True}, only="cpu"),
-            ),
+            (*embed_rows(one), *embed_onnx_rows(one)),
         ),
         Race(
             "forward pass, batch 1, 16 tokens (RTX 2080 SUPER: ~10 ms)",

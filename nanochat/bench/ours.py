@@ -50,10 +50,10 @@ def embed(weights: str, n: int, dtype: str = "bfloat16", rectangles: bool = Fals
     return lambda: embeddings(encoder, shown, "avg", "p5", getattr(torch, dtype), rectangles), {"dtype": dtype}
 
 
-def embed_onnx(weights: str, n: int, int8: bool):
+def embed_onnx(weights: str, n: int, int8: bool, rectangles: bool = False):
     """The same by a model on ONNX Runtime that has this encoder: a picture's vector is the mean of its map, as above."""
     agent, shown = agent_of(exported("export_encoder", weights, int8)), pictures(n)
-    return lambda: agent.look(shown), {}
+    return lambda: agent.model.embed(shown, rectangles), {}
 
 
 def export_encoder(folder: str, weights: str, int8: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -87,11 +87,10 @@ def embed(
     """
     import numpy as np
 
-    from nanochat.checkpoint import layer_of
     from nanochat.files import atomic_path
     from nanochat.inputs import find_pictures, opened
-    from nanochat.vision.images import rectangle, square
-    from nanochat.vision.inference import embeddings, quick_dtype
+    from nanochat.onnx.folder import is_export
+    from nanochat.vision.letterbox import rectangle, square
 
     if not images and camera is None:
         raise UserError("embed needs at least one picture: nanochat embed IMAGE... -o FILE.npz")
@@ -102,15 +101,13 @@ def embed(
     names, parts, batch = [], [], []
     with written_rows(json_rows) as add:
         pictures = find_pictures(images, camera)
-        encoder, layer = vision.encoder(), layer or layer_of(vision.weights)
-        computes = None if dtype == "float32" else quick_dtype(encoder, layer)
+        embedder = exported_embedder if vision.weights and is_export(vision.weights) else torch_embedder
+        size, antialias, embed_all = embedder(vision, layer, pool, dtype, rectangles)
 
         def flush() -> None:
             if not batch:
                 return
-            vectors = (
-                embeddings(encoder, [image for _, image in batch], pool, layer, computes, rectangles).cpu().numpy()
-            )
+            vectors = embed_all([image for _, image in batch])
             for (name, _), vector in zip(batch, vectors, strict=True):
                 add({"file": name, "embedding": vector.tolist()} if json_rows is not None else {})
             names.extend(name for name, _ in batch)
@@ -122,7 +119,7 @@ def embed(
                 add({"file": picture.name, "error": str(image)})
                 continue
             batch.append(
-                (picture.name, (rectangle if rectangles else square)(image, encoder.image_size, encoder.antialias)[0])
+                (picture.name, (rectangle if rectangles else square)(image, size, antialias)[0])
             )  # a photograph may have 300 MB
             if len(batch) == EMBED_BATCH:
                 flush()
@@ -134,6 +131,44 @@ def embed(
         np.savez(file, embeddings=vectors, files=np.array(names))
     print(f"{vectors.shape[0]} x {vectors.shape[1]} embeddings in {out}")
     next_step(f'in Python: numpy.load({str(out)!r})["embeddings"]')
+
+
+class Embedder(NamedTuple):
+    """image_size, antialias: how pictures are fitted. embed_all: a list of B fitted ones -> (B, C) float32 array."""
+
+    image_size: int
+    antialias: bool
+    embed_all: Callable
+
+
+def torch_embedder(vision: EncoderFlags, layer: str, pool: str, dtype: str, rectangles: bool) -> Embedder:
+    from nanochat.checkpoint import layer_of
+    from nanochat.vision.inference import embeddings, quick_dtype
+
+    encoder, layer = vision.encoder(), layer or layer_of(vision.weights)
+    computes = None if dtype == "float32" else quick_dtype(encoder, layer)
+
+    def embed_all(fitted: Sequence):
+        return embeddings(encoder, fitted, pool, layer, computes, rectangles).cpu().numpy()
+
+    return Embedder(encoder.image_size, encoder.antialias, embed_all)
+
+
+def exported_embedder(vision: EncoderFlags, layer: str, pool: str, dtype: str, rectangles: bool) -> Embedder:
+    """Of a folder of `nanochat export`, where layer, size and dtype are fixed. Needs no torch."""
+    from nanochat.agent import Agent
+
+    fixed = {"--layer": layer, "--pool": pool != "avg", "--dtype": dtype != "auto", "--image-size": vision.image_size}
+    if given := [flag for flag, value in fixed.items() if value]:
+        raise UserError(
+            f"{given[0]} cannot be chosen for {vision.weights}, which was exported: leave it out, or name the checkpoint"
+        )
+    model = Agent.load(vision.weights).model
+    if getattr(model, "encoder", None) is None:
+        raise UserError(f"{vision.weights} has no encoder: it is a text model, choose another one")
+    return Embedder(
+        model.encoder["image_size"], model.encoder["antialias"], lambda fitted: model.embed(fitted, rectangles)
+    )
 
 
 def detect(

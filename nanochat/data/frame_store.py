@@ -28,7 +28,8 @@ import numpy as np
 from nanochat.cache import cache_folder, check_writable, make_folder
 from nanochat.data.digests import file_digests
 from nanochat.files import DataError, atomic_path, json_object
-from nanochat.vision.images import ImageError, letterbox, square
+from nanochat.vision.images import ImageError
+from nanochat.vision.letterbox import letterbox, square
 from nanochat.workers import default_processes, in_processes
 
 FORMAT = 1  # raise it when the files, or the way from a picture to pixels, change

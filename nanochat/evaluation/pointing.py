@@ -27,7 +27,8 @@ from nanochat.errors import UserError
 from nanochat.evaluation.controls import another_group
 from nanochat.evaluation.metrics import accuracy, exact_match
 from nanochat.metaworld.scene import project
-from nanochat.vision.images import ImageSource, Letterbox, open_image, square
+from nanochat.vision.images import ImageSource, open_image
+from nanochat.vision.letterbox import Letterbox, square
 
 CRITERIA = ("inside", "touching")
 NEW_TOKENS = 24

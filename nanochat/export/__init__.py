@@ -25,13 +25,13 @@ from nanochat.data.sample import CAPTION_PROMPT
 from nanochat.engine import Unread
 from nanochat.errors import UserError
 from nanochat.export.decoder import export_attention, export_decoder, export_pictures, export_policy, export_states
-from nanochat.export.encoder import export_encoder
+from nanochat.export.encoder import export_encoder, takes_rectangles
 from nanochat.export.graph import Weights
 from nanochat.files import sha256, short_repr
 from nanochat.onnx.folder import is_export, open_export, write_manifest
 from nanochat.onnx.model import HEADS
-from nanochat.vision.images import square
 from nanochat.vision.inference import probe_picture
+from nanochat.vision.letterbox import square
 
 CLOSE = 1e-4  # largest difference of logits in float32
 HEAD_DIM = 16  # ONNX Runtime's attention needs heads of a multiple of it
@@ -175,7 +175,10 @@ def write_graphs(model, folder: Path, int8: bool, pictures: Sequence[np.ndarray]
 
 def write_texts(model, tokenizer, training: dict, folder: Path, int8: bool, name: str) -> None:
     encoder = getattr(model, "vision_encoder", None)
-    seen = None if encoder is None else {"image_size": encoder.image_size, "antialias": encoder.antialias}
+    seen = None
+    if encoder is not None:
+        rectangles = takes_rectangles(model)
+        seen = {"image_size": encoder.image_size, "antialias": encoder.antialias, "rectangles": rectangles}
     described = {"model": model.kind, "config": asdict(model.config), "encoder": seen, "int8": int8}
     (folder / "config.json").write_text(json.dumps(described, indent=1))
     (folder / "tokenizer.json").write_text(tokenizer.to_json())

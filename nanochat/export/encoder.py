@@ -2,6 +2,8 @@
 
     encoder.onnx    squares (B, S, S, 3) uint8, and a number of its camera for each where there are several -> (B, N, D)
 
+Where a picture is one vector, the mean of its map, rectangles (B, H, W, 3) will do too, sides multiples of 32.
+
 int8: convolutions and glances with 8-bit weights, a scale for each channel, and 8-bit maps, whose ranges are measured on pictures
 that the user names. The first and the last convolution stay in float32: one amplifies the rounding of pixels, and the other's map
 may be all in a few of 256 steps, as that of a policy whose glances read small differences. Each of the others keeps the mean of
@@ -22,11 +24,13 @@ import torch.nn as nn
 
 from nanochat.export.graph import OPSET
 from nanochat.vision.inference import make_copy
+from nanochat.vision.letterbox import MAX_IMAGE_SIZE, STRIDE
 from nanochat.vision.pixels import scaled
 
 # A convolution takes the range of the Clip (ReLU6) behind it only where that is named too: without it, most of what
 # EfficientNet-Lite says was lost
 QUANTIZED = ["Conv", "Clip", "Add", "Gemm"]
+MAX_SIDE = MAX_IMAGE_SIZE // STRIDE  # cells
 LEVELS = 127  # of a positive 8-bit weight
 
 
@@ -55,13 +59,21 @@ def export_encoder(model, path: Path, int8: bool = False, squares: Sequence[np.n
     several = getattr(model.config, "n_cameras", 1) > 1
     example = [torch.zeros(2, size, size, 3, dtype=torch.uint8)] + [torch.zeros(2, dtype=torch.int64)] * several
     batch = torch.export.Dim("batch")
+    shapes = [{0: batch}] * len(example)
+    if takes_rectangles(model):
+        shapes = [{0: batch} | {axis: STRIDE * torch.export.Dim(f"side_{axis}", max=MAX_SIDE) for axis in (1, 2)}]
     with quiet():
         torch.onnx.export(
             eyes, tuple(example), path, input_names=["squares", "cameras"][: len(example)], output_names=["vectors"],
-            dynamic_shapes=[{0: batch}] * len(example), opset_version=OPSET, dynamo=True, external_data=False, optimize=True,
+            dynamic_shapes=shapes, opset_version=OPSET, dynamo=True, external_data=False, optimize=True,
         )  # fmt: skip
     if int8:
         quantize_encoder(path, squares, getattr(model.config, "n_cameras", 1))
+
+
+def takes_rectangles(model) -> bool:
+    """Whether the graph is for pictures of any shape: a map's mean is one vector, whatever its sides."""
+    return model.config.vision_tokens_per_image == 1 and not hasattr(model, "glances")
 
 
 @torch.no_grad()

@@ -15,14 +15,16 @@ from nanochat.acting import Policy, act_at_once, act_by_tokens
 from nanochat.engine import Unread
 from nanochat.errors import UserError
 from nanochat.onnx.cache import OnnxCache, Picture
-from nanochat.vision.images import as_list, square
+from nanochat.vision.images import as_list
+from nanochat.vision.letterbox import of_rectangles, square
 
 PART = 4  # pictures that go through the encoder at once: the maps of more leave a processor's caches
 HEADS = {"continuous": act_at_once, "bins": act_by_tokens}
 
 
 class OnnxGPT:
-    """A text model. config: a `GPTConfig`, or one of its kinds. encoder: {"image_size", "antialias"}, None for a text model."""
+    """A text model. config: a `GPTConfig`, or one of its kinds. encoder: {"image_size", "antialias", "rectangles"}, None for a
+    text model; without "rectangles", which older exports lack, its graph takes squares only."""
 
     reads_more = False
     continues_many = False  # ONNX Runtime continues one row of several tokens at a time
@@ -97,6 +99,22 @@ class OnnxModel(OnnxGPT):
     def look(self, images) -> np.ndarray:
         """One picture or a list of B -> (B, N, D) float32. images: anything that `vision.images.open_image` takes."""
         return self.encode(as_list(images))
+
+    def embed(self, images, rectangles: bool = False) -> np.ndarray:
+        """One picture or a list of B -> (B, D) float32, the mean of a picture's vectors. rectangles: borders up to a multiple of
+        32 only, not to a square. Raises UserError for rectangles where the graph takes none."""
+        if not rectangles:
+            return self.look(images).mean(1)
+        if not self.encoder.get("rectangles"):
+            raise UserError(
+                f"{self.folder} takes squares only, as models with several vision tokens do: leave out --rectangles"
+            )
+
+        def vectors(pixels: np.ndarray, fits) -> list[np.ndarray]:
+            parts = (pixels[first : first + PART] for first in range(0, len(pixels), PART))
+            return [found[0] for part in parts for found in self.run("encoder", squares=part)[0]]
+
+        return np.stack(of_rectangles(images, self.encoder["image_size"], self.encoder["antialias"], vectors))
 
     def encode(self, images: Sequence, cameras: np.ndarray | None = None) -> np.ndarray:
         size, antialias = self.encoder["image_size"], self.encoder["antialias"]

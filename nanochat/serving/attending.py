@@ -12,7 +12,7 @@ from nanochat.serving.prompts import read_prompt
 from nanochat.serving.schema import AttentionRequest
 from nanochat.serving.seen import opened
 from nanochat.serving.sources import Sources
-from nanochat.vision.images import letterbox
+from nanochat.vision.letterbox import letterbox
 
 
 def attention_router(models: Models, sources: Sources, limits: Limits) -> APIRouter:

@@ -34,7 +34,7 @@ from nanochat.training.statistics import picture_batches
 from nanochat.training.task import StepResult, Task, model_shape, open_recipe_encoder, say
 from nanochat.training.teacher import Teacher, mixed, random_views
 from nanochat.vision.images import ImageSource
-from nanochat.vision.pixels import STRIDE
+from nanochat.vision.letterbox import STRIDE
 
 MARGIN = 2  # cells by which views are smaller than the map at first
 SMALLEST_FIRST, SMALLEST_LAST = 0.5, 0.8  # sides of the smallest views, of their picture's

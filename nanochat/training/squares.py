@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.vision.encoder import Encoder
-from nanochat.vision.images import ImageSource, square
+from nanochat.vision.images import ImageSource
+from nanochat.vision.letterbox import square
 from nanochat.vision.pixels import to_pixels
 
 

@@ -13,7 +13,8 @@ from nanochat.training.task import console
 from nanochat.vision.encoder import Encoder
 from nanochat.vision.images import ImageSource
 from nanochat.vision.inference import make_copy
-from nanochat.vision.pixels import STRIDE, read_pixels
+from nanochat.vision.letterbox import STRIDE
+from nanochat.vision.pixels import read_pixels
 
 LAYER = "features"  # the teacher's map: the last one, which its classifier averages
 FIT_PICTURES = 512  # pictures whose cells give the principal components

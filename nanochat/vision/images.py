@@ -1,4 +1,4 @@
-"""Open images from any source as upright RGB, and letterbox them to a square.
+"""Open images from any source as upright RGB.
 
 Needs numpy and Pillow; it does not import torch, so code that runs without torch can use it. Tensors are recognised by
 their methods. Images are RGB everywhere, and arrays are taken as RGB: convert OpenCV's BGR arrays with
@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 
@@ -25,9 +24,6 @@ MAX_PIXELS = 100_000_000  # larger than any camera image; a small file can decla
 MAX_BYTES = 1_000_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGB; also stops endless files such as /dev/zero
 MIN_SIDE = 2  # pixels
 STRIP_PIXELS = 2**20  # that are converted at once
-STRIDE = 32  # of an encoder's coarsest map; input sides are multiples of it
-MAX_IMAGE_SIZE = 4096  # pixels a side of an encoder's square input; the first map of yolov9t then has 268 MB
-PAD = 114  # grey value of the letterbox's borders, as in YOLO training
 # Image formats that are accepted. Pillow knows more, and opens some of them by running a program (Ghostscript, for EPS).
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "QOI"}
 # EXIF orientation -> how to turn an image upright
@@ -303,92 +299,3 @@ def image_digest(source: ImageSource) -> str:
     """SHA-256 of the decoded pixels and their shape: the same image in another lossless format has the same digest."""
     pixels = np.asarray(open_image(source))
     return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Letterbox:
-    """How an image of width x height was fitted into a square or rectangle: scaled, then pad_x, pad_y added at left and top."""
-
-    scale: float
-    pad_x: int
-    pad_y: int
-    width: int
-    height: int
-
-    @property
-    def fitted(self) -> tuple[int, int]:
-        """(width, height) of the scaled image. They are whole pixels, so the two axes scale slightly differently."""
-        return max(1, round(self.width * self.scale)), max(1, round(self.height * self.scale))
-
-    def to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (n, 4) as x1, y1, x2, y2 in pixels of the square or rectangle -> in pixels of the image, clipped to it."""
-        sides = np.array([self.width, self.height] * 2, dtype=np.float64)
-        boxes = np.asarray(boxes, dtype=np.float64) - [self.pad_x, self.pad_y] * 2
-        return np.clip(boxes * (sides / (self.fitted * 2)), 0, sides)
-
-
-def square(source: ImageSource, size: int, antialias: bool = False) -> tuple[np.ndarray, Letterbox]:
-    """Any image source -> ((size, size, 3) uint8 RGB, how it was fitted). Raises ImageError, see `open_image`."""
-    return letterbox(open_image(source), size, antialias)
-
-
-def rectangle(source: ImageSource, size: int, antialias: bool = False) -> tuple[np.ndarray, Letterbox]:
-    """As `square`, with less border: (H, W, 3), the longer side `size`, the other a multiple of STRIDE."""
-    return letterbox(open_image(source), size, antialias, STRIDE)
-
-
-def letterbox(
-    image: Image.Image | np.ndarray, size: int, antialias: bool = False, multiple: int | None = None
-) -> tuple[np.ndarray, Letterbox]:
-    """RGB image -> ((size, size, 3) uint8, how it was fitted): scaled to fit, centred, borders grey.
-
-    Equals ultralytics' LetterBox to one grey level, so detections agree. antialias: average over the pixels that become one, as
-    photographs are shrunk for classifiers. multiple: of which both sides are; by default `size`, so that tensor shapes are
-    static. With 32 it is their LetterBox(auto=True), and a picture of 640 x 480 has a quarter less to compute.
-    """
-    pixels = np.asarray(image)  # (H, W, 3)
-    height, width = pixels.shape[:2]
-    scale = min(size / height, size / width)
-    new_width, new_height = Letterbox(scale, 0, 0, width, height).fitted
-    multiple = multiple or size
-    out_height, out_width = (-(-side // multiple) * multiple for side in (new_height, new_width))
-    pad_x, pad_y = round((out_width - new_width) / 2 - 0.1), round((out_height - new_height) / 2 - 0.1)
-    fitted = np.full((out_height, out_width, 3), PAD, np.uint8)
-    resize = resize_antialiased if antialias else resize_bilinear
-    fitted[pad_y : pad_y + new_height, pad_x : pad_x + new_width] = resize(pixels, new_height, new_width)
-    return fitted, Letterbox(scale, pad_x, pad_y, width, height)
-
-
-def resize_antialiased(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8 by Pillow's bilinear filter, which widens when it shrinks."""
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8: bilinear, half-pixel centres, no antialiasing.
-
-    Uses the fixed-point arithmetic of OpenCV's INTER_LINEAR, so the result is bitwise the same on most machines.
-    """
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    (y0, y1, wy), (x0, x1, wx) = neighbours(pixels.shape[0], height), neighbours(pixels.shape[1], width)
-    used, at = np.unique(np.concatenate([y0, y1]), return_inverse=True)  # only the rows that are read
-    rows = pixels.reshape(len(pixels), -1)[used]  # (rows, W * 3): gathering single bytes is far faster than triples
-    left, right = ((3 * x[:, None] + np.arange(3)).ravel() for x in (x0, x1))
-    wx, wy = np.repeat(wx, 3), wy[:, None]
-    across = rows.take(left, axis=1) * (2048 - wx)
-    across += rows.take(right, axis=1) * wx
-    across >>= 4
-    above, below = across[at[:height]], across[at[height:]]  # (height, width * 3)
-    above *= 2048 - wy
-    below *= wy
-    blend = (above >> 16) + (below >> 16)
-    return ((blend + 2) >> 2).astype(np.uint8).reshape(height, width, 3)
-
-
-def neighbours(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of m target pixels: the two source pixels around its centre, and the weight of the second, of 2048."""
-    centre = ((np.arange(m) + 0.5) * (n / m) - 0.5).astype(np.float32)
-    first = np.floor(centre).astype(np.intp)
-    weight = np.rint((centre - first) * 2048).astype(np.int32)
-    return first.clip(0, n - 1), (first + 1).clip(0, n - 1), weight  # at the borders both are the same

@@ -1,6 +1,6 @@
 """From images to the pixels of an encoder, the same for training and inference."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from nanochat.errors import UserError
 from nanochat.files import short_repr
-from nanochat.vision.images import MAX_IMAGE_SIZE, STRIDE, ImageSource, Letterbox, as_list, rectangle, square
+from nanochat.vision.images import ImageSource, as_list
+from nanochat.vision.letterbox import MAX_IMAGE_SIZE, STRIDE, Letterbox, square
 
 
 def checked_size(size: int) -> int:
@@ -63,25 +64,6 @@ def read_squares(encoder: nn.Module, images: ImageSource | Sequence[ImageSource]
     """
     fitted = [square(image, encoder.image_size, encoder.antialias) for image in as_list(images)]
     return np.stack([pixels for pixels, _ in fitted]), [fit for _, fit in fitted]
-
-
-def of_rectangles(
-    encoder: nn.Module,
-    images: ImageSource | Sequence[ImageSource],
-    compute: Callable[[np.ndarray, list[Letterbox]], Iterable],
-) -> list:
-    """What `compute(pixels, fits)` says of each picture, in the order of the images.
-
-    images: one or a list; they get as little border as the encoder needs. Those of one shape are computed together: pixels is
-    (B, H, W, 3) uint8 RGB, fits says how each was fitted. Raises as `read_squares`.
-    """
-    fitted = [rectangle(image, encoder.image_size, encoder.antialias) for image in as_list(images)]
-    found = {}
-    for shape in dict.fromkeys(pixels.shape for pixels, _ in fitted):
-        numbers = [number for number, (pixels, _) in enumerate(fitted) if pixels.shape == shape]
-        pixels, fits = zip(*(fitted[number] for number in numbers), strict=True)
-        found |= zip(numbers, compute(np.stack(pixels), list(fits)), strict=True)
-    return [found[number] for number in range(len(fitted))]
 
 
 def read_pixels(

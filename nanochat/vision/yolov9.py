@@ -19,9 +19,10 @@ from nanochat.devices import usable_device
 from nanochat.errors import UserError
 from nanochat.vision.detections import Detection
 from nanochat.vision.hidden import described_hidden, narrow
-from nanochat.vision.images import ImageSource, Letterbox, is_batch
+from nanochat.vision.images import ImageSource, is_batch
 from nanochat.vision.inference import embeddings, infer
-from nanochat.vision.pixels import STRIDE, SquareInput, check_pixels, evaluating, of_rectangles, read_squares
+from nanochat.vision.letterbox import STRIDE, Letterbox, of_rectangles
+from nanochat.vision.pixels import SquareInput, check_pixels, evaluating, read_squares
 from nanochat.vision.weights import WeightsError, class_names, head_inputs, one_line
 from nanochat.vision.yolov9_weights import DEFAULT_WEIGHTS, build, load_weights
 
@@ -277,7 +278,7 @@ class YOLOv9Plus(SquareInput, nn.Module):
             predictions = infer(self, pixels, lambda fast, pixels: fast.run_parts(pixels, ["head"]))["head"]
             return self.to_detections(predictions, fits, conf, iou)
 
-        found = of_rectangles(self, images, detections)
+        found = of_rectangles(images, self.image_size, self.antialias, detections)
         return found if is_batch(images) else found[0]
 
     def to_detections(
