@@ -347,7 +347,7 @@ def test_a_wrong_tree_is_found():
     text = README.read_text(encoding="utf-8")
     for old, new, problem in (
         ("      gpt.py  ", "      gtp.py  ", ["not there: gtp.py", "not in the tree: gpt.py"]),
-        ("images.py, pixels.py", "pictures.py, pixels.py", ["not there: pictures.py"]),
+        ("letterbox.py, pixels.py", "pictures.py, pixels.py", ["not there: pictures.py"]),
         ("      serving/  ", "      servers/  ", ["not there: servers/", "not in the tree: serving/"]),
         ("tests/  benchmarks/", "tests/  exercises/", ["not there: exercises/"]),
     ):

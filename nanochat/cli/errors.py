@@ -46,8 +46,8 @@ def how_to_install(error: Exception, words: list[str]) -> str:
     if words[:1] == ["train"]:
         return f"; training needs torch: {install('torch,train')}"
     return (
-        f"; this command needs torch: {install('torch')}. Without it, ask, caption, chat, serve and policy-server run a folder "
-        "of `nanochat export`"
+        f"; this command needs torch: {install('torch')}. Without it, ask, caption, embed, chat, serve and policy-server run a "
+        "folder of `nanochat export`"
     )
 
 
