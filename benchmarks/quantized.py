@@ -23,7 +23,7 @@ from PIL import Image
 from nanochat.bench.report import number, write_section
 from nanochat.files import atomic_path, sha256
 
-CALIBRATION = 32  # pictures
+CALIBRATION = 100  # pictures
 SECTION = "What int8 and pruning cost"
 FORMS = {"float32": False, "int8": True, "pruned, int8": True}
 
@@ -102,7 +102,7 @@ def pictures_for(name: str, args: Args) -> Path:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         for n, picture in enumerate(frames() if name == "robot" else training_pictures(name, args)):
-            picture.save(new / f"{n:02}.png")
+            picture.save(new / f"{n:03}.png")
         new.rename(folder)
     return folder
 
@@ -117,14 +117,15 @@ def training_pictures(name: str, args: Args) -> Iterator[Image.Image]:
 
 
 def frames() -> Iterator[Image.Image]:
-    """Of the simulator's experts at work in layouts of training, a task each."""
+    """Of the simulator's experts at work in layouts of training, of all tasks alike."""
     from nanochat.metaworld.instructions import INSTRUCTIONS
     from nanochat.metaworld.simulator import Arm
 
-    for n, task in enumerate(sorted(INSTRUCTIONS)[:CALIBRATION]):
-        arm = Arm(task)
+    tasks = sorted(INSTRUCTIONS)
+    for n in range(CALIBRATION):
+        arm = Arm(tasks[n % len(tasks)])
         arm.reset(1_000_000 + n)
-        for _ in range(3 * n):
+        for _ in range(7 * n % 90):  # steps
             arm.step(arm.expert_action())
         yield Image.fromarray(arm.image())
         arm.close()

@@ -35,7 +35,7 @@ from nanochat.vision.letterbox import square
 
 CLOSE = 1e-4  # largest difference of logits in float32
 HEAD_DIM = 16  # ONNX Runtime's attention needs heads of a multiple of it
-MOST_PICTURES = 32  # to calibrate with
+MOST_PICTURES = 128  # to calibrate with
 STEPS = 16  # tokens after which int8 is compared
 
 

@@ -5,7 +5,11 @@ add the residual, and matrices of 8-bit blocks (`MatMulNBits`). A row's activati
 row's answer does not depend on its neighbours.
 """
 
+import logging
+import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +152,16 @@ def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales = np.maximum(np.abs(padded).max(-1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
     numbers = np.rint(padded / scales[..., None]).clip(-127, 127) + ZERO
     return numbers.astype(np.uint8).reshape(len(weight), -1), scales
+
+
+@contextmanager
+def quiet():
+    """The exporters of torch and ONNX Runtime tell of each of their steps."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
