@@ -6,7 +6,9 @@ from pathlib import Path
 
 NO_PARAMETERS = ("__metadata__", "running_mean", "running_var", "num_batches_tracked")
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"photos": ASSETS / "photos", "shapes": ASSETS / "easy_vqa", "robot": ASSETS / "robot"}
+SHIPPED = {
+    "photos": ASSETS / "photos", "photos-yolo": ASSETS / "photos-yolo", "shapes": ASSETS / "easy_vqa", "robot": ASSETS / "robot"
+}  # fmt: skip
 ALIASES = {"default": "photos"}  # further names of these models
 
 
