@@ -45,7 +45,9 @@ Pictures = Annotated[
         help_behavior_hint="",
     ),
 ]
-CHECKPOINT = "A checkpoint folder, a hub name (owner/name), or a model that ships: `photos`, `photos-yolo`, `shapes` or `robot`."
+CHECKPOINT = (
+    "A checkpoint folder, a hub name (owner/name), or a model that ships: `photos`, `photos-yolo`, `shapes` or `robot`."
+)
 Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
 

@@ -64,10 +64,12 @@ def decoders(model, folder, int8=False):
     return OnnxPolicy(folder, model.config, None)
 
 
-@pytest.fixture(scope="module", params=["prefix", "prefix-grouped", "cross"])
+@pytest.fixture(scope="module", params=["prefix", "prefix-grouped", "prefix-narrow", "cross", "cross-narrow"])
 def pair(request, tmp_path_factory):
-    fusion, _, grouped = request.param.partition("-")
-    config = MultimodalGPTConfig(**SHAPE | {"n_kv_head": 1 if grouped else 2}, **SEES, fusion=fusion)
+    """narrow: heads of 8 numbers, which ONNX Runtime's attention does not take as they are."""
+    fusion, _, kind = request.param.partition("-")
+    heads = {"grouped": {"n_kv_head": 1}, "narrow": {"n_head": 4, "n_kv_head": 2}}.get(kind, {})
+    config = MultimodalGPTConfig(**SHAPE | heads, **SEES, fusion=fusion)
     model = random_model(MultimodalGPT, config)
     return model, decoders(model, tmp_path_factory.mktemp(request.param))
 
@@ -396,14 +398,12 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(exported, to
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    narrow = random_model(GPT, GPTConfig(**SHAPE | {"n_head": 4, "n_kv_head": 4, "vocab_size": tokenizer.vocab_size}))
-    save_checkpoint(tmp_path / "narrow", narrow, tokenizer, {})
-    save_checkpoint(tmp_path / "begun", narrow, tokenizer, {"step": 3, "steps": 9})
+    text = random_model(GPT, GPTConfig(**SHAPE | {"vocab_size": tokenizer.vocab_size}))
+    save_checkpoint(tmp_path / "begun", text, tokenizer, {"step": 3, "steps": 9})
     for arguments, message in [
         ((checkpoint, taken), "is no exported model"),
         ((checkpoint, tmp_path / "x", True), "--calibrate"),
         ((checkpoint, tmp_path / "x", True, tmp_path / "empty"), "no pictures"),
-        ((tmp_path / "narrow", tmp_path / "x"), "heads of 8 numbers"),
         ((tmp_path / "begun", tmp_path / "x"), "step 3 of 9"),
         ((folder, tmp_path / "x"), "checkpoint"),
     ]:  # fmt: skip

@@ -34,7 +34,6 @@ from nanochat.vision.inference import probe_picture
 from nanochat.vision.letterbox import square
 
 CLOSE = 1e-4  # largest difference of logits in float32
-HEAD_DIM = 16  # ONNX Runtime's attention needs heads of a multiple of it
 MOST_PICTURES = 128  # to calibrate with
 STEPS = 16  # tokens after which int8 is compared
 
@@ -122,11 +121,6 @@ def check_exports(model, training: dict, name: str) -> None:
     if isinstance(step, int) and isinstance(steps, int) and step < steps:
         raise UserError(
             f"{name} is a run that stopped at step {step} of {steps}: train it to the end with --resume {name}"
-        )
-    if config.head_dim % HEAD_DIM:
-        raise UserError(
-            f"this model has heads of {config.head_dim} numbers, and ONNX Runtime's attention needs a multiple of {HEAD_DIM}: "
-            "train one with another n_embd or n_head"
         )
     if hasattr(model, "act") and config.action_head not in HEADS:
         raise UserError(

@@ -17,6 +17,7 @@ import numpy as np
 from nanochat.export.graph import MICROSOFT, TYPES, Graph, Weights
 from nanochat.fusion import MATCH_SHARPNESS
 from nanochat.gpt import LOGIT_CAP
+from nanochat.onnx.cache import stored_width
 from nanochat.robot_gpt import FREQUENCIES, STATE_LIMIT
 
 ROW = ("batch", "time")
@@ -77,23 +78,26 @@ class DecoderGraph(Graph):
         return self.op("GatherND", normed, self.input("last", "int64", ("batch", 1)), batch_dims=1)
 
     def table(self, name: str) -> np.ndarray:
-        """(sequence_len, D / 2), as ONNX Runtime turns: the other way round than nanochat."""
+        """(sequence_len, W / 2), as ONNX Runtime turns: the other way round than nanochat. W: a head's width with its zeros."""
         half = self.config.head_dim // 2
         values = getattr(self.model, name)[:, 0, :half].float().cpu().numpy()
+        values = np.pad(values, ((0, 0), (0, stored_width(2 * half) // 2 - half)))
         return np.ascontiguousarray(values if name == "cos" else -values)
 
     def attend(self, x: str, number: int, positions: list[str], cached: bool, attention: bool) -> str:
-        """Self-attention. The norm of queries and keys stands before the rotation here, which does not change their length."""
+        """Self-attention. The norm of queries and keys stands before the rotation here, which does not change their length. Zeros
+        beside a head, where it needs them, stand behind each half that is turned."""
         config, prefix = self.config, f"transformer.h.{number}.attn"
         D, H, H_kv = config.head_dim, config.n_head, config.n_kv_head
-        parts = [self.state[f"{prefix}.c_{name}.weight"] for name in "qkv"]
+        W = stored_width(D)
+        parts = [widened(self.state[f"{prefix}.c_{name}.weight"], D, W) for name in "qkv"]
         whole = self.linear(x, f"{prefix}.qkv", np.concatenate(parts))  # one matrix instead of three
-        sizes = self.numbers([H * D, H_kv * D, H_kv * D])
+        sizes = self.numbers([H * W, H_kv * W, H_kv * W])
         q, k, v = self.op("Split", whole, sizes, outputs=3, axis=-1)
-        q, k = self.heads_normed(q, H), self.heads_normed(k, H_kv)
+        q, k = self.heads_normed(q, H, W), self.heads_normed(k, H_kv, W)
         past = ["", ""]
         if cached:
-            shape = ("batch", H_kv, "room", D)
+            shape = ("batch", H_kv, "room", W)
             past = [self.input(f"past_{name}_{number}", "float32", shape) for name in "kv"]
         names = [f"attended_{number}", *(f"{'present' if cached else 'own'}_{name}_{number}" for name in "kv")]
         if attention and not self.crosses:
@@ -101,28 +105,28 @@ class DecoderGraph(Graph):
             self.seen.append(names[-1])
         self.op(
             "GroupQueryAttention", q, k, v, *past, self.lengths, self.total, *positions, outputs=names, domain=MICROSOFT,
-            num_heads=H, kv_num_heads=H_kv, do_rotary=1, **({"qk_output": 2} if len(names) > 3 else {}),
+            num_heads=H, kv_num_heads=H_kv, do_rotary=1, scale=D**-0.5, **({"qk_output": 2} if len(names) > 3 else {}),
         )  # fmt: skip
         if cached:  # filled in place: these are the same memory as the inputs
             self.outputs += [self.declared(name, shape) for name in names[1:3]]
-        return self.matrix(names[0], f"{prefix}.c_proj")
+        last = widened(self.state[f"{prefix}.c_proj.weight"].T, D, W).T
+        return self.linear(names[0], f"{prefix}.c_proj", np.ascontiguousarray(last))
 
     def declared(self, name: str, shape):
         from onnx import TensorProto, helper
 
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
-    def heads_normed(self, x: str, n_heads: int) -> str:
-        """(B, T, H * D), each head normed by itself."""
-        D = self.config.head_dim
-        x = self.op("Reshape", x, self.numbers([0, 0, n_heads, D]))
-        return self.op("Reshape", self.norm(x, D), self.numbers([0, 0, n_heads * D]))
+    def heads_normed(self, x: str, n_heads: int, width: int) -> str:
+        """(B, T, H * W), each head normed by itself."""
+        x = self.op("Reshape", x, self.numbers([0, 0, n_heads, width]))
+        return self.op("Reshape", self.norm(x, width, self.config.head_dim), self.numbers([0, 0, n_heads * width]))
 
     def look(self, x: str, number: int, attention: bool) -> str:
         """Cross-attention to the cells of pictures, through its gate, which is a factor of its last matrix here."""
         config, prefix = self.config, f"cross_attention.{number}"
         D, H = config.head_dim, config.n_head
-        q = self.heads_normed(self.matrix(x, f"{prefix}.c_q"), H)
+        q = self.heads_normed(self.matrix(x, f"{prefix}.c_q"), H, D)
         keys, values = (self.input(f"cells_{name}_{number}", "float32", ("batch", H, "cells", D)) for name in "kv")
         if attention:
             apart = self.op("Reshape", q, self.numbers([0, 0, H, D]))
@@ -139,6 +143,12 @@ class DecoderGraph(Graph):
         return self.linear(
             self.op("Mul", y, self.sees), f"{prefix}.c_proj", gate * self.state[f"{prefix}.c_proj.weight"]
         )
+
+
+def widened(weight: np.ndarray, D: int, W: int) -> np.ndarray:
+    """(H * D, C) -> (H * W, C): rows of zeros behind each half of a head."""
+    halves = weight.reshape(-1, 2, D // 2, weight.shape[1])
+    return np.pad(halves, ((0, 0), (0, 0), (0, (W - D) // 2), (0, 0))).reshape(-1, weight.shape[1])
 
 
 def export_decoder(model, weights: Weights, int8: bool, path: Path) -> None:
@@ -189,7 +199,7 @@ def export_pictures(model, weights: Weights, int8: bool, path: Path) -> None:
         x = graph.op("Add", x, graph.op("Mul", later, change(graph, cells, earlier)))  # (S, N, C)
         for number in range(config.n_layer):
             prefix = f"cross_attention.{number}"
-            keys = graph.heads_normed(graph.matrix(x, f"{prefix}.c_k"), config.n_head)
+            keys = graph.heads_normed(graph.matrix(x, f"{prefix}.c_k"), config.n_head, config.head_dim)
             for name, part in (("k", keys), ("v", graph.matrix(x, f"{prefix}.c_v"))):
                 part = graph.op("Reshape", part, graph.numbers([0, 0, config.n_head, config.head_dim]))
                 part = graph.op("Transpose", part, perm=[0, 2, 1, 3])

@@ -120,9 +120,12 @@ class Graph:
             self.weight(f"{name}.scales", scales), domain=MICROSOFT, bits=8, block_size=BLOCK, quantize_axis=1,
         )  # fmt: skip
 
-    def norm(self, x: str, width: int) -> str:
-        ones = self.weight(f"ones_{width}", np.ones(width, np.float32))
-        return self.op("SimplifiedLayerNormalization", x, ones, axis=-1, epsilon=EPSILON)
+    def norm(self, x: str, width: int, used: int | None = None) -> str:
+        """The last axis of x, of `width` numbers, over its root mean square. used: how many of them are not zeros beside the
+        others; default all."""
+        share = (used or width) / width
+        scale = self.weight(f"norm_{width}_{used or width}", np.full(width, share**0.5, np.float32))
+        return self.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=EPSILON * share)
 
     def added_and_normed(self, x: str, more: str, width: int) -> tuple[str, str]:
         """(norm(x + more), x + more)."""

@@ -14,6 +14,11 @@ from nanochat.errors import UserError
 HIDDEN = np.float32(-1e30)  # added to the scores of cells that a token does not see
 
 
+def stored_width(head_dim: int) -> int:
+    """Of a head's keys and values: ONNX Runtime's attention needs a multiple of 16, so others have zeros beside them."""
+    return -(-head_dim // 16) * 16
+
+
 class Picture(NamedTuple):
     """A picture that a row has been shown, for cross-attention. position: its place in the row. vectors: (N, D), to which the
     next one is compared. keys, values: (H, N, head_dim) of each layer."""
@@ -25,12 +30,14 @@ class Picture(NamedTuple):
 
 
 class OnnxCache:
-    """store: (2, n_layer, B, n_kv_head, max_len, head_dim) float32, keys and values; every row has its own length. pictures:
-    those of each row, for cross-attention. bound: what a step of one token a row reads and writes, until the rows change."""
+    """store: (2, n_layer, B, n_kv_head, max_len, stored_width(head_dim)) float32, keys and values; every row has its own length.
+    pictures: those of each row, for cross-attention. bound: what a step of one token a row reads and writes, until the rows
+    change."""
 
     def __init__(self, config, batch_size: int, max_len: int):
         self.config, self.max_len, self.lengths = config, max_len, [0] * batch_size
-        self.store = np.zeros((2, config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim), np.float32)
+        shape = (2, config.n_layer, batch_size, config.n_kv_head, max_len, stored_width(config.head_dim))
+        self.store = np.zeros(shape, np.float32)
         self.pictures: list[list[Picture]] = [[] for _ in range(batch_size)]
         self.bound = None
 
