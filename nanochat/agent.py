@@ -35,8 +35,8 @@ class Agent:
     @classmethod
     def load(cls, name: str = "photos", device="cpu", runtime: str = "auto") -> "Agent":
         """A checkpoint folder, a model that ships ("photos", "photos-yolo", "shapes", "robot") or a hub name, which run on torch;
-        or a folder of `nanochat export`, which runs on ONNX Runtime, on the CPU. runtime: "torch" or "onnx" refuse the other kind.
-        Raises CheckpointError for one that is damaged, missing or of a newer format.
+        or a folder of `nanochat export`, which runs on ONNX Runtime, on the CPU. runtime: "torch" or "onnx" refuse the other
+        kind. Raises CheckpointError for one that is damaged, missing or of a newer format.
 
         device: for torch: auto, cpu, cuda or cuda:N, or a torch.device."""
         from nanochat.onnx.folder import is_export, open_export
