@@ -25,6 +25,7 @@ from nanochat.errors import UPDATE, UserError
 from nanochat.files import short_repr
 from nanochat.gpt import GPT, default_compute_dtype
 from nanochat.meta import on_meta
+from nanochat.onnx.folder import is_export
 from nanochat.shipped import ASSETS, SHIPPED, shipped_folder  # noqa: F401, others import the first two from here
 from nanochat.tokenizer import Tokenizer
 from nanochat.verify import (
@@ -194,9 +195,12 @@ def load_checkpoint(name: str | Path, device="cpu") -> tuple[GPT, Tokenizer, dic
     """(model in evaluation mode on `device`, tokenizer, training.json). name: see `locate`.
 
     Weights become float32, whatever they were stored in; activations are bfloat16 on a GPU that supports it, else float32.
-    Raises CheckpointError where a file is missing, truncated or altered, or where the format is newer than this version reads.
+    Raises CheckpointError where a file is missing, truncated or altered, where the format is newer than this version reads,
+    and for a folder of `nanochat export`.
     """
     place = locate(name)
+    if is_export(place):
+        raise CheckpointError(f"{name} was exported for ONNX Runtime: name the checkpoint that it was made from")
     before = identity(place)
     try:
         loaded = read_folder(place, device)

@@ -116,6 +116,14 @@ def test_several_tokens_take_squares_only(tmp_path, images):
         model.embed(images, rectangles=True)
 
 
+@pytest.mark.parametrize("words", [["detect", "p.png", "-o", "out.png", "--weights"], ["pack", "-o", "out"]])
+def test_what_needs_the_checkpoint_says_so(nanochat, one, tmp_path, images, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images[0].save("p.png")
+    error = nanochat(*words, one[1], code=2).err
+    assert "was exported for ONNX Runtime: name the checkpoint" in error and error.count("\n") == 1
+
+
 def test_a_text_model_embeds_nothing(nanochat, tmp_path, images):
     images[0].save(tmp_path / "p.png")
     model = GPT(GPTConfig(**SHAPE))
