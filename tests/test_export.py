@@ -285,11 +285,11 @@ def test_readers_of_a_map_with_few_large_channels_stay_in_float32(tmp_path, larg
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.others, self.last = first, torch.nn.ModuleList(others), torch.nn.Conv2d(4, 4, 1)
+            self.first, self.others, self.last = first, torch.nn.ModuleList(others), torch.nn.Conv2d(16, 4, 1)
 
         def forward(self, x):
             seen = self.first(x)
-            return self.last(self.others[0](seen) + self.others[1](seen))
+            return self.others[0](seen) + self.others[1](seen) + self.last(torch.nn.functional.relu6(seen))
 
     with torch.no_grad():
         first.weight[3] *= largest

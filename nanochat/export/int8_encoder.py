@@ -117,7 +117,7 @@ def readers_of_coarse(path: Path, inputs: Sequence[dict[str, np.ndarray]]) -> li
     model = onnx.load(path)
     readers: dict[str, list[str]] = {}
     for node in model.graph.node:
-        if node.op_type in QUANTIZED:
+        if node.op_type in QUANTIZED and node.op_type != "Clip":  # which goes with the convolution before it
             for name in node.input[: 2 if node.op_type == "Add" else 1]:
                 readers.setdefault(name, []).append(node.name)
     shares = rounding_shares(model, readers, inputs)
