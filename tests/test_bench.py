@@ -1,6 +1,7 @@
 """nanochat bench: turns, medians and ratios, what could not run, fitted exponents, and the page that it writes."""
 
 import json
+import subprocess
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -222,3 +223,19 @@ def test_a_run_that_is_stopped_leaves_the_races_that_it_has(monkeypatch, nanocha
 def test_wrong_requests(nanochat, words, message):
     assert message in nanochat("bench", "ask", *words, code=2).err
     assert not Path("page.txt").exists()
+
+
+def test_contestants_that_load_at_once_share_an_export(monkeypatch, tmp_path):
+    """Each makes its own; the folder of whoever is first stays."""
+    monkeypatch.setenv(ours.EXPORTS, str(tmp_path))
+
+    def run(words, **options):
+        new = Path(words[-1].split("(*(")[1].split(",")[0].strip("'"))
+        for folder in (new, new.with_suffix("")):  # another contestant is done meanwhile
+            (folder / "onnx").mkdir(parents=True)
+            (folder / "onnx" / "by").write_text(folder.suffix)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    folder = Path(ours.exported("export_shape", "2.1 M", False))
+    assert (folder / "by").read_text() == "" and folder == Path(ours.exported("export_shape", "2.1 M", False))

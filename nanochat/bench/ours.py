@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,12 +100,15 @@ def exported(function: str, *arguments) -> str:
     folder = str(Path(os.environ.get(EXPORTS) or temporary_folder(), made))
     if Path(folder, "onnx").is_dir():
         return f"{folder}/onnx"
-    code = f"from nanochat.bench import ours; ours.{function}(*{(folder, *arguments)!r})"
+    new = f"{folder}.{os.getpid()}"  # contestants that load at once may want the same export
+    code = f"from nanochat.bench import ours; ours.{function}(*{(new, *arguments)!r})"
     ran = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     if ran.returncode:
         raise ImportError(f"no export: {(ran.stderr.strip().splitlines() or ['it ended'])[-1]}")
+    with suppress(OSError):  # another one was first
+        os.rename(new, folder)
     return f"{folder}/onnx"
 
 
