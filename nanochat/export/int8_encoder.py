@@ -23,6 +23,7 @@ from nanochat.export.graph import quiet
 QUANTIZED = ["Conv", "Clip", "Add", "Gemm"]
 PICTURES_FOR_MEANS = 32  # all in memory at once
 LEVELS = 127  # of a positive 8-bit weight
+STEPS = 255  # of an 8-bit map
 COARSE = 0.01  # of a channel's variance
 
 
@@ -144,6 +145,6 @@ def rounding_shares(
     for name, rows in parts.items():
         low, high, means, squares = (np.array(column) for column in zip(*rows, strict=True))
         variance = squares.mean(0) - means.mean(0) ** 2
-        step = (high.max() - low.min()) / 255
+        step = (high.max() - low.min()) / STEPS
         shares[name] = float(step**2 / 12 / max(np.median(variance), np.finfo(np.float64).tiny))
     return shares
