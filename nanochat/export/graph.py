@@ -124,15 +124,17 @@ class Graph:
         """The last axis of x, of `width` numbers, over its root mean square. used: how many of them are not zeros beside the
         others; default all."""
         share = (used or width) / width
-        scale = self.weight(f"norm_{width}_{used or width}", np.full(width, share**0.5, np.float32))
+        scale = self.norm_scale(width, share)
         return self.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=EPSILON * share)
+
+    def norm_scale(self, width: int, share: float = 1.0) -> str:
+        return self.weight(f"norm_{width}_{share:g}", np.full(width, share**0.5, np.float32))
 
     def added_and_normed(self, x: str, more: str, width: int) -> tuple[str, str]:
         """(norm(x + more), x + more)."""
-        ones = self.weight(f"ones_{width}", np.ones(width, np.float32))
         names = [f"{kind}_{len(self.nodes)}" for kind in ("normed", "sum")]
         self.op(
-            "SkipSimplifiedLayerNormalization", x, more, ones,
+            "SkipSimplifiedLayerNormalization", x, more, self.norm_scale(width),
             outputs=[names[0], "", "", names[1]], domain=MICROSOFT, epsilon=EPSILON,
         )  # fmt: skip
         return names[0], names[1]

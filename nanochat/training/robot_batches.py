@@ -19,9 +19,7 @@ from nanochat.robot_gpt import RobotGPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.batches import Row, mask_images, padded, row_inputs
 
-COMMITTED_SHARE = (
-    0.25  # of training rows that begin with committed actions; with most of them a policy is worse without a delay
-)
+COMMITTED_SHARE = 0.25  # of training rows that begin with committed actions; most of them cost success without a delay
 HIDDEN_SHARE = 0.2  # of training rows without the last actions, where a policy reads them
 
 

@@ -20,9 +20,7 @@ from nanochat.vision.images import ImageSource
 from nanochat.vision.letterbox import of_rectangles
 from nanochat.vision.pixels import evaluating, read_squares, to_pixels
 
-PART = (
-    4  # pictures in float32 that go through a CPU at once, twice as many in 16 bits: the maps of more leave its caches
-)
+PART = 4  # float32 pictures that go through a CPU at once, in 16 bits twice as many: the maps of more leave its caches
 AGREEMENT = 0.999  # least cosine of a picture's mean map in bfloat16 and in float32
 SAME = 1e-3  # of the largest value of a map: more than rounding changes it, less than a wrong merge
 
