@@ -418,6 +418,14 @@ def test_a_run_ends_with_advice_and_the_next_commands(pictures, tmp_path, capsys
         assert done.returncode == 0, done.stderr
 
 
+def test_captions_are_not_expected_word_for_word(tmp_path):
+    folder = make_pictures(tmp_path / "captioned")
+    lines = [f"{i}.png,a {list(COLOURS)[i % 4]} square" for i in range(20)]
+    (folder / "captions.csv").write_text("\n".join(["file,caption", *lines]))
+    last = load_checkpoint(Run(recipe_for(folder, tmp_path, steps=1)).train())[2]["history"][-1]
+    assert last["train_asked"] == 0 and not any("exactly right" in line for line in advice([last], 1))
+
+
 def test_advice_tells_more_pictures_from_more_steps():
     def advised(**last):
         return advice([{"step": 0, "aligned": 2.0}, {"step": 100, "aligned": 1.0} | last], 100)
