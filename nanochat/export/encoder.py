@@ -29,6 +29,8 @@ class Eyes(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.encoder = make_copy(model.vision_encoder, torch.float32).to(memory_format=torch.contiguous_format)
+        if takes_rectangles(model) and hasattr(self.encoder, "fix_padding"):
+            self.encoder.fix_padding()
         self.layer, self.pool = model.config.vision_layer, model.pool
         self.glances = getattr(model, "glances", None)
 

@@ -136,6 +136,16 @@ class TimmEncoder(SquareInput, nn.Module):
         if not same_maps(self.maps(pixels, [layer])[layer], expected):
             self.net = plain
 
+    def fix_padding(self) -> None:
+        """Make constants of the padding that convolutions like TensorFlow's compute from a map's sides, in place; for export.
+        It does not depend on sides that are multiples of the stride, and all are; as a formula it takes the exporter a minute."""
+        from timm.layers import Conv2dSame
+
+        for module in list(self.net.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Conv2dSame):
+                    setattr(module, name, padded_alike(child))
+
     def parameters_from(self, layer: str | int) -> list[nn.Parameter]:
         """Those of the modules between the level before `layer` and `layer`, and of all behind; "" for all. "features" of a
         network that has no modules behind its last level is that level. Raises ValueError for an unknown layer."""
@@ -185,6 +195,17 @@ class TimmEncoder(SquareInput, nn.Module):
 
     def forward(self, pixels: torch.Tensor, layer: str | int = FEATURES) -> torch.Tensor:
         return self.maps(pixels, [layer])[layer]
+
+
+def padded_alike(conv: nn.Conv2d) -> nn.Sequential:
+    """The same convolution for maps whose sides the stride divides: its padding does not depend on them."""
+    shape = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    high, wide = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, dilation, stride in shape)
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, device="meta"
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return nn.Sequential(nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2)), plain)
 
 
 def is_number(value: object) -> bool:
