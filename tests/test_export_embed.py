@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from nanochat.vision.inference import embeddings
 from nanochat.vision.timm_encoder import TimmEncoder, described
 from tests.test_torch_free import COMMAND
 
+ROOT = Path(__file__).parents[1]
 SHAPE = dict(sequence_len=128, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 
 
@@ -66,6 +68,12 @@ def test_vectors_are_those_of_torch(one, images, rectangles):
     found = load(str(folder)).model.embed(images, rectangles)
     assert found.dtype == np.float32 and np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_an_export_names_no_file_of_this_machine(one):
+    for path in one[1].iterdir():
+        found = path.read_bytes()
+        assert b"stack_trace" not in found and str(ROOT).encode() not in found, path.name
 
 
 def test_rectangles_differ_from_squares(one, images):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.nn as nn
 
@@ -58,8 +59,18 @@ def export_encoder(model, path: Path, int8: bool = False, squares: Sequence[np.n
             eyes, tuple(example), path, input_names=["squares", "cameras"][: len(example)], output_names=["vectors"],
             dynamic_shapes=shapes, opset_version=OPSET, dynamo=True, external_data=False, optimize=True,
         )  # fmt: skip
+    forget_sources(path)
     if int8:
         quantize_encoder(path, squares, getattr(model.config, "n_cameras", 1))
+
+
+def forget_sources(path: Path) -> None:
+    """Remove what the exporter notes about each operator: the line of code that it comes from, with the paths of this machine."""
+    model = onnx.load(path)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.save(model, path)
 
 
 def takes_rectangles(model) -> bool:
