@@ -1,4 +1,4 @@
-"""The commands that make a model smaller or export it for ONNX Runtime: prune and export."""
+"""The commands that make one model of others: export for ONNX Runtime, prune, average."""
 
 import shlex
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from nanochat.flags import Checkpoint, next_step
+from nanochat.flags import CHECKPOINT, Checkpoint, Out, next_step
 
 
 def export(
@@ -63,3 +63,18 @@ def prune(
         f"{kept} of {hidden} hidden units in each MLP, {of_encoder}{after / 1e6:.2f} of {before / 1e6:.2f} M parameters, in {out}"
     )
     next_step(f"nanochat train RECIPE --start-from {shlex.quote(str(out))} --out runs/again, see docs/RUNTIME.md")
+
+
+def average(
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help=CHECKPOINT)], out: Out
+) -> None:
+    """Average the weights of checkpoints that were trained on from the same one, this one itself among them if you like.
+
+    The mean of a model and what it became on your data often keeps what the first knew and has what the second learnt. A name
+    given twice counts twice. The result is an ordinary checkpoint: compare it with the others, `nanochat eval`.
+    """
+    from nanochat.training.averaging import average_checkpoints
+
+    model = average_checkpoints(checkpoints, out)
+    print(f"the mean of {len(checkpoints)} checkpoints, {model.num_parameters() / 1e6:.2f} M parameters, in {out}")
+    next_step(f"nanochat eval {shlex.quote(str(out))} DATA, and the same with each of them")

@@ -24,7 +24,7 @@ from nanochat.cli.bench import bench
 from nanochat.cli.cache import cache
 from nanochat.cli.chat import chat
 from nanochat.cli.errors import explain, fail
-from nanochat.cli.export import export, prune
+from nanochat.cli.export import average, export, prune
 from nanochat.cli.pictures import detect, embed, written_rows
 from nanochat.cli.robot import demo, inspect_data, record, rollout
 from nanochat.cli.serve import policy_server, serve
@@ -275,6 +275,7 @@ COMMANDS = {
     "models": models,
     "export": export,
     "prune": prune,
+    "average": average,
     "pack": pack,
     "push": push,
     "cache": cache,
