@@ -8,11 +8,11 @@
     common     what is in both pictures?                red circle
     more       which picture has more shapes?           first, second, same
     same       are both pictures the same?              yes, no
-    order      the red star moves to the right: which picture came first?    first, second
+    order      the red star moves clockwise: which picture came first?    first, second
 
-An answer needs both pictures: whichever one is shown alone, all answers that it leaves open are equally likely (for `order` not
-near the border). Each pair is drawn so that the first and the second picture are exchangeable, and a change is drawn without
-looking at what it gives. What the best guess from one picture scores is in `CHANCE`. Each pair is asked about in both orders.
+An answer needs both pictures: whichever one is shown alone, all answers that it leaves open are equally likely. Each pair is
+drawn so that the first and the second picture are exchangeable, and a change is drawn without looking at what it gives. What the
+best guess from one picture scores is in `CHANCE`. Each pair is asked about in both orders.
 """
 
 import io
@@ -37,8 +37,6 @@ COLORS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-WAYS = {"to the right": (0, 1), "to the left": (0, -1), "down": (1, 1), "up": (1, -1)}  # axis, sign
-STEP, MARGIN = 28, 28  # pixels: how far a shape goes, and how near to the border its centre comes
 # the share of right answers of the best guess from one picture
 CHANCE = {
     "moved": 1 / 4,
@@ -49,7 +47,7 @@ CHANCE = {
     "common": 1 / 3,
     "more": 5 / 11,
     "same": 1 / 2,
-    "order": 3 / 5,
+    "order": 1 / 2,
 }
 
 
@@ -218,23 +216,18 @@ def same(rng: random.Random) -> Change:
 
 
 def order(rng: random.Random) -> Change:
-    """A shape goes STEP pixels along its row or column, from anywhere there. One picture tells something only within STEP of the
-    border. (On a way round the corners no picture would tell anything, but that was never learnt.)"""
-    columns = rng.sample(range(CELLS), CELLS)
-    subject, *others = shapes(rng, CELLS, list(zip(columns, range(CELLS), strict=True)))  # no two in one row or column
-    way, (axis, sign) = rng.choice(list(WAYS.items()))
-    start = rng.randint(MARGIN, SIDE - MARGIN - STEP)
-    scenes = [(along(subject, axis, place), *others) for place in (start, start + STEP)[::sign]]  # in the order of time
+    """A shape goes from corner to corner. Any corner may be the earlier one, so that one picture tells nothing."""
+    last = CELLS - 1
+    corners = [(0, 0), (last, 0), (last, last), (0, last)]  # clockwise
+    subject, *others = between_corners(rng)
+    way, step = rng.choice((("clockwise", 1), ("counterclockwise", -1)))
+    start = rng.randrange(4)
+    scenes = [
+        (replace(subject, cell=corners[(start + i) % 4], shift=shift(rng)), *others) for i in (0, step)
+    ]  # in the order of time
     answer = rng.choice(("first", "second"))
     first, second = scenes if answer == "first" else scenes[::-1]
     return first, second, f"the {subject.name} moves {way}: which picture came first?", answer
-
-
-def along(shape: Shape, axis: int, place: int) -> Shape:
-    """The shape with its centre at a pixel of its row (axis 0) or column (1)."""
-    shift = list(shape.shift)
-    shift[axis] = place - round((shape.cell[axis] + 0.5) * SIDE / CELLS)
-    return replace(shape, shift=tuple(shift))
 
 
 KINDS: dict[str, Callable[[random.Random], Change]] = {
