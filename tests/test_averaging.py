@@ -1,5 +1,7 @@
 """`nanochat average`: the mean of the weights, as torch makes it, and refusals for models that have none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -70,6 +72,19 @@ def test_a_model_with_an_encoder_and_its_record(tmp_path):
     assert record["recipe"] == training["recipe"] and record["averaged"] == 2
     assert record["learnt"] == learnt | {"captions": True}
     assert (tmp_path / "mean/NOTICE").read_bytes() == b"theirs"
+
+
+def test_scales_of_a_policy_may_differ_a_little(tmp_path):
+    """Each run measures the scale of its states on its own data; the first one's is kept."""
+    tokenizer = make_tokenizer(["a few words"])
+    policy = make_policy(tokenizer)
+    for name, high in (("a", 1.0), ("near", 1.05), ("far", 1.5)):
+        policy.config = replace(policy.config, state_scale={"low": [0.0] * 4, "high": [1.0, 1.0, 1.0, high]})
+        save_checkpoint(tmp_path / name, policy, tokenizer, {})
+    average((str(tmp_path / "near"), str(tmp_path / "a")), tmp_path / "mean")
+    assert load_checkpoint(tmp_path / "mean")[0].config.state_scale["high"][3] == 1.05
+    with pytest.raises(UserError, match="a and .*far differ in state_scale"):
+        average((str(tmp_path / "a"), str(tmp_path / "far")), tmp_path / "other")
 
 
 def test_what_has_no_mean(tmp_path):

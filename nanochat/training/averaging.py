@@ -8,17 +8,22 @@ learnt, and forgets less of what came before. Models that started from other ran
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nanochat.checkpoint import load_checkpoint, locate, save_checkpoint
 from nanochat.errors import UserError
+from nanochat.files import short_repr
 from nanochat.gpt import GPT
 from nanochat.packing import terms
 from nanochat.training.resuming import first_state
 
+TOLERANCE = 0.1  # how far the ends of two scales may be apart, of their width: each run measures its own data
 ADVICE = "average checkpoints that were trained on from the same one"
 
 
 def average_checkpoints(names: Sequence[str], out: Path) -> GPT:
-    """Write the mean of checkpoints to the new folder `out`, and return it. A name that is given twice counts twice.
+    """Write the mean of checkpoints to the new folder `out`, and return it. A name that is given twice counts twice. What is no
+    weight, such as the scale of a policy's states, is that of the first.
 
     Raises FileExistsError where `out` exists, UserError for fewer than two or for models of other shapes or vocabularies, and as
     `load_checkpoint`.
@@ -48,11 +53,29 @@ def check_alike(name: str, model: GPT, other_name: str, other: GPT) -> None:
     """Raises UserError, naming what differs, for models whose weights do not correspond."""
     ours, theirs = vars(model.config), vars(other.config)
     differ = [
-        f"{key} {ours.get(key)} and {theirs.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)
+        f"{key} {short_repr(ours.get(key))} and {short_repr(theirs.get(key))}"
+        for key in ours | theirs
+        if not nearly(ours.get(key), theirs.get(key))
     ]
     shapes, their_shapes = ({key: value.shape for key, value in one.state_dict().items()} for one in (model, other))
     if differ or shapes != their_shapes:
         raise UserError(f"{name} and {other_name} differ in {'; '.join(differ[:3]) or 'their tensors'}: {ADVICE}")
+
+
+def nearly(ours: object, theirs: object) -> bool:
+    """Whether values of two configs are equal or, of numbers that were measured on data (`actions.Scale`), about equal."""
+    if ours == theirs or not (is_scale(ours) and is_scale(theirs)):
+        return ours == theirs
+    low, high = (np.array(ours[end]) for end in ("low", "high"))
+    others = [np.array(theirs[end]) for end in ("low", "high")]
+    return all(
+        other.shape == end.shape and (abs(other - end) <= TOLERANCE * (high - low)).all()
+        for end, other in zip((low, high), others, strict=True)
+    )
+
+
+def is_scale(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == {"low", "high"}
 
 
 def joined(trainings: Sequence[dict]) -> dict:
