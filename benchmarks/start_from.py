@@ -7,6 +7,7 @@ Takes --pictures pictures of the data at random to train on, and --test others t
 
     photos                 not trained on these pictures
     from photos            nanochat train folder
+    mean of both           nanochat average photos OUT/from-photos
     from random weights    nanochat train folder --start-from none
 
 Use data that `photos` was not trained on, such as Flickr8k's dev split. Each row stands beside another picture (shuffled) and
@@ -29,13 +30,15 @@ from nanochat.devices import pick_device
 from nanochat.errors import UserError
 from nanochat.evaluation.pictures import evaluate_dataset
 from nanochat.files import atomic_path
+from nanochat.training.averaging import average_checkpoints
 from nanochat.training.folder import folder_from_photos
 from nanochat.training.recipes import Folder
 from nanochat.training.run import Run
 from nanochat.vision.images import open_image
 
 MEASURES = ("accuracy", "bleu4", "cider")  # of a row, where its data have them
-ROWS = {"photos": None, "from photos": folder_from_photos(), "from random weights": Folder()}
+MEAN = "mean of both"  # of the two rows before it
+ROWS = {"photos": None, "from photos": folder_from_photos(), MEAN: None, "from random weights": Folder()}
 
 
 @dataclass
@@ -106,6 +109,11 @@ def run_row(args: Args, name: str, recipe: Folder | None, folder: Path) -> dict:
         checkpoint = str(Run(recipe).train())
         training = load_checkpoint(checkpoint)[2]
         row |= {"minutes": round(training["seconds"] / 60, 1), "steps": training["steps"]}
+    elif name == MEAN:
+        out = args.out / name.replace(" ", "-")
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped while it scored
+        average_checkpoints(["photos", str(args.out / "from-photos")], out)
+        checkpoint = str(out)
     result = evaluate_dataset(checkpoint, str(folder), "val", strict=True, device=pick_device(args.device))
     found = {measure: result[measure] for measure in MEASURES if measure in result}
     return row | {"total_minutes": round((time.monotonic() - since) / 60, 1)} | found

@@ -49,6 +49,21 @@ def rows(monkeypatch):
     return scored
 
 
+def test_the_mean_is_that_of_photos_and_what_it_became(args, rows, monkeypatch):
+    averaged = []
+    monkeypatch.setattr(start_from, "ROWS", {"photos": None, "from photos": SMALL, start_from.MEAN: None})
+    monkeypatch.setattr(start_from, "average_checkpoints", lambda *words: averaged.append(words))
+    evaluate = start_from.evaluate_dataset
+    monkeypatch.setattr(
+        start_from, "evaluate_dataset",
+        lambda checkpoint, *words, **options: evaluate("photos" if "mean" in checkpoint else checkpoint, *words, **options),
+    )  # fmt: skip
+    start_from.main(args)
+    assert averaged == [(["photos", str(args.out / "from-photos")], args.out / "mean-of-both")]
+    found = json.loads((args.out / "mean-of-both.json").read_text())
+    assert found["row"] == "mean of both" and "minutes" not in found and found["accuracy"]["aligned"] == 0
+
+
 def test_pictures_to_train_on_and_to_score_are_others(args):
     start_from.write_pictures(args, args.out / "pictures")
     parts = [load_dataset(str(args.out / "pictures"), split) for split in ("train", "val")]
