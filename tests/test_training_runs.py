@@ -23,6 +23,7 @@ from nanochat.agent import Agent
 from nanochat.checkpoint import CheckpointError, load_checkpoint, load_resume
 from nanochat.errors import UserError
 from nanochat.training import task
+from nanochat.training.averaging import average_checkpoints
 from nanochat.training.history import advice
 from nanochat.training.recipes import Folder
 from nanochat.training.resuming import check_record, first_state
@@ -418,6 +419,17 @@ def test_a_run_ends_with_advice_and_the_next_commands(pictures, tmp_path, capsys
         assert done.returncode == 0, done.stderr
 
 
+def test_a_run_from_a_checkpoint_names_the_mean_of_both(pictures, tmp_path, capsys):
+    first, second = str(tmp_path / "first"), str(tmp_path / "my second")
+    Run(recipe_for(pictures, tmp_path, steps=1, out=first)).train()
+    assert "average" not in capsys.readouterr().out
+    Run(recipe_for(pictures, tmp_path, steps=1, out=second, start_from=first)).train()
+    lines = capsys.readouterr().out.splitlines()
+    (words,) = [shlex.split(line)[1:] for line in lines if line.startswith("next: nanochat average")]
+    assert words == ["nanochat", "average", first, second, "-o", f"{second}-mean"]
+    average_checkpoints((first, second), tmp_path / "mean")  # they have one
+
+
 def test_captions_are_not_expected_word_for_word(tmp_path):
     folder = make_pictures(tmp_path / "captioned")
     lines = [f"{i}.png,a {list(COLOURS)[i % 4]} square" for i in range(20)]
@@ -514,13 +526,13 @@ def test_a_line_for_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch):
         def write(self, text):
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(task.console, "file", Gone())
+    monkeypatch.setattr(task.console, "_file", Gone())
     monkeypatch.setattr(task.console, "quiet", False)
     task.say("step 0")
     assert task.console.quiet
     full = Gone()
     full.write = lambda text: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(task.console, "file", full)
+    monkeypatch.setattr(task.console, "_file", full)
     monkeypatch.setattr(task.console, "quiet", False)
     with pytest.raises(OSError, match="No space left"):
         task.say("step 1")

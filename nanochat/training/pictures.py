@@ -194,6 +194,8 @@ class PictureTask(Task):
         if sample.question == CAPTION_PROMPT:
             words = ["caption", picture]
         commands = [[*words, "--checkpoint", out], ["eval", out, self.recipe.data, "--split", self.recipe.val_split]]
+        if self.recipe.start_from:  # the mean often forgets less: docs/MULTIMODAL.md
+            commands.append(["average", self.recipe.start_from, out, "-o", f"{out}-mean"])
         return [shlex.join(["nanochat", *map(str, command)]) for command in commands]
 
     def describe_data(self) -> str:
