@@ -66,7 +66,10 @@ def prune(
 
 
 def average(
-    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help=CHECKPOINT)], out: Out
+    checkpoints: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help=CHECKPOINT, help_behavior_hint="")
+    ],
+    out: Out,
 ) -> None:
     """Average the weights of checkpoints that were trained on from the same one, this one itself among them if you like.
 
