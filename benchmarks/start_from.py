@@ -98,10 +98,9 @@ def texts_of(data: Dataset, samples: list) -> list[dict]:
 
 def run_row(args: Args, name: str, recipe: Folder | None, folder: Path) -> dict:
     """Train and score one row. {"row", "minutes", "steps", "trained_on", and a measure's values by condition}."""
-    checkpoint, since = "photos", time.monotonic()
+    checkpoint, since, out = "photos", time.monotonic(), args.out / name.replace(" ", "-")
     row = {"row": name}
     if recipe is not None:
-        out = args.out / name.replace(" ", "-")
         recipe = replace(
             recipe, data=str(folder), out=str(out), steps=args.steps or recipe.steps, seed=args.seed, threads=args.threads,
             device=args.device, resume=(out / "manifest.json").is_file(),
@@ -110,7 +109,6 @@ def run_row(args: Args, name: str, recipe: Folder | None, folder: Path) -> dict:
         training = load_checkpoint(checkpoint)[2]
         row |= {"minutes": round(training["seconds"] / 60, 1), "steps": training["steps"]}
     elif name == MEAN:
-        out = args.out / name.replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped while it scored
         average_checkpoints(["photos", str(args.out / "from-photos")], out)
         checkpoint = str(out)
