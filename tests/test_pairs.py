@@ -40,7 +40,8 @@ def subject_cell(scene: pairs.Scene, question: str):
 @pytest.mark.parametrize("kind", pairs.KINDS)
 def test_one_picture_leaves_all_answers_equally_likely(kind, shown):
     """For all that a guess can go by (the number of shapes, their cells, the cell of the shape asked about), the best fixed guess
-    is right as often as CHANCE says."""
+    is right as often as CHANCE says. What falls near a border is tested below: only its height tells the order."""
+    chance = 0.5 if kind == "order" else pairs.CHANCE[kind]
     for view in (
         lambda scene, question: len(scene),
         lambda scene, question: subject_cell(scene, question),
@@ -56,7 +57,30 @@ def test_one_picture_leaves_all_answers_equally_likely(kind, shown):
             assert all(set(counts) == {-1} for counts in seen.values())  # the shape is not in this picture
             continue
         right = sum(max(counts.values()) for counts in seen.values()) / N
-        assert right == pytest.approx(pairs.CHANCE[kind], abs=0.05)
+        assert right == pytest.approx(chance, abs=0.05)
+
+
+@pytest.mark.parametrize("shown", [0, 1])
+def test_one_picture_tells_the_order_only_near_the_borders(shown):
+    """Within a fall of the upper or lower border the order is told, elsewhere both answers are equally likely."""
+    seen = defaultdict(Counter)
+    for change in made("order"):
+        scene, question, answer = change[shown], change[2], change[3]
+        height = centre(next(shape for shape in scene if shape.name in question))[1]
+        seen[height < pairs.BORDER + pairs.FALL, height > pairs.SIDE - pairs.BORDER - pairs.FALL][answer] += 1
+    assert len(seen.pop((True, False))) == len(seen.pop((False, True))) == 1
+    ((middle, counts),) = seen.items()
+    assert middle == (False, False) and counts["first"] == pytest.approx(counts["second"], rel=0.2)
+    told = 1 - counts.total() / N
+    assert (1 + told) / 2 == pytest.approx(pairs.CHANCE["order"], abs=0.03)
+
+
+def centre(shape: pairs.Shape) -> tuple[int, int]:
+    x, y = (
+        round((cell + 0.5) * pairs.SIDE / pairs.CELLS) + moved
+        for cell, moved in zip(shape.cell, shape.shift, strict=True)
+    )
+    return x, y
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("new", 0), ("missing", 1)])
@@ -101,9 +125,10 @@ def test_both_pictures_give_the_answer(turned):
         steps = {(0, 0): "nowhere", (1, 0): "right", (-1, 0): "left", (0, 1): "down", (0, -1): "up"}
         assert answer == steps[np.sign(to_x - x), np.sign(to_y - y)] and (answer == "nowhere") == (first == second)
     for first, second, question, answer in changes("order")[:300]:
-        earlier, later = (subject_cell(scene, question) for scene in (first, second)[:: 1 if answer == "first" else -1])
-        (x, y), (to_x, to_y) = ((cell[0] - 1, cell[1] - 1) for cell in (earlier, later))  # from the middle, y down
-        assert x * to_y - y * to_x == (2 if " clockwise" in question else -2)  # a quarter turn from corner to corner
+        (here,), (there,) = ({*one} - {*other} for one, other in ((first, second), (second, first)))
+        assert here.name == there.name and question == f"the {here.name} falls: which picture came first?"
+        earlier, later = (centre(shape) for shape in (here, there)[:: 1 if answer == "first" else -1])
+        assert later == (earlier[0], earlier[1] + pairs.FALL)
 
 
 @pytest.mark.parametrize("kind", pairs.KINDS)
