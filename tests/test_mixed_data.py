@@ -192,8 +192,9 @@ def test_pictures_of_texts_that_say_up_or_down_are_not_put_upside_down(tmp_path)
         2: "does it turn clockwise?",
         3: "is it a cup?",
         4: "is it upright?",
+        5: "the ball falls: which came first?",
     }
-    folder = write(tmp_path / "up", 5, [("what?", "it")])
+    folder = write(tmp_path / "up", 6, [("what?", "it")])
     (folder / "captions.csv").unlink()
     rows = [{"image": f"{i}.png", "question": text, "answer": "yes"} for i, text in texts.items()]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -202,8 +203,8 @@ def test_pictures_of_texts_that_say_up_or_down_are_not_put_upside_down(tmp_path)
     )
     task = Run(recipe).task
     names = number_of(task.rows)
-    numbers = [names[str(i)] for i in range(5)]
-    plain, seen = task.vectors.pixels(numbers), [set() for _ in range(5)]
+    numbers = [names[str(i)] for i in range(6)]
+    plain, seen = task.vectors.pixels(numbers), [set() for _ in range(6)]
     for seed in range(40):
         for picture, (found, own) in enumerate(
             zip(task.vectors.pixels(numbers, np.random.default_rng(seed)), plain, strict=True)
@@ -212,7 +213,7 @@ def test_pictures_of_texts_that_say_up_or_down_are_not_put_upside_down(tmp_path)
                 if torch.allclose(found, own.flip(dims), atol=1e-4):
                     seen[picture].add(name)
     everything = {"plain", "mirrored", "upside down", "turned"}
-    assert seen == [{"plain", "mirrored"}, {"plain", "upside down"}, {"plain"}, everything, {"plain", "mirrored"}]
+    assert seen == [{"plain", "mirrored"}, {"plain", "upside down"}, {"plain"}, everything, *[{"plain", "mirrored"}] * 2]
 
 
 def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):

@@ -23,7 +23,7 @@ MOST_PADDING = 2  # the longest row of a part, as a multiple of its shortest
 TURNS = "clockwise|counterclockwise|anticlockwise"
 SIDES = (  # what a text says that is wrong of a mirrored picture, and of one that stands upside down
     re.compile(rf"\b(left|right|{TURNS})", re.IGNORECASE),
-    re.compile(rf"\b(up|down|above|below|beneath|under|over|top|bottom|lower|{TURNS})", re.IGNORECASE),
+    re.compile(rf"\b(up|down|above|below|beneath|under|over|top|bottom|lower|fall|rise|rising|{TURNS})", re.IGNORECASE),
 )
 
 
