@@ -1,14 +1,20 @@
 """Does the attention of an answer point at what the question is about? See nanochat/evaluation/pointing.py for the measure.
 
-    nanochat train easy_vqa --layer 3 --vision-tokens 64 --fusion cross --epochs 12 --out runs/cells
+    nanochat train easy_vqa --encoder efficientnet_lite2 --layer p4 --image-size 224 --vision-tokens 196 --fusion cross \
+        --no-train-encoder --n-layer 2 --n-embd 128 --epochs 3 --out runs/cells      # 5 minutes
     python benchmarks/pointing.py easy-vqa runs/cells            # or shapes, which ships
     python benchmarks/pointing.py frames DIR                     # draws simulated frames: about 3 minutes on one free core
     nanochat train folder --data DIR --encoder robot --layer 3 --image-size 128 --vision-tokens 256 --fusion cross \
         --no-train-encoder --batchnorm frozen --word-loss 0 --n-layer 2 --n-embd 128 --steps 300 --out runs/frames
     python benchmarks/pointing.py simulator runs/frames --data DIR
+    python benchmarks/pointing.py teach runs/frames --data DIR --out runs/taught         # a minute
+    python benchmarks/pointing.py simulator runs/taught --data DIR
 
 Layer 3 of the encoder is the last whose cells see a part of the picture only (35 pixels). From layer 4 on, every cell can know
 what is anywhere in a picture of 128 pixels, so a model answers well without its attention being on the object.
+
+A model that learns from answers alone looks at whatever tells them: where a closed drawer is, its handle is known. `teach` trains
+it on with the boxes of the objects too (attention supervision, Liu et al. 2017, arXiv 1605.09553).
 
 The layer and head that are read are chosen on training pictures, and reported on held-out ones.
 """
@@ -20,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.progress import track
@@ -27,14 +34,27 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from nanochat.agent import Agent
+from nanochat.attention_weights import recorded
+from nanochat.checkpoint import save_checkpoint
+from nanochat.conversation import render, user_message
 from nanochat.data import image_key, load_dataset
 from nanochat.data.pictures import encode_png
 from nanochat.errors import UserError
-from nanochat.evaluation.pointing import CRITERIA, Pointed, foreground_box, point, pointing_score, simulated_box
+from nanochat.evaluation.pointing import (
+    BATCH,
+    CRITERIA,
+    Pointed,
+    cells_on_box,
+    foreground_box,
+    point,
+    pointing_score,
+    simulated_box,
+)
 from nanochat.files import atomic_path, json_lines
 from nanochat.metaworld.instructions import MT10
 from nanochat.metaworld.scene import OBJECT, scene_questions
 from nanochat.metaworld.simulator import Arm
+from nanochat.vision.letterbox import square
 
 LIMIT = 1000  # questions that are asked, of each split
 SIZE = 128  # pixels of a frame
@@ -42,6 +62,12 @@ SPLITS = {"train": (500_000, 150), "val": (600_000, 5), "test": (700_000, 15)}  
 FRAMES = 3  # of each layout
 STEPS = 80  # of the expert, before the last frame at most
 LEARNT = ("cell", "object", "side")  # kinds of questions about one picture that the model is trained on
+RATE, COOLDOWN, LOOK_WEIGHT, ROWS = (
+    1e-3,
+    0.6,
+    0.3,
+    16,
+)  # of `teach`: learning rate, the share of steps in which it falls
 SCORED = "cell"  # "in which cell is it?": the others can be answered from elsewhere (a drawer names its handle)
 
 console = Console()
@@ -90,7 +116,14 @@ def simulator(checkpoint: Positional[str], data: Path, limit: int = LIMIT, json_
 def frame_items(data: Path, split: str, limit: int) -> list[Pointed]:
     rows = [row for _, row in json_lines(data / f"{split}.jsonl") if row["box"] and row["kind"] == SCORED]
     return [
-        Pointed(str(data / row["image"]), row["question"], row["answer"], tuple(row["box"]), row["layout"])
+        Pointed(
+            str(data / row["image"]),
+            row["question"],
+            row["answer"],
+            tuple(row["box"]),
+            row["layout"],
+            row["layout"].rpartition("-")[0],  # the task
+        )
         for row in drawn(rows, limit)
     ]
 
@@ -139,6 +172,53 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
+def teach(checkpoint: Positional[str], data: Path, out: Path, steps: int = 200, seed: int = 0) -> None:
+    """Train a checkpoint on, with frozen encoder and cross-attention, to answer about the training frames that `frames` made and
+    to attend to the box meanwhile.
+
+    Args:
+        checkpoint: A folder.
+        data: Folder of the frames.
+        out: Folder of the new checkpoint.
+        steps: Optimiser steps.
+        seed: Of the order of the questions.
+    """
+    agent = Agent.load(checkpoint)
+    model, rng = agent.model, random.Random(seed)
+    if getattr(model, "cross_attention", None) is None:
+        raise UserError(f"{checkpoint} has no cross-attention to teach: train one with --fusion cross")
+    items = frame_items(data, "train", 10**9)
+    starts = track(range(0, len(items), BATCH), description="encoding", console=console)
+    vectors = torch.cat([model.look([item.image for item in items[start : start + BATCH]]) for start in starts])
+    learnt = [weight for name, weight in model.named_parameters() if not name.startswith("vision_encoder")]
+    optimizer = torch.optim.AdamW(learnt, RATE, weight_decay=0)
+    for step in track(range(steps), description="training", console=console):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (steps - step) / (COOLDOWN * steps))
+        for number in rng.choices(range(len(items)), k=ROWS):
+            (taught_loss(agent, items[number], vectors[number]) / ROWS).backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    save_checkpoint(out, model, agent.tokenizer, agent.training)
+
+
+def taught_loss(agent: Agent, item: Pointed, vectors: torch.Tensor) -> torch.Tensor:
+    """Nats of a token of the answer, and LOOK_WEIGHT times those of the attention to cells in the box, the mean of all layers,
+    heads and tokens. vectors: (N, D)."""
+    model = agent.model
+    said = [user_message(item.question, 1), {"role": "assistant", "content": item.answer}]
+    row = render(agent.tokenizer, said, model.config.places_per_image)
+    ids, is_answer = torch.tensor(row.ids), torch.tensor(row.mask[1:]) == 1  # (T,), (T - 1,)
+    with recorded(model) as weights:
+        hidden = model.hidden(model.inputs(ids[None, :-1], [vectors]))
+    answer_loss = F.cross_entropy(model.logits(hidden)[0, is_answer], ids[1:][is_answer])
+    size = model.config.vision_image_size
+    fit = square(item.image, size, model.vision_encoder.antialias)[1]
+    on_box = torch.from_numpy(cells_on_box(item.box, fit, size, vectors.size(0)))
+    on_object = torch.stack(weights)[:, :, is_answer][..., on_box].sum(-1)  # (n_layer, n_head, T)
+    return answer_loss - LOOK_WEIGHT * on_object.clamp_min(1e-6).log().mean()
+
+
 def frames(out: Positional[Path]) -> None:
     """Make frames of ten simulated tasks with questions and the boxes of the objects: a folder of .jsonl and PNG files.
 
@@ -184,6 +264,8 @@ def layout_rows(arm: Arm, task: str, seed: int, out: Path) -> list[dict]:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # small models: a second thread only waits
     try:
-        tyro.extras.subcommand_cli_from_dict({"easy-vqa": easy_vqa, "simulator": simulator, "frames": frames})
+        tyro.extras.subcommand_cli_from_dict(
+            {"easy-vqa": easy_vqa, "simulator": simulator, "frames": frames, "teach": teach}
+        )
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -213,7 +213,13 @@ def test_pictures_of_texts_that_say_up_or_down_are_not_put_upside_down(tmp_path)
                 if torch.allclose(found, own.flip(dims), atol=1e-4):
                     seen[picture].add(name)
     everything = {"plain", "mirrored", "upside down", "turned"}
-    assert seen == [{"plain", "mirrored"}, {"plain", "upside down"}, {"plain"}, everything, *[{"plain", "mirrored"}] * 2]
+    assert seen == [
+        {"plain", "mirrored"},
+        {"plain", "upside down"},
+        {"plain"},
+        everything,
+        *[{"plain", "mirrored"}] * 2,
+    ]
 
 
 def test_mirrored_features_are_those_of_mirrored_pictures(sided, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from benchmarks import pointing as benchmark
@@ -15,6 +16,7 @@ from nanochat.evaluation.pointing import (
     CRITERIA,
     Pointed,
     Pointing,
+    answer_weights,
     around,
     best_view,
     cells_on_box,
@@ -195,3 +197,48 @@ def test_items_of_a_folder_of_frames(tmp_path):
     assert sorted(item.group for item in found) == ["x", "y"]
     assert found[0].image == str(tmp_path / "a.png") and found[0].box == (1, 2, 3, 4)
     assert len(benchmark.frame_items(tmp_path, "test", 1)) == 1
+
+
+def test_what_is_taught_is_the_answer_and_attention_to_the_box():
+    """Against the attention of a plain pass without gradients, and the loss of the answer's tokens."""
+    agent, item = Agent.load("photos"), Pointed(PICTURE, "what color is it?", "red", (8, 8, 40, 40), "")
+    vectors, prompt = agent.look(item.image)[0], agent.prompt([user_message(item.question, 1)])
+    tokens = [*agent.tokenizer.encode("red"), agent.tokenizer.special("<|assistant_end|>")]
+    ids = torch.tensor([[*prompt, *tokens]])
+    weights = attention_to_images(agent.model, ids[0, :-1].tolist(), vectors[None])[:, :, len(prompt) - 1 :, 0]
+    fit = square(item.image, agent.model.config.vision_image_size)[1]
+    on_box = cells_on_box(item.box, fit, agent.model.config.vision_image_size, 49)
+    assert 0 < on_box.sum() < 49
+    look = -weights[..., on_box].sum(-1).log().mean()
+    with torch.no_grad():
+        targets = torch.tensor([[-1] * (len(prompt) - 1) + tokens])
+        answer = agent.model(ids[:, :-1], vision_embeddings=[vectors], targets=targets)
+        found = benchmark.taught_loss(agent, item, vectors)
+    assert found.item() == pytest.approx((answer + benchmark.LOOK_WEIGHT * look).item(), rel=1e-4)
+
+
+def test_attention_is_taught(tmp_path):
+    shown = [picture(n) for n in range(4)]
+    question = {"question": "what is it?", "answer": "red", "kind": "cell"}
+    rows = [
+        {"image": path, "box": foreground_box(path), "layout": f"x-{i}", **question} for i, path in enumerate(shown)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark.teach("photos", tmp_path, tmp_path / "taught", steps=4)
+    agents = [Agent.load(name) for name in ("photos", str(tmp_path / "taught"))]
+    on_object = [
+        np.mean(
+            [
+                answer_weights(agent, agent.prompt([user_message("what is it?", 1)]), "red", agent.look(item.image)[0])[
+                    ..., cells_on_box(item.box, square(item.image, 224)[1], 224, 49)
+                ].sum(-1)
+                for item in benchmark.frame_items(tmp_path, "train", 4)
+            ]
+        )
+        for agent in agents
+    ]
+    assert on_object[1] > on_object[0] + 0.1
+    was, becomes = (agent.model.vision_encoder.state_dict() for agent in agents)
+    assert all(torch.equal(was[name], becomes[name]) for name in was)
+    with pytest.raises(UserError, match="no cross-attention"):
+        benchmark.teach("shapes", tmp_path, tmp_path / "no")
