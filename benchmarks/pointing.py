@@ -21,6 +21,7 @@ The layer and head that are read are chosen on training pictures, and reported o
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,13 +63,9 @@ SPLITS = {"train": (500_000, 150), "val": (600_000, 5), "test": (700_000, 15)}  
 FRAMES = 3  # of each layout
 STEPS = 80  # of the expert, before the last frame at most
 LEARNT = ("cell", "object", "side")  # kinds of questions about one picture that the model is trained on
-RATE, COOLDOWN, LOOK_WEIGHT, ROWS = (
-    1e-3,
-    0.6,
-    0.3,
-    16,
-)  # of `teach`: learning rate, the share of steps in which it falls
 SCORED = "cell"  # "in which cell is it?": the others can be answered from elsewhere (a drawer names its handle)
+RATE, COOLDOWN = 1e-3, 0.6  # of `teach`: the learning rate, and the last share of the steps, in which it falls
+ROWS, LOOK_WEIGHT = 16, 0.3  # questions of a step, and what the attention's loss counts beside the answer's
 
 console = Console()
 
@@ -187,7 +184,7 @@ def teach(checkpoint: Positional[str], data: Path, out: Path, steps: int = 200, 
     model, rng = agent.model, random.Random(seed)
     if getattr(model, "cross_attention", None) is None:
         raise UserError(f"{checkpoint} has no cross-attention to teach: train one with --fusion cross")
-    items = frame_items(data, "train", 10**9)
+    items = frame_items(data, "train", sys.maxsize)  # all
     starts = track(range(0, len(items), BATCH), description="encoding", console=console)
     vectors = torch.cat([model.look([item.image for item in items[start : start + BATCH]]) for start in starts])
     learnt = [weight for name, weight in model.named_parameters() if not name.startswith("vision_encoder")]

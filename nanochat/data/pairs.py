@@ -126,6 +126,11 @@ def between_corners(rng: random.Random) -> list[Shape]:
     return shapes(rng, 3, [(CELLS // 2, row) for row in range(CELLS)])
 
 
+def middle(index: int) -> float:
+    """Where the middle of a column or row of cells is, in pixels."""
+    return (index + 0.5) * SIDE / CELLS
+
+
 def shift(rng: random.Random) -> tuple[int, int]:
     return rng.randint(-8, 8), rng.randint(-8, 8)
 
@@ -231,7 +236,7 @@ def order(rng: random.Random) -> Change:
 def at_height(shape: Shape, height: int) -> Shape:
     """The shape with its centre at a row of pixels, from above."""
     right, _ = shape.shift
-    return replace(shape, shift=(right, height - round((shape.cell[1] + 0.5) * SIDE / CELLS)))
+    return replace(shape, shift=(right, height - round(middle(shape.cell[1]))))
 
 
 KINDS: dict[str, Callable[[random.Random], Change]] = {
@@ -281,7 +286,7 @@ OUTLINES = {
 
 
 def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape) -> None:
-    x, y = ((cell + 0.5) * SIDE / CELLS + moved for cell, moved in zip(shape.cell, shape.shift, strict=True))
+    x, y = (middle(index) + moved for index, moved in zip(shape.cell, shape.shift, strict=True))
     fill, r = 2 + list(COLORS).index(shape.color), shape.radius
     if shape.form == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
